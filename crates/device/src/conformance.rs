@@ -1,0 +1,239 @@
+//! The suite every backend passes: in tests with [`assert_passes`], on a real machine with [`run`].
+
+use std::sync::Arc;
+
+use tensorhaul_stage::{Layout, Ring, StagingMemory};
+
+use crate::contract::{Allocation, Device, DeviceError, Stream, StridedCopy};
+
+/// One promise of the contract, and how a device kept it.
+#[derive(Debug)]
+pub struct Verdict {
+    /// The promise, as a sentence.
+    pub promise: &'static str,
+    /// What went wrong, if something did.
+    pub result: Result<(), String>,
+}
+
+/// Tries every promise on a device.
+pub fn run(device: &dyn Device) -> Vec<Verdict> {
+    PROMISES.iter().map(|(promise, check)| Verdict { promise, result: check(device) }).collect()
+}
+
+/// Tries every promise on a device.
+///
+/// # Panics
+/// When one is broken; the message names it.
+pub fn assert_passes(device: &dyn Device) {
+    for verdict in run(device) {
+        if let Err(what) = verdict.result {
+            panic!("{}: {}: {what}", device.id(), verdict.promise);
+        }
+    }
+}
+
+type Check = fn(&dyn Device) -> Result<(), String>;
+
+const PROMISES: &[(&str, Check)] = &[
+    ("allocations are aligned, also empty ones", allocations_are_aligned),
+    ("memory is reported with free within total", memory_is_reported),
+    ("an impossible allocation is out of memory and names the bytes", impossible_allocations_are_refused),
+    ("bytes come back as they went, at every offset around a boundary", bytes_come_back),
+    ("copies of one stream run in order", copies_run_in_order),
+    ("strided copies gather and scatter", strided_copies_gather_and_scatter),
+    ("a stream ordered after an event sees what was done before it", streams_are_ordered),
+    ("an event that was waited for is complete", events_complete),
+    ("several threads load at once", threads_load_at_once),
+    ("memory is freed with its last handle", memory_is_freed),
+];
+
+fn allocations_are_aligned(device: &dyn Device) -> Result<(), String> {
+    let align = device.capabilities().align_bytes;
+    expect(align >= 256, || format!("align_bytes is {align}"))?;
+    for len in [0, 1, 255, 256, 4097, 3 << 20] {
+        let allocation = device.allocate(len).map_err(text)?;
+        expect(allocation.len_bytes() == len, || format!("{len} bytes became {}", allocation.len_bytes()))?;
+        let aligned = len == 0 || allocation.address().is_multiple_of(align);
+        expect(aligned, || format!("{len} bytes at {:#x}", allocation.address()))?;
+        let in_place = device.capabilities().in_place;
+        expect(allocation.host_ptr().is_some() || !in_place, || "in place, but no host pointer".to_owned())?;
+    }
+    Ok(())
+}
+
+fn memory_is_reported(device: &dyn Device) -> Result<(), String> {
+    let memory = device.memory().map_err(text)?;
+    expect(memory.free_bytes <= memory.total_bytes && memory.total_bytes > 0, || format!("{memory:?}"))
+}
+
+fn impossible_allocations_are_refused(device: &dyn Device) -> Result<(), String> {
+    match device.allocate(1 << 60) {
+        Ok(_) => Err("2^60 bytes were allocated".to_owned()),
+        Err(DeviceError::OutOfMemory { needed_bytes, .. }) if needed_bytes == 1 << 60 => Ok(()),
+        Err(other) => Err(format!("the error is {other}")),
+    }
+}
+
+fn bytes_come_back(device: &dyn Device) -> Result<(), String> {
+    let target = device.allocate(3 * BOUNDARY as u64).map_err(text)?;
+    for len in [1, 2, 15, 16, 17, 255, 256, 257, BOUNDARY - 1, BOUNDARY, BOUNDARY + 1] {
+        for before in [0, 1, 8, 15, 16, 255] {
+            let offset = BOUNDARY - before;
+            let sent = pattern(len as u64 * 31 + before as u64, len);
+            write(device, &sent, &target, offset as u64)?;
+            let back = read(device, &target, offset as u64, len)?;
+            expect(sent == back, || format!("{len} bytes at offset {offset}"))?;
+        }
+    }
+    Ok(())
+}
+
+fn copies_run_in_order(device: &dyn Device) -> Result<(), String> {
+    let ring = ring(device, 4)?;
+    let target = device.allocate(BOUNDARY as u64).map_err(text)?;
+    let mut copying = Vec::new();
+    for value in 1..=4u8 {
+        let mut filling = ring.take().ok_or("the ring closed")?;
+        filling.bytes_mut()[..BOUNDARY].fill(value);
+        let buffer = filling.filled(BOUNDARY).copying();
+        // SAFETY: the buffer and the target live until the event below was waited for.
+        unsafe { device.copy(buffer.bytes(), &target, 0, Stream::Copy) }.map_err(text)?;
+        copying.push(buffer);
+    }
+    let event = device.record(Stream::Copy).map_err(text)?;
+    device.wait(&event).map_err(text)?;
+    copying.into_iter().for_each(|buffer| buffer.copied());
+    expect(ring.is_whole(), || "a staging buffer did not come back".to_owned())?;
+    let back = read(device, &target, 0, BOUNDARY)?;
+    expect(back.iter().all(|byte| *byte == 4), || "the last copy is not on top".to_owned())
+}
+
+fn strided_copies_gather_and_scatter(device: &dyn Device) -> Result<(), String> {
+    let (rows, row, kept) = (7usize, 40usize, 13usize);
+    let target = device.allocate(1024).map_err(text)?;
+    write(device, &[0xee; 1024], &target, 0)?;
+    let sent = pattern(5, rows * row);
+    let gather = StridedCopy {
+        piece_len_bytes: kept as u64,
+        piece_count: rows as u64,
+        source_stride_bytes: row as u64,
+        target_stride_bytes: 16,
+        target_offset_bytes: 3,
+    };
+    with_staged(device, &sent, |bytes| {
+        // SAFETY: `with_staged` keeps the bytes until the stream is done; the target outlives it.
+        unsafe { device.copy_strided(bytes, &target, gather, Stream::Copy) }
+    })?;
+    let back = read(device, &target, 0, 1024)?;
+    let mut expected = vec![0xee; 1024];
+    for piece in 0..rows {
+        expected[3 + piece * 16..][..kept].copy_from_slice(&sent[piece * row..][..kept]);
+    }
+    expect(back == expected, || "pieces are not where they belong".to_owned())
+}
+
+fn streams_are_ordered(device: &dyn Device) -> Result<(), String> {
+    let target = device.allocate(BOUNDARY as u64).map_err(text)?;
+    let sent = pattern(9, BOUNDARY);
+    let ring = ring(device, 2)?;
+    let (mut first, mut second) = (ring.take().ok_or("the ring closed")?, ring.take().ok_or("the ring closed")?);
+    first.bytes_mut()[..BOUNDARY].copy_from_slice(&sent);
+    let first = first.filled(BOUNDARY).copying();
+    // SAFETY: both buffers and the target live until the last event below was waited for.
+    unsafe { device.copy(first.bytes(), &target, 0, Stream::Copy) }.map_err(text)?;
+    let copied = device.record(Stream::Copy).map_err(text)?;
+    device.order(Stream::Compute, &copied).map_err(text)?;
+    let back = &mut second.bytes_mut()[..BOUNDARY];
+    // SAFETY: as above.
+    unsafe { device.copy_back(&target, 0, back, Stream::Compute) }.map_err(text)?;
+    let done = device.record(Stream::Compute).map_err(text)?;
+    device.wait(&done).map_err(text)?;
+    first.copied();
+    expect(second.bytes_mut()[..BOUNDARY] == sent, || "the compute stream ran ahead of the copy".to_owned())
+}
+
+fn events_complete(device: &dyn Device) -> Result<(), String> {
+    for stream in [Stream::Copy, Stream::Compute] {
+        let event = device.record(stream).map_err(text)?;
+        device.wait(&event).map_err(text)?;
+        expect(device.is_complete(&event).map_err(text)?, || format!("not on {stream:?}"))?;
+    }
+    Ok(())
+}
+
+fn threads_load_at_once(device: &dyn Device) -> Result<(), String> {
+    let load = |seed: u64| {
+        let target = device.allocate(1 << 20).map_err(text)?;
+        let sent = pattern(seed, 1 << 20);
+        write(device, &sent, &target, 0)?;
+        expect(read(device, &target, 0, 1 << 20)? == sent, || format!("thread {seed} got other bytes"))
+    };
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..4).map(|seed| scope.spawn(move || load(seed))).collect();
+        threads.into_iter().try_for_each(|thread| thread.join().map_err(|_| "a thread panicked".to_owned())?)
+    })
+}
+
+fn memory_is_freed(device: &dyn Device) -> Result<(), String> {
+    let total = device.memory().map_err(text)?.total_bytes;
+    // Sixteen times a quarter of the device fits only if each is freed before the next.
+    for _ in 0..16 {
+        device.allocate(total / 4).map_err(text)?;
+    }
+    Ok(())
+}
+
+/// Copies bytes into device memory through the staging ring, and waits.
+fn write(device: &dyn Device, bytes: &[u8], target: &Arc<dyn Allocation>, offset_bytes: u64) -> Result<(), String> {
+    with_staged(device, bytes, |bytes| {
+        // SAFETY: `with_staged` keeps the bytes until the stream is done; the target outlives it.
+        unsafe { device.copy(bytes, target, offset_bytes, Stream::Copy) }
+    })
+}
+
+/// Stages bytes, queues work on them, and waits for the copy stream.
+fn with_staged(
+    device: &dyn Device,
+    bytes: &[u8],
+    queue: impl FnOnce(&[u8]) -> Result<(), DeviceError>,
+) -> Result<(), String> {
+    let memory = device.staging_memory(bytes.len()).map_err(text)?;
+    // SAFETY: the memory is initialized, `bytes.len()` long, and nobody else has it.
+    let staged = unsafe { std::slice::from_raw_parts_mut(memory.as_ptr().as_ptr(), bytes.len()) };
+    staged.copy_from_slice(bytes);
+    queue(staged).map_err(text)?;
+    let event = device.record(Stream::Copy).map_err(text)?;
+    device.wait(&event).map_err(text)
+}
+
+/// Copies bytes back from device memory, and waits.
+fn read(device: &dyn Device, source: &Arc<dyn Allocation>, offset_bytes: u64, len: usize) -> Result<Vec<u8>, String> {
+    let memory = device.staging_memory(len).map_err(text)?;
+    // SAFETY: the memory is initialized, `len` long, and nobody else has it.
+    let staged = unsafe { std::slice::from_raw_parts_mut(memory.as_ptr().as_ptr(), len) };
+    // SAFETY: source and target live until the event was waited for.
+    unsafe { device.copy_back(source, offset_bytes, staged, Stream::Copy) }.map_err(text)?;
+    let event = device.record(Stream::Copy).map_err(text)?;
+    device.wait(&event).map_err(text)?;
+    Ok(staged.to_vec())
+}
+
+fn ring(device: &dyn Device, buffer_count: usize) -> Result<Ring, String> {
+    let layout = Layout::new(16 * BOUNDARY, 4096).map_err(text)?.at_most(buffer_count as u64);
+    Ok(Ring::from_boxed(device.staging_memory(layout.len_bytes()).map_err(text)?, layout))
+}
+
+/// Bytes that repeat at no power of two.
+fn pattern(seed: u64, len: usize) -> Vec<u8> {
+    (0..len as u64).map(|index| ((index + seed) * 2_654_435_761 >> 13) as u8).collect()
+}
+
+fn expect(kept: bool, otherwise: impl FnOnce() -> String) -> Result<(), String> {
+    if kept { Ok(()) } else { Err(otherwise()) }
+}
+
+fn text(error: impl std::fmt::Display) -> String {
+    error.to_string()
+}
+
+const BOUNDARY: usize = 4096;

@@ -1,0 +1,253 @@
+//! What a backend promises, and what its caller does.
+
+use std::any::Any;
+use std::fmt;
+use std::io;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use tensorhaul_plan::DeviceId;
+use tensorhaul_stage::StagingMemory;
+
+/// One place that tensors can live in.
+pub trait Device: Send + Sync {
+    /// Returns which device this is.
+    fn id(&self) -> DeviceId;
+
+    /// Returns the name people know it by.
+    fn name(&self) -> String;
+
+    /// Returns what it can do; the same answer for the life of the device.
+    fn capabilities(&self) -> Capabilities;
+
+    /// Asks how much memory it has.
+    ///
+    /// # Errors
+    /// [`DeviceError`] when the device does not answer.
+    fn memory(&self) -> Result<MemoryInfo, DeviceError>;
+
+    /// Allocates memory that starts on a multiple of `capabilities().align_bytes` and may be written by
+    /// either stream at once. It is freed when the last handle is dropped. A length of 0 is allowed.
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfMemory`] with the bytes needed and free.
+    fn allocate(&self, len_bytes: u64) -> Result<Arc<dyn Allocation>, DeviceError>;
+
+    /// Allocates host memory from which [`Device::copy`] runs asynchronously (pinned memory).
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfHostMemory`].
+    fn staging_memory(&self, len_bytes: usize) -> Result<Box<dyn StagingMemory>, DeviceError>;
+
+    /// Queues a copy from staging memory of this device into an allocation of it.
+    ///
+    /// # Errors
+    /// [`DeviceError`] when the copy could not be queued; it then never runs.
+    ///
+    /// # Safety
+    /// - `source` lies in memory of this device's [`staging_memory`](Device::staging_memory) and is neither
+    ///   written nor freed before an event recorded after the copy is complete.
+    /// - `target_offset_bytes + source.len()` is within `target`, which is an allocation of this device; nobody
+    ///   else reads or writes that range before that event.
+    unsafe fn copy(
+        &self,
+        source: &[u8],
+        target: &Arc<dyn Allocation>,
+        target_offset_bytes: u64,
+        stream: Stream,
+    ) -> Result<(), DeviceError>;
+
+    /// Queues a copy of equal pieces at equal distances; see [`StridedCopy`].
+    ///
+    /// # Errors
+    /// As for [`Device::copy`].
+    ///
+    /// # Safety
+    /// As for [`Device::copy`], for every piece.
+    unsafe fn copy_strided(
+        &self,
+        source: &[u8],
+        target: &Arc<dyn Allocation>,
+        copy: StridedCopy,
+        stream: Stream,
+    ) -> Result<(), DeviceError>;
+
+    /// Queues a copy from an allocation of this device into its staging memory.
+    ///
+    /// # Errors
+    /// As for [`Device::copy`].
+    ///
+    /// # Safety
+    /// As for [`Device::copy`] with source and target exchanged.
+    unsafe fn copy_back(
+        &self,
+        source: &Arc<dyn Allocation>,
+        source_offset_bytes: u64,
+        target: &mut [u8],
+        stream: Stream,
+    ) -> Result<(), DeviceError>;
+
+    /// Marks the point behind everything queued on a stream so far.
+    ///
+    /// # Errors
+    /// [`DeviceError`] when the mark could not be queued.
+    fn record(&self, stream: Stream) -> Result<Event, DeviceError>;
+
+    /// Makes a stream wait for an event before whatever is queued on it from now on.
+    ///
+    /// # Errors
+    /// [`DeviceError`] when the wait could not be queued.
+    fn order(&self, stream: Stream, after: &Event) -> Result<(), DeviceError>;
+
+    /// Tells whether everything before an event is done, without waiting.
+    ///
+    /// # Errors
+    /// [`DeviceError`] when work before the event failed.
+    fn is_complete(&self, event: &Event) -> Result<bool, DeviceError>;
+
+    /// Waits until everything before an event is done.
+    ///
+    /// # Errors
+    /// [`DeviceError`] when work before the event failed.
+    fn wait(&self, event: &Event) -> Result<(), DeviceError>;
+}
+
+/// Memory of a device. Dropping the last handle frees it; whoever queued work on it keeps a handle until
+/// that work is done.
+pub trait Allocation: Any + Send + Sync {
+    /// Returns the address of the first byte, in the device's own address space.
+    fn address(&self) -> u64;
+
+    /// Returns the length.
+    fn len_bytes(&self) -> u64;
+
+    /// Returns the first byte, where the host can write to the memory as to its own.
+    fn host_ptr(&self) -> Option<NonNull<u8>>;
+}
+
+/// What a device can do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Capabilities {
+    /// Storage can write into its memory: reads land in place, nothing is staged that need not be.
+    pub in_place: bool,
+    /// Alignment of allocations.
+    pub align_bytes: u64,
+}
+
+/// Memory of a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryInfo {
+    /// Bytes that can be allocated now.
+    pub free_bytes: u64,
+    /// Bytes in all.
+    pub total_bytes: u64,
+}
+
+/// The two in-order queues of a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Stream {
+    /// Copies between host and device.
+    Copy,
+    /// Kernels.
+    Compute,
+}
+
+/// Equal pieces at equal distances, gathered or scattered: the part of a tensor's rows that a slice keeps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StridedCopy {
+    /// Length of each piece.
+    pub piece_len_bytes: u64,
+    /// Number of pieces.
+    pub piece_count: u64,
+    /// From the start of one piece to the start of the next, in the source.
+    pub source_stride_bytes: u64,
+    /// From the start of one piece to the start of the next, in the target.
+    pub target_stride_bytes: u64,
+    /// Where the first piece lands.
+    pub target_offset_bytes: u64,
+}
+
+/// A point in a stream. Each backend puts its own handle in and is given back only its own.
+pub struct Event(Box<dyn Any + Send + Sync>);
+
+impl Event {
+    /// Wraps a backend's handle.
+    pub fn new(handle: impl Any + Send + Sync) -> Event {
+        Event(Box::new(handle))
+    }
+
+    /// Returns the handle, if it is of this type.
+    pub fn handle<T: Any>(&self) -> Option<&T> {
+        self.0.downcast_ref()
+    }
+}
+
+impl fmt::Debug for Event {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Event(..)")
+    }
+}
+
+/// What a backend reports: only what its caller could not know.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum DeviceError {
+    /// The device has not enough memory.
+    OutOfMemory {
+        /// Which device.
+        device: DeviceId,
+        /// Bytes asked for.
+        needed_bytes: u64,
+        /// Bytes it has, where it says.
+        free_bytes: Option<u64>,
+    },
+    /// The host has not enough memory for staging.
+    OutOfHostMemory {
+        /// Bytes asked for.
+        needed_bytes: u64,
+        /// The system's answer.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// There is no such device, or no driver for it.
+    Unavailable {
+        /// Which device.
+        device: DeviceId,
+        /// Why, and what would help.
+        why: String,
+    },
+    /// The device cannot say what was asked.
+    Query {
+        /// Which device.
+        device: DeviceId,
+        /// The system's answer.
+        source: io::Error,
+    },
+}
+
+impl fmt::Display for DeviceError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            DeviceError::OutOfMemory { device, needed_bytes, free_bytes: Some(free) } => {
+                write!(f, "{device}: {needed_bytes} bytes do not fit, {free} are free")
+            }
+            DeviceError::OutOfMemory { device, needed_bytes, free_bytes: None } => {
+                write!(f, "{device}: {needed_bytes} bytes do not fit")
+            }
+            DeviceError::OutOfHostMemory { needed_bytes, .. } => {
+                write!(f, "no {needed_bytes} bytes of host memory for staging")
+            }
+            DeviceError::Unavailable { device, why } => write!(f, "{device}: {why}"),
+            DeviceError::Query { device, .. } => write!(f, "{device}: does not tell its memory"),
+        }
+    }
+}
+
+impl std::error::Error for DeviceError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            DeviceError::OutOfHostMemory { source, .. } => Some(&**source),
+            DeviceError::Query { source, .. } => Some(source),
+            _ => None,
+        }
+    }
+}

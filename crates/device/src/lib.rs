@@ -1,0 +1,21 @@
+//! The contract a device backend keeps, the host backend, and the suite every backend passes.
+//!
+//! A [`Device`] is one place that tensors can live in. Its methods are called once per staging buffer
+//! or tensor, so a call through `dyn` costs nothing that can be measured. Arguments are checked above the
+//! contract, once: a backend reports only what its caller could not know, such as memory that ran out
+//! or a device that is lost.
+//!
+//! Work goes to one of two in-order queues, [`Stream::Copy`] and [`Stream::Compute`]. A method that
+//! queues work returns before the work is done; an [`Event`] recorded behind it tells when it is.
+//!
+//! The [host backend](host::Host) is a product, not a mock: it loads into the host's own memory, and
+//! it is what accelerators are compared with.
+
+#[cfg(feature = "conformance")]
+pub mod conformance;
+mod contract;
+pub mod host;
+
+pub use contract::{
+    Allocation, Capabilities, Device, DeviceError, Event, MemoryInfo, Stream, StridedCopy,
+};

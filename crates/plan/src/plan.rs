@@ -1,0 +1,293 @@
+//! The plan: what is read, where each byte lands, and what that costs.
+
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
+
+use serde::Serialize;
+
+use crate::checkpoint::{Checkpoint, TensorId};
+use crate::dtype::Dtype;
+use crate::extent::Extent;
+use crate::placement::{Arena, Place};
+use crate::request::Request;
+use crate::schedule;
+use crate::slice::SliceError;
+
+/// What the machine brings to a plan: the staging buffers, and whether storage can write straight
+/// into the memory the tensors are handed over in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Machine {
+    /// Length of a staging buffer, and of the largest single read; a multiple of 4096.
+    pub buffer_len_bytes: u64,
+    /// Number of staging buffers.
+    pub buffer_count: u32,
+    /// Direct (`O_DIRECT`) reads start and end at multiples of this, a power of two up to 4096, as
+    /// probed; 1 when no file can be read directly.
+    pub direct_align_bytes: u64,
+    /// Whether reads may land in the tensors' own memory: true of host and unified memory, where a
+    /// stop in the staging ring would copy every byte once more.
+    pub in_place: bool,
+}
+
+impl Default for Machine {
+    /// 64 buffers of 4 MiB, direct reads of whole pages, and no memory that storage can write to: an
+    /// accelerator.
+    fn default() -> Machine {
+        Machine { buffer_len_bytes: 4 << 20, buffer_count: 64, direct_align_bytes: 4096, in_place: false }
+    }
+}
+
+/// An immutable transfer schedule: prints as text, serializes as JSON, and is obeyed to the byte.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    pub(crate) checkpoint: Arc<Checkpoint>,
+    pub(crate) tensors: Vec<PlacedTensor>,
+    pub(crate) arenas: Vec<Arena>,
+    pub(crate) reads: Vec<Read>,
+    pub(crate) copies: Vec<Copy>,
+    pub(crate) machine: Machine,
+    pub(crate) promised: Promised,
+}
+
+impl Plan {
+    /// Plans a request for a machine.
+    ///
+    /// # Errors
+    /// [`PlanError`] when the request names what is not there, a slice leaves its tensor, or the
+    /// result would pass `target_bytes_max`.
+    ///
+    /// # Panics
+    /// When `machine.buffer_len_bytes` is 0 or no multiple of 4096, `machine.buffer_count` is 0, or
+    /// `machine.direct_align_bytes` is no power of two up to 4096.
+    pub fn new(checkpoint: &Arc<Checkpoint>, request: &Request, machine: &Machine) -> Result<Plan, PlanError> {
+        schedule::plan(checkpoint, request, machine)
+    }
+
+    /// Returns the checkpoint the plan reads.
+    pub fn checkpoint(&self) -> &Arc<Checkpoint> {
+        &self.checkpoint
+    }
+
+    /// Returns the tensors of the result, in table order.
+    pub fn tensors(&self) -> &[PlacedTensor] {
+        &self.tensors
+    }
+
+    /// Returns the name of a tensor of the result.
+    pub fn name(&self, tensor: &PlacedTensor) -> &str {
+        self.checkpoint.tensor(tensor.id).info.name
+    }
+
+    /// Returns the shape of a tensor of the result: the part's, where a part was asked for.
+    pub fn shape<'p>(&'p self, tensor: &'p PlacedTensor) -> &'p [u64] {
+        match &tensor.sliced_shape {
+            Some(shape) => shape,
+            None => self.checkpoint.tensor(tensor.id).info.shape,
+        }
+    }
+
+    /// Returns the allocations the result lives in.
+    pub fn arenas(&self) -> &[Arena] {
+        &self.arenas
+    }
+
+    /// Returns the reads in schedule order: files in order, offsets in order within each.
+    pub fn reads(&self) -> &[Read] {
+        &self.reads
+    }
+
+    /// Returns the copies of a staged read; none for a read in place.
+    pub fn copies(&self, read: &Read) -> &[Copy] {
+        match &read.target {
+            Target::Staged { copies } => &self.copies[copies.start as usize..copies.end as usize],
+            Target::InPlace(_) => &[],
+        }
+    }
+
+    /// Returns how many bytes of the result a read brings; the rest of it is alignment and bridged gaps.
+    pub fn payload_bytes(&self, read: &Read) -> u64 {
+        if let Target::Staged { .. } = read.target {
+            return self.copies(read).iter().map(|copy| copy.len_bytes).sum();
+        }
+        let run = &self.tensors[read.tensors.start as usize..read.tensors.end as usize];
+        let ends = run.first().zip(run.last()).map(|(first, last)| {
+            let begin = self.checkpoint.tensor(first.id).file_offset_bytes;
+            let last = self.checkpoint.tensor(last.id);
+            (begin, last.file_offset_bytes + last.info.len_bytes())
+        });
+        let (begin, end) = ends.unwrap_or_default();
+        end.min(read.extent.end_bytes()).saturating_sub(begin.max(read.extent.offset_bytes))
+    }
+
+    /// Returns the machine it was made for.
+    pub fn machine(&self) -> &Machine {
+        &self.machine
+    }
+
+    /// Returns what the plan promises to cost.
+    pub fn promised(&self) -> &Promised {
+        &self.promised
+    }
+}
+
+/// One tensor of the result.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PlacedTensor {
+    /// The tensor it is, or is a part of.
+    pub id: TensorId,
+    /// Element type, as stored.
+    pub dtype: Dtype,
+    /// The shape of the part, where a part was asked for.
+    pub sliced_shape: Option<Box<[u64]>>,
+    /// Where its first byte lands.
+    pub place: Place,
+    /// Its bytes; 0 for an empty tensor.
+    pub len_bytes: u64,
+    /// How many reads bring its bytes; it is ready when all of them are done.
+    pub read_count: u32,
+}
+
+/// One read of one file, at most a staging buffer long.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Read {
+    /// The bytes read; a whole multiple of the file's direct alignment, except at its end.
+    pub extent: Extent,
+    /// Where they land.
+    pub target: Target,
+    /// The tensors whose bytes it brings, by their place in [`Plan::tensors`]. Empty tensors may
+    /// stand between them.
+    pub tensors: Range<u32>,
+}
+
+/// Where the bytes of a read land.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// Straight in the arena: the first byte read lands at this place.
+    InPlace(Place),
+    /// In a staging buffer, from which these copies of the plan take them.
+    Staged {
+        /// Range of the plan's copies; see [`Plan::copies`].
+        copies: Range<u32>,
+    },
+}
+
+/// One copy from a staging buffer into an arena.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Copy {
+    /// Distance from the first byte of the read.
+    pub source_offset_bytes: u64,
+    /// Where the first byte lands.
+    pub target: Place,
+    /// Number of bytes.
+    pub len_bytes: u64,
+}
+
+/// What a plan promises to cost. A run reports what it used beside it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Promised {
+    /// Bytes of the tensors asked for.
+    pub payload_bytes: u64,
+    /// Bytes asked of storage: the payload, alignment and bridged gaps.
+    pub read_bytes: u64,
+    /// Number of reads.
+    pub reads: u64,
+    /// Number of copies out of staging buffers.
+    pub copies: u64,
+    /// Bytes that land in the tensors' own memory at once.
+    pub in_place_bytes: u64,
+    /// The most host memory between storage and device.
+    pub peak_staging_bytes: u64,
+    /// Memory of the result, rounding included.
+    pub target_bytes: u64,
+    /// The most host memory of the run: staging, and the result where that is on the host.
+    pub peak_host_bytes: u64,
+}
+
+/// Why a request cannot be planned.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum PlanError {
+    /// A name that no tensor has.
+    UnknownTensor {
+        /// The name asked for.
+        name: String,
+        /// How many tensors there are.
+        tensor_count: usize,
+    },
+    /// A glob that matches no tensor.
+    NothingMatches {
+        /// The glob asked for.
+        glob: String,
+        /// How many tensors there are.
+        tensor_count: usize,
+    },
+    /// Text that is not a glob.
+    BadGlob {
+        /// The text.
+        glob: String,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// A slice of a tensor that the request does not select.
+    SliceNotSelected {
+        /// The tensor.
+        name: String,
+    },
+    /// A slice that does not exist.
+    Slice {
+        /// The tensor.
+        name: String,
+        /// Why.
+        source: SliceError,
+    },
+    /// A result larger than the caller allows.
+    OverBudget {
+        /// Bytes the result takes, rounding included.
+        needed_bytes: u64,
+        /// Bytes the caller allows.
+        max_bytes: u64,
+    },
+}
+
+impl PlanError {
+    /// Returns the tensor at fault, if it is one.
+    pub fn tensor(&self) -> Option<&str> {
+        match self {
+            PlanError::UnknownTensor { name, .. }
+            | PlanError::SliceNotSelected { name }
+            | PlanError::Slice { name, .. } => Some(name),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for PlanError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            PlanError::UnknownTensor { name, tensor_count } => {
+                write!(f, "no tensor is named {name:?} (the checkpoint has {tensor_count})")
+            }
+            PlanError::NothingMatches { glob, tensor_count } => {
+                write!(f, "no tensor matches {glob:?} (the checkpoint has {tensor_count})")
+            }
+            PlanError::BadGlob { glob, what } => write!(f, "{glob:?} is not a glob: {what}"),
+            PlanError::SliceNotSelected { name } => {
+                write!(f, "tensor {name:?}: a slice is asked for, but the tensor is not selected")
+            }
+            PlanError::Slice { name, .. } => write!(f, "tensor {name:?} has no such slice"),
+            PlanError::OverBudget { needed_bytes, max_bytes } => {
+                write!(f, "the result takes {needed_bytes} bytes, the budget is {max_bytes}")
+            }
+        }
+    }
+}
+
+impl std::error::Error for PlanError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            PlanError::Slice { source, .. } => Some(source),
+            _ => None,
+        }
+    }
+}

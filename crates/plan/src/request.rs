@@ -1,0 +1,129 @@
+//! What the caller wants: which tensors, which part of each, onto which device.
+
+use std::fmt;
+use std::sync::Arc;
+
+use globset::{GlobBuilder, GlobSet, GlobSetBuilder};
+
+use crate::checkpoint::{Checkpoint, TensorId, TensorRef};
+use crate::placement::DeviceId;
+use crate::plan::PlanError;
+use crate::slice::Slice;
+
+/// What the caller wants. Everything else in a plan follows from it, the checkpoint and the machine.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Request {
+    /// Which tensors.
+    pub select: Select,
+    /// Parts instead of whole tensors, by name; each must be selected too.
+    pub slices: Vec<(String, Slice)>,
+    /// The memory the tensors are handed over in. Default: the host's.
+    pub device: DeviceId,
+    /// The most bytes the result may take on the device, rounding included; a plan that needs more
+    /// is refused. Default: no limit but the device's own.
+    pub target_bytes_max: Option<u64>,
+}
+
+impl Request {
+    /// Asks for every tensor, whole, in host memory.
+    pub fn all() -> Request {
+        Request::of(Select::All)
+    }
+
+    /// Asks for these tensors, whole, in host memory.
+    pub fn of(select: Select) -> Request {
+        Request { select, slices: Vec::new(), device: DeviceId::Host, target_bytes_max: None }
+    }
+
+    /// Finds the tensors asked for, in table order.
+    ///
+    /// # Errors
+    /// A name, a glob or a slice that fits no tensor, or a glob that is not one.
+    pub fn tensors(&self, checkpoint: &Checkpoint) -> Result<Vec<TensorId>, PlanError> {
+        let ids = match &self.select {
+            Select::All => checkpoint.tensors().map(|tensor| tensor.id).collect(),
+            Select::Names(names) => named(checkpoint, names)?,
+            Select::Globs(globs) => matching(checkpoint, globs)?,
+            Select::Predicate(keep) => {
+                checkpoint.tensors().filter(|tensor| (keep.0)(tensor)).map(|tensor| tensor.id).collect()
+            }
+        };
+        Ok(ids)
+    }
+}
+
+/// Which tensors of a checkpoint.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum Select {
+    /// Every tensor.
+    All,
+    /// These names, each of which must exist. Repeats count once.
+    Names(Vec<String>),
+    /// Whatever one of these globs matches; each must match something. `*` also crosses dots and
+    /// slashes, `?` is one character, `{a,b}` either, `[0-3]` one of a set. A glob that is a tensor's
+    /// exact name matches it, whatever characters it holds.
+    Globs(Vec<String>),
+    /// Whatever this function keeps.
+    Predicate(Predicate),
+}
+
+impl Select {
+    /// Keeps the tensors for which `keep` returns true.
+    pub fn predicate(keep: impl Fn(&TensorRef<'_>) -> bool + Send + Sync + 'static) -> Select {
+        Select::Predicate(Predicate(Arc::new(keep)))
+    }
+}
+
+/// A function that keeps or leaves a tensor; see [`Select::predicate`].
+#[derive(Clone)]
+pub struct Predicate(Arc<dyn Fn(&TensorRef<'_>) -> bool + Send + Sync>);
+
+impl fmt::Debug for Predicate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Predicate(..)")
+    }
+}
+
+fn named(checkpoint: &Checkpoint, names: &[String]) -> Result<Vec<TensorId>, PlanError> {
+    let find = |name: &String| match checkpoint.find(name) {
+        Some(tensor) => Ok(tensor.id),
+        None => Err(PlanError::UnknownTensor { name: name.clone(), tensor_count: checkpoint.len() }),
+    };
+    let mut ids = names.iter().map(find).collect::<Result<Vec<_>, _>>()?;
+    ids.sort_unstable();
+    ids.dedup();
+    Ok(ids)
+}
+
+fn matching(checkpoint: &Checkpoint, globs: &[String]) -> Result<Vec<TensorId>, PlanError> {
+    let set = compile(globs)?;
+    let mut matched = vec![false; globs.len()];
+    let mut hits = Vec::new();
+    let mut ids = Vec::new();
+    for tensor in checkpoint.tensors() {
+        set.matches_into(tensor.info.name, &mut hits);
+        hits.extend((0..globs.len()).filter(|glob| globs[*glob] == tensor.info.name));
+        if !hits.is_empty() {
+            ids.push(tensor.id);
+        }
+        for hit in &hits {
+            matched[*hit] = true;
+        }
+    }
+    match matched.iter().position(|matched| !matched) {
+        Some(glob) => Err(PlanError::NothingMatches { glob: globs[glob].clone(), tensor_count: checkpoint.len() }),
+        None => Ok(ids),
+    }
+}
+
+fn compile(globs: &[String]) -> Result<GlobSet, PlanError> {
+    let bad = |glob: &str, what: String| PlanError::BadGlob { glob: glob.to_owned(), what };
+    let mut set = GlobSetBuilder::new();
+    for text in globs {
+        let glob = GlobBuilder::new(text).literal_separator(false).backslash_escape(true).build();
+        set.add(glob.map_err(|error| bad(text, error.kind().to_string()))?);
+    }
+    set.build().map_err(|error| bad(error.glob().unwrap_or_default(), error.kind().to_string()))
+}

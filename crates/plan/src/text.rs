@@ -1,0 +1,166 @@
+//! A plan as text for people and as JSON for scripts.
+
+use std::fmt;
+
+use serde::ser::{SerializeSeq, SerializeStruct};
+use serde::{Serialize, Serializer};
+
+use crate::dtype::Dtype;
+use crate::plan::{Copy, PlacedTensor, Plan, Target};
+
+impl fmt::Display for Plan {
+    /// Prints every file, arena, read and tensor, a line each. Offsets and lengths are bytes; a tensor
+    /// is `name dtype [shape]  file+offset  len -> arena+offset`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let promised = self.promised();
+        writeln!(f, "tensors        {:>16}", self.tensors().len())?;
+        writeln!(f, "payload        {:>16} bytes", promised.payload_bytes)?;
+        writeln!(f, "read           {:>16} bytes in {} reads", promised.read_bytes, promised.reads)?;
+        writeln!(f, "in place       {:>16} bytes", promised.in_place_bytes)?;
+        writeln!(f, "copies         {:>16}", promised.copies)?;
+        writeln!(f, "result memory  {:>16} bytes", promised.target_bytes)?;
+        writeln!(f, "peak staging   {:>16} bytes", promised.peak_staging_bytes)?;
+        writeln!(f, "peak host      {:>16} bytes", promised.peak_host_bytes)?;
+        writeln!(f, "direct align   {:>16} bytes", self.machine().direct_align_bytes)?;
+
+        writeln!(f, "\nfiles")?;
+        for (number, file) in self.checkpoint().files().iter().enumerate() {
+            writeln!(f, "  f{number}  {}  {} bytes, data from {}", file.name(), file.len_bytes(), file.header().data_start_bytes())?;
+        }
+        writeln!(f, "\narenas")?;
+        for (number, arena) in self.arenas().iter().enumerate() {
+            let group = if arena.group.is_empty() { "(rest)" } else { &arena.group };
+            writeln!(f, "  a{number}  {}  {} bytes  {group}", arena.device, arena.len_bytes)?;
+        }
+        writeln!(f, "\nreads")?;
+        for read in self.reads() {
+            let extent = read.extent;
+            write!(f, "  f{}+{}  {}", extent.file, extent.offset_bytes, extent.len_bytes)?;
+            match &read.target {
+                Target::InPlace(place) => writeln!(f, " -> a{}+{}", place.arena, place.offset_bytes)?,
+                Target::Staged { .. } => {
+                    writeln!(f, " -> staging")?;
+                    for copy in self.copies(read) {
+                        let place = copy.target;
+                        writeln!(f, "    +{}  {} -> a{}+{}", copy.source_offset_bytes, copy.len_bytes, place.arena, place.offset_bytes)?;
+                    }
+                }
+            }
+        }
+        writeln!(f, "\ntensors")?;
+        for tensor in self.tensors() {
+            let stored = self.checkpoint().tensor(tensor.id);
+            write!(f, "  {} {} {:?}", stored.info.name, tensor.dtype, self.shape(tensor))?;
+            if tensor.sliced_shape.is_some() {
+                write!(f, " of {:?}", stored.info.shape)?;
+            }
+            let place = tensor.place;
+            writeln!(f, "  f{}+{}  {} -> a{}+{}", stored.file, stored.file_offset_bytes, tensor.len_bytes, place.arena, place.offset_bytes)?;
+        }
+        Ok(())
+    }
+}
+
+impl Serialize for Plan {
+    /// Serializes `promised`, `machine`, `files`, `arenas`, `reads` and `tensors`; every number is bytes or an
+    /// index into one of these lists.
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let files = self.checkpoint().files().iter().map(|file| FileView {
+            name: file.name(),
+            len_bytes: file.len_bytes(),
+            data_start_bytes: file.header().data_start_bytes(),
+        });
+        let mut plan = serializer.serialize_struct("Plan", 6)?;
+        plan.serialize_field("promised", self.promised())?;
+        plan.serialize_field("machine", self.machine())?;
+        plan.serialize_field("files", &files.collect::<Vec<_>>())?;
+        plan.serialize_field("arenas", self.arenas())?;
+        plan.serialize_field("reads", &Reads(self))?;
+        plan.serialize_field("tensors", &Tensors(self))?;
+        plan.end()
+    }
+}
+
+#[derive(Serialize)]
+struct FileView<'p> {
+    name: &'p str,
+    len_bytes: u64,
+    data_start_bytes: u64,
+}
+
+struct Reads<'p>(&'p Plan);
+
+impl Serialize for Reads<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        #[derive(Serialize)]
+        struct View<'p> {
+            file: u32,
+            offset_bytes: u64,
+            len_bytes: u64,
+            #[serde(skip_serializing_if = "Option::is_none")]
+            in_place: Option<crate::Place>,
+            #[serde(skip_serializing_if = "<[_]>::is_empty")]
+            copies: &'p [Copy],
+        }
+        let mut list = serializer.serialize_seq(Some(self.0.reads().len()))?;
+        for read in self.0.reads() {
+            let in_place = match &read.target {
+                Target::InPlace(place) => Some(*place),
+                Target::Staged { .. } => None,
+            };
+            let (extent, copies) = (read.extent, self.0.copies(read));
+            list.serialize_element(&View {
+                file: extent.file,
+                offset_bytes: extent.offset_bytes,
+                len_bytes: extent.len_bytes,
+                in_place,
+                copies,
+            })?;
+        }
+        list.end()
+    }
+}
+
+struct Tensors<'p>(&'p Plan);
+
+impl Tensors<'_> {
+    fn view<'p>(plan: &'p Plan, tensor: &'p PlacedTensor) -> TensorView<'p> {
+        let stored = plan.checkpoint().tensor(tensor.id);
+        TensorView {
+            name: stored.info.name,
+            dtype: tensor.dtype,
+            shape: plan.shape(tensor),
+            file: stored.file,
+            offset_bytes: stored.file_offset_bytes,
+            len_bytes: tensor.len_bytes,
+            place: tensor.place,
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct TensorView<'p> {
+    name: &'p str,
+    dtype: Dtype,
+    shape: &'p [u64],
+    file: u32,
+    offset_bytes: u64,
+    len_bytes: u64,
+    place: crate::Place,
+}
+
+impl Serialize for Tensors<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut list = serializer.serialize_seq(Some(self.0.tensors().len()))?;
+        for tensor in self.0.tensors() {
+            list.serialize_element(&Tensors::view(self.0, tensor))?;
+        }
+        list.end()
+    }
+}
+
+impl Serialize for Dtype {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.name())
+    }
+}

@@ -1,0 +1,77 @@
+//! Which hand-over a load gets, and the parts both have in common.
+
+use std::sync::Arc;
+
+use tensorhaul_device::host::Host;
+use tensorhaul_device::Device;
+use tensorhaul_plan::{DeviceId, TensorRef};
+use tensorhaul_stage::Layout;
+
+use crate::cancel::Cancel;
+use crate::error::{Error, Result};
+use crate::loaded::{Loaded, Tensors};
+use crate::model::{Inner, Source};
+use crate::options::{EngineChoice, Handover, LoadOptions, Preference};
+use crate::report::Report;
+use crate::tensor::Tensor;
+use crate::{mapped, private};
+
+/// Takes each tensor when it is ready.
+pub(crate) type Emit<'a> = dyn FnMut(TensorRef<'_>, Tensor) + 'a;
+
+/// Loads, and collects the tensors.
+pub(crate) fn load(model: &Inner, options: &LoadOptions, cancel: &Cancel) -> Result<Loaded> {
+    let mut tensors = Vec::new();
+    let report = run(model, options, cancel, &mut |stored, tensor| tensors.push((stored.id, tensor)))?;
+    tensors.sort_by_key(|(id, _)| *id);
+    Ok(Loaded { tensors: Tensors::new(Arc::clone(&model.checkpoint), tensors), report })
+}
+
+/// Loads, and emits each tensor when it is ready.
+pub(crate) fn run(model: &Inner, options: &LoadOptions, cancel: &Cancel, emit: &mut Emit<'_>) -> Result<Report> {
+    let device = device(options.request.device)?;
+    staging_layout(options)?;
+    tracing::debug!(path = %model.path.display(), ?options, "loading");
+    if is_mapped(model, options)? {
+        mapped::run(model, options, cancel, emit)
+    } else {
+        private::run(model, options, &*device, cancel, emit)
+    }
+}
+
+/// Returns the backend of a device.
+pub(crate) fn device(id: DeviceId) -> Result<Box<dyn Device>> {
+    match id {
+        DeviceId::Host => Ok(Box::new(Host)),
+        other => Err(Error::bad_request(format!("{other}: this build has no backend for it; host works"))),
+    }
+}
+
+/// Returns the buffers that the caller's staging budget gives.
+pub(crate) fn staging_layout(options: &LoadOptions) -> Result<Layout> {
+    let budget_bytes = usize::try_from(options.staging_bytes).unwrap_or(usize::MAX);
+    Ok(Layout::new(budget_bytes, STAGING_ALIGN_BYTES)?)
+}
+
+/// Decides between the two hand-overs, or says which two options contradict each other.
+fn is_mapped(model: &Inner, options: &LoadOptions) -> Result<bool> {
+    let request = &options.request;
+    let obstacle = match (options.engine, &model.source) {
+        _ if request.device != DeviceId::Host => Some("the device is not the host"),
+        _ if !request.slices.is_empty() => Some("parts of tensors are asked for"),
+        _ if options.in_place != Preference::Preferred => Some("how reads land is asked for"),
+        (EngineChoice::Pread | EngineChoice::IoUring, _) => Some("an engine that reads is asked for"),
+        (_, Source::Memory { .. }) => Some("the files are bytes in memory"),
+        _ => None,
+    };
+    match (options.handover, obstacle) {
+        (Handover::Private, _) | (Handover::Auto, Some(_)) => Ok(false),
+        (Handover::Auto | Handover::Mapped, None) => Ok(true),
+        (Handover::Mapped, Some(obstacle)) => {
+            Err(Error::bad_request(format!("tensors cannot be mapped: {obstacle}; private hand-over works")))
+        }
+    }
+}
+
+/// The strictest alignment of direct reads that the probe accepts.
+const STAGING_ALIGN_BYTES: usize = 4096;

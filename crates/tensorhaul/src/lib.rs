@@ -1,0 +1,60 @@
+//! Loads safetensors checkpoints, straight to where they belong, and says what it did.
+//!
+//! Bytes go one way: open, header, plan, read, stage, copy, hand over. Only errors and the
+//! [`Report`] come back. Nothing in a model file can run code.
+//!
+//! - [`Model::open`] finds the files of a checkpoint and checks their headers.
+//! - [`Model::load`] hands over all tensors, [`Model::stream`] each as soon as it is ready,
+//!   [`Model::load_async`] the same without blocking a runtime.
+//! - [`Model::tensor`] and [`Model::slice`] read one tensor, or a part of one, when it is touched.
+//! - [`Model::plan`] shows every read and every byte of memory before the first byte is read.
+//!
+//! # Example
+//! ```
+//! use tensorhaul::{LoadOptions, Model};
+//!
+//! # let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../examples/models/tiny-llama");
+//! let model = Model::open(path)?;
+//! let loaded = model.load(&LoadOptions::default())?;
+//! let norm = loaded.tensors.get("model.norm.weight").expect("a Llama has one");
+//! println!("{:?}, first {}", norm, norm.as_slice::<f32>()?[0]);
+//! println!("{:.1} GB/s from {}", loaded.report.gb_per_s, loaded.report.engine);
+//! # Ok::<(), tensorhaul::Error>(())
+//! ```
+
+#[cfg(feature = "tokio")]
+mod asynchronous;
+mod cancel;
+mod checksum;
+pub mod dlpack;
+mod error;
+mod handover;
+mod loaded;
+mod locate;
+mod mapped;
+mod model;
+mod options;
+mod pipeline;
+mod private;
+mod progress;
+mod report;
+mod stream;
+mod tensor;
+
+#[cfg(feature = "tokio")]
+pub use asynchronous::{LoadFuture, ProgressStream};
+pub use error::{Error, ErrorKind, Result};
+pub use loaded::{IntoIter, Loaded, Tensors};
+pub use model::Model;
+pub use options::{EngineChoice, Handover, LoadOptions, Preference, STAGING_BYTES_DEFAULT};
+pub use progress::Progress;
+pub use report::{Fallback, Phases, Report};
+pub use stream::TensorStream;
+pub use tensor::{Element, Tensor};
+
+#[cfg(feature = "conformance")]
+pub use tensorhaul_device::conformance;
+pub use tensorhaul_io::memory::{FailsAt, Faults};
+pub use tensorhaul_plan::{
+    Checkpoint, DeviceId, Dtype, DtypeKind, File, Plan, Promised, Request, Select, Slice, TensorInfo, TensorRef,
+};

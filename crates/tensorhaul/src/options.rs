@@ -1,0 +1,196 @@
+//! How to load: every choice with its default, its unit, and what it costs.
+
+use std::fmt;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use tensorhaul_plan::Request;
+
+use crate::error::Error;
+use crate::progress::Progress;
+
+/// How to load. What to load is the [`Request`].
+///
+/// ```
+/// use tensorhaul::{EngineChoice, LoadOptions};
+///
+/// let options = LoadOptions::default().engine(EngineChoice::Pread).staging_bytes(16 << 20);
+/// ```
+#[derive(Clone)]
+pub struct LoadOptions {
+    pub(crate) request: Request,
+    pub(crate) handover: Handover,
+    pub(crate) engine: EngineChoice,
+    pub(crate) staging_bytes: u64,
+    pub(crate) in_place: Preference,
+    pub(crate) resident: bool,
+    pub(crate) checksums: bool,
+    pub(crate) io_uring_refusal: Option<i32>,
+    pub(crate) thread_count: Option<u32>,
+    pub(crate) progress: Option<Arc<dyn Fn(Progress) + Send + Sync>>,
+}
+
+impl Default for LoadOptions {
+    fn default() -> LoadOptions {
+        LoadOptions {
+            request: Request::all(),
+            handover: Handover::Auto,
+            engine: EngineChoice::Auto,
+            staging_bytes: STAGING_BYTES_DEFAULT,
+            in_place: Preference::Preferred,
+            resident: false,
+            checksums: false,
+            io_uring_refusal: None,
+            thread_count: None,
+            progress: None,
+        }
+    }
+}
+
+impl LoadOptions {
+    /// What to load, and onto which device. Default: every tensor, whole, in host memory.
+    pub fn request(self, request: Request) -> Self {
+        LoadOptions { request, ..self }
+    }
+
+    /// What host tensors are made of. Default: [`Handover::Auto`].
+    pub fn handover(self, handover: Handover) -> Self {
+        LoadOptions { handover, ..self }
+    }
+
+    /// How bytes are read. Default: [`EngineChoice::Auto`].
+    pub fn engine(self, engine: EngineChoice) -> Self {
+        LoadOptions { engine, ..self }
+    }
+
+    /// The most host memory between storage and device, in bytes. Default: 256 MiB, enough to keep a
+    /// disk of 20 GB/s busy for 12 ms. Only what a load needs is taken; reads in place take none. The
+    /// least is 4096.
+    pub fn staging_bytes(self, staging_bytes: u64) -> Self {
+        LoadOptions { staging_bytes, ..self }
+    }
+
+    /// Whether reads may land in the tensors' own memory instead of a staging buffer. Default:
+    /// preferred. Off makes the host load as an accelerator does, one copy more; required is an error
+    /// where the device's memory cannot be read into.
+    pub fn in_place(self, in_place: Preference) -> Self {
+        LoadOptions { in_place, ..self }
+    }
+
+    /// Whether a mapped load touches every page before it returns. Default: no, pages come when they
+    /// are first read. A private load is always resident.
+    pub fn resident(self, resident: bool) -> Self {
+        LoadOptions { resident, ..self }
+    }
+
+    /// Whether the report holds the xxh3-64 of every tensor's bytes. Default: no. Costs a pass over host
+    /// memory, on threads of its own while later bytes arrive; makes a mapped load resident.
+    pub fn checksums(self, checksums: bool) -> Self {
+        LoadOptions { checksums, ..self }
+    }
+
+    /// Threads that copy out of the page cache. Default: one a core, at most 16; a core copies 4 to
+    /// 10 GB/s, so 16 pass what memory sustains.
+    pub fn threads(self, thread_count: u32) -> Self {
+        LoadOptions { thread_count: Some(thread_count.max(1)), ..self }
+    }
+
+    /// Called from the loading thread after every read, with totals so far; keep it short.
+    pub fn on_progress(self, progress: impl Fn(Progress) + Send + Sync + 'static) -> Self {
+        LoadOptions { progress: Some(Arc::new(progress)), ..self }
+    }
+
+    /// Makes `io_uring` look refused with this error number, to try out the fallback (1 is what seccomp
+    /// answers). For tests.
+    pub fn simulate_io_uring_refusal(self, errno: i32) -> Self {
+        LoadOptions { io_uring_refusal: Some(errno), ..self }
+    }
+}
+
+impl fmt::Debug for LoadOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LoadOptions")
+            .field("request", &self.request)
+            .field("handover", &self.handover)
+            .field("engine", &self.engine)
+            .field("staging_bytes", &self.staging_bytes)
+            .field("in_place", &self.in_place)
+            .field("resident", &self.resident)
+            .field("checksums", &self.checksums)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What tensors on the host are made of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Handover {
+    /// Mapped on the host when the engine is `auto` or `mmap` and tensors are whole; else private.
+    #[default]
+    Auto,
+    /// Pages of the file: no copy, no memory of one's own, instant when the page cache holds them.
+    ///
+    /// Whoever truncates the file afterwards kills this process when it touches a page that is gone
+    /// (SIGBUS), and whoever writes to it changes the tensors. Choose private for files that others write.
+    Mapped,
+    /// Memory of one's own, read once, independent of the file from then on.
+    Private,
+}
+
+/// How bytes are read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum EngineChoice {
+    /// Mapped for a mapped hand-over; else `pread` threads for what the page cache holds, and `io_uring`
+    /// past it for the rest, or `pread` threads where there is no `io_uring`.
+    #[default]
+    Auto,
+    /// A mapping of the file.
+    Mmap,
+    /// `pread` threads for everything.
+    Pread,
+    /// `io_uring` for everything; where the system refuses it, `pread`, and the report says so.
+    IoUring,
+}
+
+impl FromStr for EngineChoice {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<EngineChoice, Error> {
+        match text {
+            "auto" => Ok(EngineChoice::Auto),
+            "mmap" => Ok(EngineChoice::Mmap),
+            "pread" => Ok(EngineChoice::Pread),
+            "io-uring" => Ok(EngineChoice::IoUring),
+            _ => Err(Error::bad_request(format!("{text:?} is no engine; auto, mmap, pread and io-uring are"))),
+        }
+    }
+}
+
+/// How much the caller wants something that may be impossible.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Preference {
+    /// An error where it is impossible.
+    Required,
+    /// Used where it is possible; the report tells where not.
+    #[default]
+    Preferred,
+    /// Never.
+    Off,
+}
+
+impl FromStr for Preference {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Preference, Error> {
+        match text {
+            "required" => Ok(Preference::Required),
+            "preferred" => Ok(Preference::Preferred),
+            "off" => Ok(Preference::Off),
+            _ => Err(Error::bad_request(format!("{text:?} is no preference; required, preferred and off are"))),
+        }
+    }
+}
+
+/// 256 MiB of pinned memory takes about 0.1 s to pin, beside the headers' reading; see ARCHITECTURE.md.
+pub const STAGING_BYTES_DEFAULT: u64 = 256 << 20;

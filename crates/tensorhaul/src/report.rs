@@ -1,0 +1,86 @@
+//! What a load did, beside what its plan promised.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+use tensorhaul_plan::Promised;
+
+/// What a load did.
+#[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
+pub struct Report {
+    /// Bytes of the tensors handed over.
+    pub bytes: u64,
+    /// Number of tensors handed over.
+    pub tensors: u64,
+    /// From the call until every byte was where it belongs; for a lazy mapped load, until the mapping stood.
+    pub seconds: f64,
+    /// `bytes` by `seconds`, in 1e9 bytes a second.
+    pub gb_per_s: f64,
+    /// Where the tensors are.
+    pub device: String,
+    /// Who read: `mmap`, `pread`, `io-uring`, `pread+io-uring`, `memory`.
+    pub engine: String,
+    /// `mapped` or `private`.
+    pub handover: &'static str,
+    /// Whether every byte was in memory when the load returned.
+    pub resident: bool,
+    /// Bytes that the page cache held when the load began; 0 for a lazy mapped load, which did not ask.
+    pub bytes_hot: u64,
+    /// Bytes that it did not hold.
+    pub bytes_cold: u64,
+    /// Bytes read past the page cache.
+    pub bytes_direct: u64,
+    /// Bytes that landed in the tensors' own memory at once.
+    pub bytes_in_place: u64,
+    /// The most staging memory that was in use.
+    pub peak_staging_bytes: u64,
+    /// Host memory the load took: the result where it is on the host, and the staging ring.
+    pub peak_host_bytes: u64,
+    /// What the plan promised; a mapped load promises its payload and no memory of its own.
+    pub promised: Promised,
+    /// Read jobs, requests to the system, and system calls that reading took.
+    pub reads: u64,
+    /// Requests that engines gave to the system.
+    pub requests: u64,
+    /// System calls that engines made to read.
+    pub system_calls: u64,
+    /// Where the seconds went.
+    pub phases: Phases,
+    /// What could not be done as preferred, and why.
+    pub fallbacks: Vec<Fallback>,
+    /// xxh3-64 of every tensor's bytes, 16 hexadecimal digits, if asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub checksums: Option<BTreeMap<String, String>>,
+}
+
+/// Where the seconds of a load went, in order. Their sum is `seconds` but for rounding.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+#[non_exhaustive]
+pub struct Phases {
+    /// Asking what the page cache holds and how files can be read.
+    pub probe_seconds: f64,
+    /// Planning.
+    pub plan_seconds: f64,
+    /// Allocating the result and the staging ring, setting up engines.
+    pub prepare_seconds: f64,
+    /// From then to the first byte.
+    pub first_byte_seconds: f64,
+    /// From the first byte to the last.
+    pub read_seconds: f64,
+}
+
+/// Something that could not be done as preferred.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Fallback {
+    /// What was done instead of what.
+    pub what: String,
+    /// Why.
+    pub why: String,
+}
+
+impl Fallback {
+    pub(crate) fn new(what: impl Into<String>, why: impl ToString) -> Fallback {
+        Fallback { what: what.into(), why: why.to_string() }
+    }
+}

@@ -1,0 +1,195 @@
+//! Tensors that own their memory, and typed views of them.
+
+use std::fmt;
+use std::sync::Arc;
+
+use half::{bf16, f16};
+use tensorhaul_device::Allocation;
+use tensorhaul_plan::{DeviceId, Dtype};
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// A tensor: element type, shape, and the memory it lives in, row-major and without gaps.
+///
+/// Clones share the memory. It is freed when the last tensor of its arena (a layer, an expert) is
+/// dropped; a mapped tensor keeps the mapping of its file.
+#[derive(Clone)]
+pub struct Tensor {
+    dtype: Dtype,
+    shape: Arc<[u64]>,
+    storage: Storage,
+    offset_bytes: u64,
+    len_bytes: u64,
+}
+
+/// What keeps a tensor's bytes.
+#[derive(Clone)]
+pub(crate) enum Storage {
+    /// Pages of the file itself.
+    Mapped(Arc<memmap2::Mmap>),
+    /// An arena of a device.
+    Arena(DeviceId, Arc<dyn Allocation>),
+}
+
+impl Tensor {
+    /// The storage's range must be inside it, written by nobody any more, and hold `dtype` and `shape`.
+    pub(crate) fn new(dtype: Dtype, shape: &[u64], storage: Storage, offset_bytes: u64, len_bytes: u64) -> Tensor {
+        let end = offset_bytes + len_bytes;
+        assert!(len_bytes == 0 || end <= storage.len_bytes(), "a tensor lies inside its storage");
+        Tensor { dtype, shape: shape.into(), storage, offset_bytes, len_bytes }
+    }
+
+    /// Returns the element type.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// Returns the dimensions; empty for a scalar.
+    pub fn shape(&self) -> &[u64] {
+        &self.shape
+    }
+
+    /// Returns the number of elements.
+    pub fn numel(&self) -> u64 {
+        self.shape.iter().product()
+    }
+
+    /// Returns the number of bytes.
+    pub fn len_bytes(&self) -> u64 {
+        self.len_bytes
+    }
+
+    /// Returns the device whose memory holds the bytes.
+    pub fn device(&self) -> DeviceId {
+        match &self.storage {
+            Storage::Mapped(_) => DeviceId::Host,
+            Storage::Arena(device, _) => *device,
+        }
+    }
+
+    /// Tells whether the bytes are pages of the file: shared, not to be written, and at the mercy of
+    /// whoever truncates the file (touching a page that is gone kills the process with SIGBUS).
+    pub fn is_mapped(&self) -> bool {
+        matches!(self.storage, Storage::Mapped(_))
+    }
+
+    /// Returns the address of the first byte in its device's address space.
+    pub fn address(&self) -> u64 {
+        match &self.storage {
+            Storage::Mapped(map) => map.as_ptr().addr() as u64 + self.offset_bytes,
+            Storage::Arena(_, arena) => arena.address() + self.offset_bytes,
+        }
+    }
+
+    /// Returns the first byte: a host pointer, or a device address that only its device can follow.
+    pub(crate) fn data_ptr(&self) -> *mut u8 {
+        let offset = self.offset_bytes as usize;
+        match &self.storage {
+            Storage::Mapped(map) => map.as_ptr().wrapping_add(offset).cast_mut(),
+            Storage::Arena(_, arena) => match arena.host_ptr() {
+                Some(start) => start.as_ptr().wrapping_add(offset),
+                None => std::ptr::without_provenance_mut(self.address() as usize),
+            },
+        }
+    }
+
+    /// Returns the bytes, little-endian as stored.
+    ///
+    /// # Errors
+    /// [`ErrorKind::BadRequest`] when the host cannot read the tensor's memory.
+    pub fn bytes(&self) -> Result<&[u8]> {
+        let (begin, len) = (self.offset_bytes as usize, self.len_bytes as usize);
+        match &self.storage {
+            _ if len == 0 => Ok(&[]),
+            Storage::Mapped(map) => Ok(&map[begin..begin + len]),
+            Storage::Arena(device, arena) => {
+                let start = arena.host_ptr().ok_or_else(|| {
+                    Error::bad_request(format!("the tensor is in memory of {device}, which the host cannot read"))
+                })?;
+                // SAFETY: `new` checked the range; arenas of the host are initialized (the system zeroes them),
+                // live as long as `self`, and are written by nobody once their tensors are handed over.
+                Ok(unsafe { std::slice::from_raw_parts(start.as_ptr().add(begin), len) })
+            }
+        }
+    }
+
+    /// Returns the elements as numbers of the host.
+    ///
+    /// # Errors
+    /// [`ErrorKind::BadRequest`] when `T` is not the tensor's element type, or the host cannot read its
+    /// memory; [`ErrorKind::Unsupported`] when the file stores it at an address that `T` does not allow
+    /// (only mapped tensors: a private load realigns them; [`Tensor::to_vec`] copies).
+    pub fn as_slice<T: Element>(&self) -> Result<&[T]> {
+        let bytes = self.typed_bytes::<T>()?;
+        bytemuck::try_cast_slice(bytes).map_err(|_| {
+            let what = format!(
+                "{} elements at a file offset that is no multiple of {} cannot be viewed in place; load privately or copy",
+                self.dtype,
+                size_of::<T>()
+            );
+            Error::new(ErrorKind::Unsupported, what)
+        })
+    }
+
+    /// Copies the elements, however they are aligned.
+    ///
+    /// # Errors
+    /// [`ErrorKind::BadRequest`] as for [`Tensor::as_slice`].
+    pub fn to_vec<T: Element>(&self) -> Result<Vec<T>> {
+        let bytes = self.typed_bytes::<T>()?;
+        let mut elements = vec![T::zeroed(); bytes.len() / size_of::<T>()];
+        bytemuck::cast_slice_mut(&mut elements).copy_from_slice(bytes);
+        Ok(elements)
+    }
+
+    fn typed_bytes<T: Element>(&self) -> Result<&[u8]> {
+        if self.dtype != T::DTYPE {
+            return Err(Error::bad_request(format!("the tensor holds {}, not {}", self.dtype, T::DTYPE)));
+        }
+        self.bytes()
+    }
+}
+
+impl fmt::Debug for Tensor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let how = if self.is_mapped() { " mapped" } else { "" };
+        write!(f, "Tensor({} {:?} on {}{how})", self.dtype, self.shape, self.device())
+    }
+}
+
+impl Storage {
+    fn len_bytes(&self) -> u64 {
+        match self {
+            Storage::Mapped(map) => map.len() as u64,
+            Storage::Arena(_, arena) => arena.len_bytes(),
+        }
+    }
+}
+
+mod sealed {
+    pub trait Sealed {}
+}
+
+/// A host type that is an element type of the format, bit for bit. F8 and narrower types have no host
+/// type: read them with [`Tensor::bytes`].
+pub trait Element: sealed::Sealed + bytemuck::Pod {
+    /// The element type.
+    const DTYPE: Dtype;
+}
+
+macro_rules! elements {
+    ($($host:ty => $dtype:ident),* $(,)?) => {
+        $(impl sealed::Sealed for $host {}
+        impl Element for $host {
+            const DTYPE: Dtype = Dtype::$dtype;
+        })*
+    };
+}
+
+elements! {
+    u8 => U8, i8 => I8, u16 => U16, i16 => I16, u32 => U32, i32 => I32, u64 => U64, i64 => I64,
+    f16 => F16, bf16 => Bf16, f32 => F32, f64 => F64,
+}
+
+#[cfg(target_endian = "big")]
+compile_error!("safetensors are little-endian, and tensors are handed over as they are stored");
