@@ -18,6 +18,8 @@ pub mod engine;
 pub mod file;
 pub mod memory;
 pub mod mmap;
+#[cfg(feature = "io-uring")]
+mod pacer;
 pub mod pread;
 pub mod probe;
 mod threads;

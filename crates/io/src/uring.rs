@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use io_uring::{IoUring, opcode, squeue, types};
 use tensorhaul_stage::Ring;
@@ -12,8 +13,9 @@ use crate::engine::{
     Access, Counts, Depth, Done, Engine, Feed, Job, JobMemory, Next, ReadCause, ReadError, Sink,
 };
 use crate::file::OpenFile;
+use crate::pacer::Pacer;
 
-/// Reads through an `io_uring`; one thread, `depth.requests` in flight.
+/// Reads through an `io_uring`; one thread, as many in flight as the disk rewards.
 ///
 /// Jobs are cut into requests of at most `depth.request_len_bytes`, because the disk's best request
 /// and the best staging buffer differ in size. Staging buffers are registered with the kernel where
@@ -63,7 +65,7 @@ impl Uring {
     /// # Errors
     /// The system's, when it has no `io_uring` or forbids it (seccomp, `kernel.io_uring_disabled`).
     pub fn new(files: Arc<[OpenFile]>, depth: Depth, staging: Option<Ring>) -> io::Result<Uring> {
-        let ring = build(depth.requests)?;
+        let ring = build(depth.requests_max)?;
         let registered = Registered {
             files: register_files(&ring, &files),
             buffers: staging.as_ref().map(|staging| register_buffers(&ring, staging)),
@@ -121,7 +123,15 @@ impl Engine for Uring {
 
     fn run(&self, feed: &dyn Feed, sink: &dyn Sink) -> Counts {
         let mut ring = self.ring.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut flight = Flight { engine: self, jobs: Vec::new(), free: Vec::new(), again: VecDeque::new(), requests: 0, counts: Counts::default() };
+        let mut flight = Flight {
+            engine: self,
+            jobs: Vec::new(),
+            free: Vec::new(),
+            again: VecDeque::new(),
+            requests: 0,
+            pacer: Pacer::new(self.depth.requests, self.depth.requests_max),
+            counts: Counts::default(),
+        };
         flight.run(&mut ring, feed, sink);
         flight.counts
     }
@@ -136,6 +146,7 @@ struct Flight<'e> {
     /// Requests to submit before any new job: the job at hand, and what came back incomplete.
     again: VecDeque<Request>,
     requests: u32,
+    pacer: Pacer,
     counts: Counts,
 }
 
@@ -157,8 +168,8 @@ struct Request {
 
 impl Flight<'_> {
     fn run(&mut self, ring: &mut IoUring, feed: &dyn Feed, sink: &dyn Sink) {
-        let mut sent: Vec<Option<Request>> = vec![None; self.engine.depth.requests as usize];
-        let mut tags: Vec<u32> = (0..self.engine.depth.requests).rev().collect();
+        let mut sent: Vec<Option<Request>> = vec![None; self.engine.depth.requests_max as usize];
+        let mut tags: Vec<u32> = (0..self.engine.depth.requests_max).rev().collect();
         loop {
             let more = self.fill(ring, &mut sent, &mut tags, feed);
             if self.requests == 0 {
@@ -171,7 +182,9 @@ impl Flight<'_> {
                 return self.abandon(error, sink);
             }
             let completions: Vec<(u64, i32)> = ring.completion().map(|entry| (entry.user_data(), entry.result())).collect();
+            let now = Instant::now();
             for (tag, result) in completions {
+                self.pacer.arrived(result.max(0) as u64, now);
                 let request = sent[tag as usize].take().expect("the kernel answers each request once");
                 tags.push(tag as u32);
                 self.requests -= 1;
@@ -182,7 +195,7 @@ impl Flight<'_> {
 
     /// Queues requests up to the depth; false once the feed has nothing more.
     fn fill(&mut self, ring: &mut IoUring, sent: &mut [Option<Request>], tags: &mut Vec<u32>, feed: &dyn Feed) -> bool {
-        while let Some(tag) = tags.last().copied() {
+        while let Some(tag) = tags.last().copied().filter(|_| self.requests < self.pacer.depth()) {
             let request = match self.again.pop_front() {
                 Some(request) => request,
                 // Waiting is right only when nothing is in flight: memory may come back with a completion.
