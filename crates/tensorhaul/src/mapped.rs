@@ -40,6 +40,7 @@ pub(crate) fn run(model: &Inner, options: &LoadOptions, cancel: &Cancel, emit: &
     touch.progress.total_tensors = wanted.len() as u64;
     let prepare_seconds = start.elapsed().as_secs_f64() - plan_seconds;
 
+    let mut finished = start;
     let checksums = checksum::with_pool(options.checksums, |hashing: &Hashing| {
         let mut next = 0;
         for run in &runs {
@@ -55,9 +56,10 @@ pub(crate) fn run(model: &Inner, options: &LoadOptions, cancel: &Cancel, emit: &
             }
             next = run.last;
         }
+        finished = Instant::now();
         Ok(())
     })?;
-    let seconds = start.elapsed().as_secs_f64();
+    let seconds = (finished - start).as_secs_f64();
     if resident {
         model.check_unchanged()?;
     }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use tensorhaul_device::{Allocation, Device, DeviceError, Event, Stream};
 use tensorhaul_io::{
-    Access, Counts, Done, Engine, Feed, Job, JobMemory, Landing, Next, ReadError, Sink,
+    Access, Counts, Done, Engine, Feed, Job, JobMemory, Landing, Next, ReadCause, ReadError, Sink,
 };
 use tensorhaul_plan::{Place, Plan, plan::Target};
 use tensorhaul_stage::{Copying, Filled, Ring};
@@ -46,6 +46,8 @@ pub(crate) struct Transfer<'t> {
 pub(crate) struct Transferred {
     pub(crate) counts: Counts,
     pub(crate) first_byte: Option<Instant>,
+    /// When every byte was in place; checksums may have taken longer.
+    pub(crate) finished: Instant,
     pub(crate) checksums: Option<BTreeMap<String, String>>,
 }
 
@@ -55,7 +57,8 @@ impl Transfer<'_> {
     /// On error the lanes stop at their next read, what is in flight is waited for, and the first error
     /// is returned: when this returns, no thread, kernel or device touches the transfer's memory.
     pub(crate) fn run(&self, lanes: &[Lane], access: &[Access], emit: &mut Emit<'_>) -> Result<Transferred> {
-        let mut transferred = Transferred { counts: Counts::default(), first_byte: None, checksums: None };
+        let (counts, finished) = (Counts::default(), Instant::now());
+        let mut transferred = Transferred { counts, first_byte: None, finished, checksums: None };
         transferred.checksums = checksum::with_pool(self.options.checksums, |hashing| {
             let (sender, messages) = mpsc::channel();
             thread::scope(|scope| {
@@ -75,6 +78,7 @@ impl Transfer<'_> {
                 }
                 drop(sender);
                 arrivals.take_all(&messages);
+                transferred.finished = Instant::now();
                 transferred.counts = arrivals.counts;
                 transferred.first_byte = arrivals.first_byte;
                 arrivals.result()
@@ -370,9 +374,17 @@ impl<'a, 'e> Arrivals<'a, 'e> {
     fn read_failed(&mut self, read: u32, error: ReadError) {
         let Transfer { plan, model, .. } = self.transfer;
         let read = &plan.reads()[read as usize];
-        let file = model.file_path(read.extent.file as usize);
-        let tensor = plan.tensors().get(read.tensors.start as usize).map(|tensor| plan.name(tensor));
-        self.fail(Error::read(error, &file, tensor));
+        let at_bytes = match error.cause {
+            ReadCause::End { at_bytes } => at_bytes,
+            _ => read.extent.offset_bytes,
+        };
+        // The first tensor of the read that the file's end, or the failed read, leaves incomplete.
+        let incomplete = plan.tensors()[read.tensors.start as usize..read.tensors.end as usize].iter().find(|tensor| {
+            let stored = plan.checkpoint().tensor(tensor.id);
+            stored.file_offset_bytes + stored.info.len_bytes() > at_bytes
+        });
+        let tensor = incomplete.map(|tensor| plan.name(tensor));
+        self.fail(Error::read(error, &model.file_path(read.extent.file as usize), tensor));
     }
 
     /// Keeps the first error and stops the lanes.

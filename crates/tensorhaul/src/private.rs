@@ -59,7 +59,7 @@ pub(crate) fn run(
 
     let transfer = Transfer { model, plan: &plan, device, arenas, ring: ring.clone(), options, cancel };
     let done = transfer.run(&lanes, &temperatures.access, emit)?;
-    let seconds = start.elapsed().as_secs_f64();
+    let seconds = (done.finished - start).as_secs_f64();
     model.check_unchanged()?;
     if done.counts.direct_refused > 0 {
         let what = format!("{} direct reads were done through the page cache", done.counts.direct_refused);
