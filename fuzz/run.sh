@@ -15,7 +15,7 @@ command -v cargo >/dev/null || missing "cargo" "install Rust from https://rustup
 cargo +nightly --version >/dev/null 2>&1 ||
     missing "a nightly Rust toolchain" "run: rustup toolchain install nightly --profile minimal"
 cargo fuzz --version >/dev/null 2>&1 || missing "cargo-fuzz" "run: cargo install cargo-fuzz --locked"
-command -v c++ >/dev/null || command -v "${CXX:-c++}" >/dev/null ||
+command -v "${CXX:-c++}" >/dev/null ||
     missing "a C++ compiler, which builds libFuzzer" "install g++ or clang, or set CXX"
 
 for target in "$@"; do

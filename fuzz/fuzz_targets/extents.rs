@@ -4,8 +4,8 @@
 use libfuzzer_sys::fuzz_target;
 use tensorhaul_plan::extent::Extent;
 
-/// What an input means: an extent of a file, the alignment of direct reads as a power of two, the staging buffer's
-/// length, and the target's offset that the pieces are aligned to.
+/// What an input means: an extent's offset and length, the bytes behind it, the alignment of direct reads as a
+/// power of two, the staging buffer's length, and the offset in the target that pieces are aligned to.
 type Input = (u64, u64, u64, u8, u32, u64);
 
 fuzz_target!(|input: Input| {

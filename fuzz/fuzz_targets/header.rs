@@ -1,7 +1,7 @@
 //! A header gets the verdict of the reference crate, but for the listed differences.
 //!
-//! The input is read twice: as a whole file, and as the length of the data in one byte before the JSON, because no
-//! mutation keeps a length prefix true.
+//! The input is read twice: as a whole file, and as the length of the data in one byte before the JSON, because
+//! no mutation keeps a length prefix true.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

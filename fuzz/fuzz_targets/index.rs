@@ -40,6 +40,9 @@ fuzz_target!(|json: &[u8]| {
     }
 });
 
+/// Tensors and their files, in the order of the index.
+type WeightMap = Vec<(String, String)>;
+
 /// An index as lists of pairs, so that keys that occur twice stay visible.
 struct Naive {
     others: Vec<(String, Value)>,
@@ -48,7 +51,7 @@ struct Naive {
 
 impl Naive {
     /// Returns the weight map and the total size where it is an integer, or `None` for what is no index.
-    fn read(mut self) -> Option<(Vec<(String, String)>, Option<u64>)> {
+    fn read(mut self) -> Option<(WeightMap, Option<u64>)> {
         let Pairs(weight_map) = self.weight_maps.pop()?;
         let metadata: Vec<&Value> =
             self.others.iter().filter(|(key, _)| key == "metadata").map(|(_, value)| value).collect();

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use tensorhaul_stage::{Layout, Ring, StagingMemory};
+use tensorhaul_stage::{Layout, Ring};
 
 use crate::contract::{Allocation, Device, DeviceError, Stream, StridedCopy};
 
@@ -136,7 +136,8 @@ fn streams_are_ordered(device: &dyn Device) -> Result<(), String> {
     let target = device.allocate(BOUNDARY as u64).map_err(text)?;
     let sent = pattern(9, BOUNDARY);
     let ring = ring(device, 2)?;
-    let (mut first, mut second) = (ring.take().ok_or("the ring closed")?, ring.take().ok_or("the ring closed")?);
+    let (mut first, mut second) =
+        (ring.take().ok_or("the ring closed")?, ring.take().ok_or("the ring closed")?);
     first.bytes_mut()[..BOUNDARY].copy_from_slice(&sent);
     let first = first.filled(BOUNDARY).copying();
     // SAFETY: both buffers and the target live until the last event below was waited for.
@@ -170,7 +171,9 @@ fn threads_load_at_once(device: &dyn Device) -> Result<(), String> {
     };
     std::thread::scope(|scope| {
         let threads: Vec<_> = (0..4).map(|seed| scope.spawn(move || load(seed))).collect();
-        threads.into_iter().try_for_each(|thread| thread.join().map_err(|_| "a thread panicked".to_owned())?)
+        threads
+            .into_iter()
+            .try_for_each(|thread| thread.join().map_err(|_| "a thread panicked".to_owned())?)
     })
 }
 
@@ -184,7 +187,12 @@ fn memory_is_freed(device: &dyn Device) -> Result<(), String> {
 }
 
 /// Copies bytes into device memory through the staging ring, and waits.
-fn write(device: &dyn Device, bytes: &[u8], target: &Arc<dyn Allocation>, offset_bytes: u64) -> Result<(), String> {
+fn write(
+    device: &dyn Device,
+    bytes: &[u8],
+    target: &Arc<dyn Allocation>,
+    offset_bytes: u64,
+) -> Result<(), String> {
     with_staged(device, bytes, |bytes| {
         // SAFETY: `with_staged` keeps the bytes until the stream is done; the target outlives it.
         unsafe { device.copy(bytes, target, offset_bytes, Stream::Copy) }
@@ -207,7 +215,12 @@ fn with_staged(
 }
 
 /// Copies bytes back from device memory, and waits.
-fn read(device: &dyn Device, source: &Arc<dyn Allocation>, offset_bytes: u64, len: usize) -> Result<Vec<u8>, String> {
+fn read(
+    device: &dyn Device,
+    source: &Arc<dyn Allocation>,
+    offset_bytes: u64,
+    len: usize,
+) -> Result<Vec<u8>, String> {
     let memory = device.staging_memory(len).map_err(text)?;
     // SAFETY: the memory is initialized, `len` long, and nobody else has it.
     let staged = unsafe { std::slice::from_raw_parts_mut(memory.as_ptr().as_ptr(), len) };
@@ -225,7 +238,7 @@ fn ring(device: &dyn Device, buffer_count: usize) -> Result<Ring, String> {
 
 /// Bytes that repeat at no power of two.
 fn pattern(seed: u64, len: usize) -> Vec<u8> {
-    (0..len as u64).map(|index| ((index + seed) * 2_654_435_761 >> 13) as u8).collect()
+    (0..len as u64).map(|index| (((index + seed) * 2_654_435_761) >> 13) as u8).collect()
 }
 
 fn expect(kept: bool, otherwise: impl FnOnce() -> String) -> Result<(), String> {

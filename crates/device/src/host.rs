@@ -37,8 +37,10 @@ impl Device for Host {
         let text = std::fs::read_to_string("/proc/meminfo").map_err(failed)?;
         let bytes = |key: &str| {
             let line = text.lines().find_map(|line| line.strip_prefix(key));
-            let kib = line.and_then(|rest| rest.split_whitespace().next()).and_then(|kib| kib.parse::<u64>().ok());
-            kib.map(|kib| kib * 1024).ok_or_else(|| failed(io::Error::other(format!("/proc/meminfo has no {key}"))))
+            let kib =
+                line.and_then(|rest| rest.split_whitespace().next()).and_then(|kib| kib.parse::<u64>().ok());
+            kib.map(|kib| kib * 1024)
+                .ok_or_else(|| failed(io::Error::other(format!("/proc/meminfo has no {key}"))))
         };
         Ok(MemoryInfo { free_bytes: bytes("MemAvailable:")?, total_bytes: bytes("MemTotal:")? })
     }

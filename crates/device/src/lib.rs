@@ -16,6 +16,4 @@ pub mod conformance;
 mod contract;
 pub mod host;
 
-pub use contract::{
-    Allocation, Capabilities, Device, DeviceError, Event, MemoryInfo, Stream, StridedCopy,
-};
+pub use contract::{Allocation, Capabilities, Device, DeviceError, Event, MemoryInfo, Stream, StridedCopy};

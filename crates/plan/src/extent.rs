@@ -39,7 +39,10 @@ impl Extent {
             if begin == end {
                 return None;
             }
-            let until_boundary = len_bytes_max - (begin % len_bytes_max + phase % len_bytes_max) % len_bytes_max;
+            // Sums of two offsets may pass 64 bits, so the phase is taken off the length instead.
+            let (behind, ahead) = (begin % len_bytes_max, len_bytes_max - phase % len_bytes_max);
+            let until_boundary =
+                if behind < ahead { ahead - behind } else { len_bytes_max - (behind - ahead) };
             let len_bytes = until_boundary.min(end - begin);
             let piece = Extent { file, offset_bytes: begin, len_bytes };
             begin += len_bytes;

@@ -91,9 +91,9 @@ impl Index {
         Some(self.entries[self.find(tensor)?].file_index as usize)
     }
 
-    /// Returns `metadata.total_size`, the writer's count of the tensors' bytes: information, never a promise. Files
-    /// with shared or later quantized tensors get it wrong, so nothing is checked against it. Some writers store it as
-    /// a float; one that isn't a whole number of bytes counts as absent.
+    /// Returns `metadata.total_size`, the writer's count of the tensors' bytes: information, never a promise.
+    /// Files with shared or later quantized tensors get it wrong, so nothing is checked against it. Some
+    /// writers store it as a float; one that isn't a whole number of bytes counts as absent.
     pub fn total_size(&self) -> Option<u64> {
         self.total_size
     }
@@ -106,8 +106,8 @@ impl Index {
     /// others load, dropping it would lose weights without a word.
     ///
     /// # Errors
-    /// [`IndexError::TwoFiles`], [`IndexError::WrongFile`] or [`IndexError::MissingTensor`], the first in the order of the
-    /// files and their data, then of the weight map.
+    /// [`IndexError::TwoFiles`], [`IndexError::WrongFile`] or [`IndexError::MissingTensor`], the first in the
+    /// order of the files and their data, then of the weight map.
     ///
     /// # Panics
     /// When there isn't one header per file.

@@ -60,7 +60,11 @@ impl Plan {
     /// # Panics
     /// When `machine.buffer_len_bytes` is 0 or no multiple of 4096, `machine.buffer_count` is 0, or
     /// `machine.direct_align_bytes` is no power of two up to 4096.
-    pub fn new(checkpoint: &Arc<Checkpoint>, request: &Request, machine: &Machine) -> Result<Plan, PlanError> {
+    pub fn new(
+        checkpoint: &Arc<Checkpoint>,
+        request: &Request,
+        machine: &Machine,
+    ) -> Result<Plan, PlanError> {
         schedule::plan(checkpoint, request, machine)
     }
 

@@ -113,7 +113,9 @@ fn matching(checkpoint: &Checkpoint, globs: &[String]) -> Result<Vec<TensorId>, 
         }
     }
     match matched.iter().position(|matched| !matched) {
-        Some(glob) => Err(PlanError::NothingMatches { glob: globs[glob].clone(), tensor_count: checkpoint.len() }),
+        Some(glob) => {
+            Err(PlanError::NothingMatches { glob: globs[glob].clone(), tensor_count: checkpoint.len() })
+        }
         None => Ok(ids),
     }
 }

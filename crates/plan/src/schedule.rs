@@ -10,14 +10,19 @@ use crate::plan::{Copy, Machine, PlacedTensor, Plan, PlanError, Promised, Read, 
 use crate::request::Request;
 use crate::slice::{Pieces, Slice};
 
-pub(crate) fn plan(checkpoint: &Arc<Checkpoint>, request: &Request, machine: &Machine) -> Result<Plan, PlanError> {
+pub(crate) fn plan(
+    checkpoint: &Arc<Checkpoint>,
+    request: &Request,
+    machine: &Machine,
+) -> Result<Plan, PlanError> {
     assert!(machine.buffer_len_bytes > 0 && machine.buffer_len_bytes.is_multiple_of(BUFFER_ALIGN_BYTES));
     assert!(machine.buffer_count > 0);
     assert!(machine.direct_align_bytes.is_power_of_two() && machine.direct_align_bytes <= BUFFER_ALIGN_BYTES);
     let wanted = wanted(checkpoint, request)?;
     let groups = Groups::new(checkpoint, &wanted);
     let runs = runs(checkpoint, &wanted, &groups, machine);
-    let Placed { mut tensors, arenas, segments } = place(checkpoint, request, &wanted, &runs, groups.names, machine);
+    let Placed { mut tensors, arenas, segments } =
+        place(checkpoint, request, &wanted, &runs, groups.names, machine);
     let (reads, copies) = reads(checkpoint, &segments, &mut tensors, machine);
 
     let promised = promise(&tensors, &arenas, &reads, &copies, machine);
@@ -26,7 +31,15 @@ pub(crate) fn plan(checkpoint: &Arc<Checkpoint>, request: &Request, machine: &Ma
     {
         return Err(PlanError::OverBudget { needed_bytes: promised.target_bytes, max_bytes });
     }
-    Ok(Plan { checkpoint: Arc::clone(checkpoint), tensors, arenas, reads, copies, machine: *machine, promised })
+    Ok(Plan {
+        checkpoint: Arc::clone(checkpoint),
+        tensors,
+        arenas,
+        reads,
+        copies,
+        machine: *machine,
+        promised,
+    })
 }
 
 /// A tensor asked for: whole, or in pieces.
@@ -73,7 +86,8 @@ impl Groups {
             .iter()
             .map(|wanted| {
                 let name = checkpoint.tensor(wanted.id).info.name;
-                let group = lifetime_groups(name).find(|group| len_bytes[group] >= ARENA_LEN_BYTES_MIN).unwrap_or("");
+                let group =
+                    lifetime_groups(name).find(|group| len_bytes[group] >= ARENA_LEN_BYTES_MIN).unwrap_or("");
                 *numbers.entry(group).or_insert_with(|| {
                     names.push(group.to_owned());
                     names.len() as u32 - 1
@@ -162,7 +176,8 @@ fn place(
     machine: &Machine,
 ) -> Placed {
     // In place, the aligned cover of a run must fit around it: that many bytes before and behind are its own.
-    let congruence = if machine.in_place { machine.direct_align_bytes.max(CONGRUENCE_BYTES) } else { CONGRUENCE_BYTES };
+    let congruence =
+        if machine.in_place { machine.direct_align_bytes.max(CONGRUENCE_BYTES) } else { CONGRUENCE_BYTES };
     let mut ends = vec![0u64; groups.len()];
     let mut tensors: Vec<PlacedTensor> = wanted.iter().map(|wanted| unplaced(checkpoint, wanted)).collect();
     let mut segments = Vec::with_capacity(runs.len());
@@ -267,7 +282,8 @@ fn bridges(first: &Segment, second: &Segment) -> bool {
 }
 
 fn read_in_place(segment: &Segment, file_len: u64, machine: &Machine, reads: &mut Vec<Read>) {
-    let whole = Extent { file: segment.file, offset_bytes: segment.begin, len_bytes: segment.end - segment.begin };
+    let whole =
+        Extent { file: segment.file, offset_bytes: segment.begin, len_bytes: segment.end - segment.begin };
     let cover = whole.cover(machine.direct_align_bytes, file_len);
     let max = machine.buffer_len_bytes;
     // Cut at multiples of the read length in the *arena*: neighbours then share no huge page.
@@ -298,7 +314,7 @@ fn read_staged(
             next += 1;
         }
         let inside = segments[next..].iter().take_while(|segment| segment.begin < extent.end_bytes());
-        let mut tensors = u32::MAX..0;
+        let (mut first_tensor, mut last_tensor) = (u32::MAX, 0);
         for segment in inside {
             let begin = segment.begin.max(extent.offset_bytes);
             let end = segment.end.min(extent.end_bytes());
@@ -310,11 +326,12 @@ fn read_staged(
                 },
                 len_bytes: end - begin,
             });
-            tensors = tensors.start.min(segment.first)..tensors.end.max(segment.last);
+            (first_tensor, last_tensor) = (first_tensor.min(segment.first), last_tensor.max(segment.last));
         }
         // A long gap between two pieces of one request can leave a buffer without payload.
         if copies.len() as u32 > first_copy {
-            reads.push(Read { extent, target: Target::Staged { copies: first_copy..copies.len() as u32 }, tensors });
+            let target = Target::Staged { copies: first_copy..copies.len() as u32 };
+            reads.push(Read { extent, target, tensors: first_tensor..last_tensor });
         }
     }
 }
@@ -350,7 +367,13 @@ fn partition(range: std::ops::Range<u32>, is_before: impl Fn(u32) -> bool) -> u3
     low - range.start
 }
 
-fn promise(tensors: &[PlacedTensor], arenas: &[Arena], reads: &[Read], copies: &[Copy], machine: &Machine) -> Promised {
+fn promise(
+    tensors: &[PlacedTensor],
+    arenas: &[Arena],
+    reads: &[Read],
+    copies: &[Copy],
+    machine: &Machine,
+) -> Promised {
     let in_place = reads.iter().filter(|read| matches!(read.target, Target::InPlace(_)));
     let staged = reads.iter().filter(|read| matches!(read.target, Target::Staged { .. })).count() as u64;
     let peak_staging_bytes = staged.min(machine.buffer_count.into()) * machine.buffer_len_bytes;

@@ -23,6 +23,11 @@ impl Slice {
         Slice { ranges: ranges.into() }
     }
 
+    /// Keeps these rows: a range of dimension 0.
+    pub fn rows(range: Range<u64>) -> Slice {
+        Slice { ranges: vec![range] }
+    }
+
     /// Returns the ranges as given.
     pub fn ranges(&self) -> &[Range<u64>] {
         &self.ranges
@@ -79,7 +84,8 @@ impl Pieces {
                 Ok(stride) => stride,
                 // Packed elements: only an offset of whole bytes has an address.
                 Err(_) if dim == cut => {
-                    pieces.first_offset_bytes += bytes(dtype, &[range.start, numel(&whole[dim + 1..]).unwrap_or(1)])?;
+                    pieces.first_offset_bytes +=
+                        bytes(dtype, &[range.start, numel(&whole[dim + 1..]).unwrap_or(1)])?;
                     continue;
                 }
                 Err(error) => return Err(error),
@@ -164,13 +170,21 @@ impl fmt::Display for SliceError {
                 write!(f, "the slice has {found} dimensions, the tensor {ndim}")
             }
             SliceError::OutOfRange { dim, range, len } if range.start > range.end => {
-                write!(f, "{}..{} of dimension {dim} is backwards (it has {len} elements)", range.start, range.end)
+                write!(
+                    f,
+                    "{}..{} of dimension {dim} is backwards (it has {len} elements)",
+                    range.start, range.end
+                )
             }
             SliceError::OutOfRange { dim, range, len } => {
                 write!(f, "{}..{} leaves dimension {dim}, which has {len} elements", range.start, range.end)
             }
             SliceError::InsideByte { dtype } => {
-                write!(f, "the slice cuts packed {dtype} elements inside a byte; cut at a multiple of {}", 8 / gcd(dtype.bits()))
+                write!(
+                    f,
+                    "the slice cuts packed {dtype} elements inside a byte; cut at a multiple of {}",
+                    8 / gcd(dtype.bits())
+                )
             }
         }
     }
@@ -184,6 +198,7 @@ fn gcd(bits: u64) -> u64 {
 }
 
 #[cfg(test)]
+#[expect(clippy::single_range_in_vec_init, reason = "a slice of one dimension is one range")]
 mod tests {
     use super::*;
     use proptest::prelude::*;
@@ -204,7 +219,8 @@ mod tests {
 
     #[test]
     fn a_slice_outside_its_tensor_says_what_the_tensor_has() {
-        let error = |ranges: &[Range<u64>]| Slice::new(ranges).pieces(Dtype::F32, &[4, 6]).unwrap_err().to_string();
+        let error =
+            |ranges: &[Range<u64>]| Slice::new(ranges).pieces(Dtype::F32, &[4, 6]).unwrap_err().to_string();
         #[expect(clippy::reversed_empty_ranges, reason = "the error is about one")]
         let backwards = 5..3;
         assert_eq!(error(&[backwards]), "5..3 of dimension 0 is backwards (it has 4 elements)");

@@ -25,7 +25,13 @@ impl fmt::Display for Plan {
 
         writeln!(f, "\nfiles")?;
         for (number, file) in self.checkpoint().files().iter().enumerate() {
-            writeln!(f, "  f{number}  {}  {} bytes, data from {}", file.name(), file.len_bytes(), file.header().data_start_bytes())?;
+            writeln!(
+                f,
+                "  f{number}  {}  {} bytes, data from {}",
+                file.name(),
+                file.len_bytes(),
+                file.header().data_start_bytes()
+            )?;
         }
         writeln!(f, "\narenas")?;
         for (number, arena) in self.arenas().iter().enumerate() {
@@ -42,7 +48,11 @@ impl fmt::Display for Plan {
                     writeln!(f, " -> staging")?;
                     for copy in self.copies(read) {
                         let place = copy.target;
-                        writeln!(f, "    +{}  {} -> a{}+{}", copy.source_offset_bytes, copy.len_bytes, place.arena, place.offset_bytes)?;
+                        writeln!(
+                            f,
+                            "    +{}  {} -> a{}+{}",
+                            copy.source_offset_bytes, copy.len_bytes, place.arena, place.offset_bytes
+                        )?;
                     }
                 }
             }
@@ -55,7 +65,11 @@ impl fmt::Display for Plan {
                 write!(f, " of {:?}", stored.info.shape)?;
             }
             let place = tensor.place;
-            writeln!(f, "  f{}+{}  {} -> a{}+{}", stored.file, stored.file_offset_bytes, tensor.len_bytes, place.arena, place.offset_bytes)?;
+            writeln!(
+                f,
+                "  f{}+{}  {} -> a{}+{}",
+                stored.file, stored.file_offset_bytes, tensor.len_bytes, place.arena, place.offset_bytes
+            )?;
         }
         Ok(())
     }

@@ -1,5 +1,8 @@
 //! An index names each tensor once and stays in its folder, and must agree with the files it names.
 
+// A failed expectation is the test's own report, in helpers too.
+#![allow(clippy::unwrap_used)]
+
 use std::collections::BTreeMap;
 
 use tensorhaul_plan::dtype::Dtype;

@@ -61,7 +61,10 @@ pub struct LayoutError {
 impl fmt::Display for LayoutError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let LayoutError { budget_bytes, needed_bytes } = self;
-        write!(f, "a staging budget of {budget_bytes} bytes holds no buffer; the smallest is {needed_bytes} bytes")
+        write!(
+            f,
+            "a staging budget of {budget_bytes} bytes holds no buffer; the smallest is {needed_bytes} bytes"
+        )
     }
 }
 
@@ -99,7 +102,10 @@ mod tests {
     #[test]
     fn a_budget_below_one_buffer_says_what_would_work() {
         let error = Layout::new(4095, 4096).unwrap_err();
-        assert_eq!(error.to_string(), "a staging budget of 4095 bytes holds no buffer; the smallest is 4096 bytes");
+        assert_eq!(
+            error.to_string(),
+            "a staging budget of 4095 bytes holds no buffer; the smallest is 4096 bytes"
+        );
     }
 
     #[test]

@@ -45,11 +45,15 @@ impl HostMemory {
         let reserved = len_bytes.checked_add(slack).ok_or_else(|| refused(rustix::io::Errno::NOMEM))?;
         let (read_write, private) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE);
         // SAFETY: a new private mapping at an address the kernel chooses aliases nothing.
-        let start = unsafe { mmap_anonymous(std::ptr::null_mut(), reserved, read_write, private) }.map_err(refused)?;
+        let start = unsafe { mmap_anonymous(std::ptr::null_mut(), reserved, read_write, private) }
+            .map_err(refused)?;
         let before = if slack > 0 { start.align_offset(HUGE_PAGE_BYTES) } else { 0 };
         let kept = start.wrapping_byte_add(before);
         unmap(start, before);
-        unmap(kept.wrapping_byte_add(round_to_page(len_bytes)), reserved.saturating_sub(before + round_to_page(len_bytes)));
+        unmap(
+            kept.wrapping_byte_add(round_to_page(len_bytes)),
+            reserved.saturating_sub(before + round_to_page(len_bytes)),
+        );
         if slack > 0 {
             // SAFETY: the range is the mapping made above; this advice changes no contents.
             // A system without huge pages refuses, and ordinary pages serve.

@@ -110,7 +110,12 @@ impl Ring {
 impl fmt::Debug for Ring {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let free = self.shared.lock().free.len();
-        write!(f, "Ring({free} of {} buffers free, {} bytes each)", self.layout().buffer_count(), self.layout().buffer_len_bytes())
+        write!(
+            f,
+            "Ring({free} of {} buffers free, {} bytes each)",
+            self.layout().buffer_count(),
+            self.layout().buffer_len_bytes()
+        )
     }
 }
 

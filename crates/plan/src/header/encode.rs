@@ -19,14 +19,14 @@ pub struct NewTensor<'a> {
 
 /// Returns the length prefix and the JSON of a file that holds these tensors back to back in this order.
 ///
-/// The JSON is padded with spaces so that the data starts at a multiple of `data_align_bytes`: 4096 lets direct
-/// reads begin with the first tensor, 0 and 1 pad nothing. Within the data nothing is padded, because the
-/// format allows no holes; writers list wide dtypes first to keep each tensor aligned for its own.
+/// The JSON is padded with spaces so that the data starts at a multiple of `data_align_bytes`: 4096 lets
+/// direct reads begin with the first tensor, 0 and 1 pad nothing. Within the data nothing is padded, because
+/// the format allows no holes; writers list wide dtypes first to keep each tensor aligned for its own.
 ///
 /// # Errors
 /// [`HeaderError::ReservedName`], [`HeaderError::DuplicateTensor`], [`HeaderError::ShapeOverflow`],
-/// [`HeaderError::PartialByte`] and [`HeaderError::DataTooLong`] name the first tensor that no reader would accept;
-/// [`HeaderError::TooLong`] when the padded JSON exceeds [`HEADER_LEN_BYTES_MAX`].
+/// [`HeaderError::PartialByte`] and [`HeaderError::DataTooLong`] name the first tensor that no reader would
+/// accept; [`HeaderError::TooLong`] when the padded JSON exceeds [`HEADER_LEN_BYTES_MAX`].
 pub fn encode(
     tensors: &[NewTensor<'_>],
     metadata: &BTreeMap<String, String>,
