@@ -190,6 +190,10 @@ impl fmt::Display for ReadError {
         let (begin, end) = (self.extent.offset_bytes, self.extent.end_bytes());
         match &self.cause {
             ReadCause::Io(_) => write!(f, "reading bytes {begin}..{end} failed"),
+            // Reads behind the end know only that it is somewhere before them.
+            ReadCause::End { at_bytes } if *at_bytes == begin => {
+                write!(f, "reading bytes {begin}..{end}: the file ends before them; it was longer when it was opened")
+            }
             ReadCause::End { at_bytes } => {
                 write!(f, "reading bytes {begin}..{end}: the file ends at byte {at_bytes}; it was longer when it was opened")
             }

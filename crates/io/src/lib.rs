@@ -14,6 +14,8 @@
 //! Bytes go into memory that the job owns, and the job comes back with its memory whatever happens,
 //! so nobody frees what a kernel may still write.
 
+#[cfg(feature = "conformance")]
+pub mod conformance;
 pub mod engine;
 pub mod file;
 pub mod memory;

@@ -297,7 +297,11 @@ impl Flight<'_> {
                 (begin < request.end).then_some(Request { begin, access, ..request })
             }
             (_, 0) => {
-                active.failed.get_or_insert(ReadCause::End { at_bytes });
+                // Requests of one job complete in any order: the file ends where the first of them found its end.
+                match &mut active.failed {
+                    Some(ReadCause::End { at_bytes: known }) => *known = at_bytes.min(*known),
+                    failed => _ = failed.get_or_insert(ReadCause::End { at_bytes }),
+                }
                 None
             }
             (libc::EINTR | libc::EAGAIN, _) => Some(request),
@@ -311,7 +315,7 @@ impl Flight<'_> {
             }
         };
         match rest {
-            Some(rest) if active.failed.is_none() => self.again.push_front(rest),
+            Some(rest) if !matches!(active.failed, Some(ReadCause::Io(_))) => self.again.push_front(rest),
             _ => active.open -= 1,
         }
         if active.open == 0 {

@@ -24,13 +24,18 @@
 
 #[cfg(feature = "tokio")]
 mod asynchronous;
+mod atomic;
 mod cancel;
+pub mod cast;
 mod checksum;
+pub mod convert;
 pub mod dlpack;
+pub mod doctor;
 mod error;
 mod handover;
 mod loaded;
 mod locate;
+pub mod manifest;
 mod mapped;
 mod model;
 mod options;
@@ -38,6 +43,8 @@ mod pipeline;
 mod private;
 mod progress;
 mod report;
+pub mod save;
+mod sidecar;
 mod stream;
 mod tensor;
 

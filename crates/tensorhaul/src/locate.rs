@@ -95,7 +95,7 @@ fn by_index(path: &Path) -> Result<Located> {
 
 /// A file of a checkpoint may be a symbolic link only inside its folder, or, as the Hugging Face cache
 /// has it, from `models--org--name/snapshots/<rev>` into the `blobs` of the same model.
-fn check_inside(file: &Path, folder: &Path) -> Result<()> {
+pub(crate) fn check_inside(file: &Path, folder: &Path) -> Result<()> {
     let real = |path: &Path| fs::canonicalize(path).map_err(|error| Error::io("resolving it", path, error));
     let (real_file, real_folder) = (real(file)?, real(folder)?);
     let model = real_folder.parent().filter(|snapshots| snapshots.ends_with("snapshots")).and_then(Path::parent);
@@ -141,7 +141,8 @@ fn cached_model(id: &Path) -> Result<Option<PathBuf>> {
     Err(Error::new(ErrorKind::NotFound, "the cached revision has no snapshot; download the model again").in_file(snapshot))
 }
 
-fn cache_folder() -> Option<PathBuf> {
+/// Returns where the Hugging Face cache is, by the variables its own tools obey.
+pub(crate) fn cache_folder() -> Option<PathBuf> {
     let path = |name: &str| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     path("HF_HUB_CACHE")
         .or_else(|| path("HUGGINGFACE_HUB_CACHE"))

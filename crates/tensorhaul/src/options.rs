@@ -25,6 +25,7 @@ pub struct LoadOptions {
     pub(crate) in_place: Preference,
     pub(crate) resident: bool,
     pub(crate) checksums: bool,
+    #[cfg(feature = "io-uring")]
     pub(crate) io_uring_refusal: Option<i32>,
     pub(crate) thread_count: Option<u32>,
     pub(crate) progress: Option<Arc<dyn Fn(Progress) + Send + Sync>>,
@@ -40,6 +41,7 @@ impl Default for LoadOptions {
             in_place: Preference::Preferred,
             resident: false,
             checksums: false,
+            #[cfg(feature = "io-uring")]
             io_uring_refusal: None,
             thread_count: None,
             progress: None,
@@ -102,6 +104,7 @@ impl LoadOptions {
 
     /// Makes `io_uring` look refused with this error number, to try out the fallback (1 is what seccomp
     /// answers). For tests.
+    #[cfg(feature = "io-uring")]
     pub fn simulate_io_uring_refusal(self, errno: i32) -> Self {
         LoadOptions { io_uring_refusal: Some(errno), ..self }
     }

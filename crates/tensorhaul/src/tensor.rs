@@ -103,12 +103,13 @@ impl Tensor {
             _ if len == 0 => Ok(&[]),
             Storage::Mapped(map) => Ok(&map[begin..begin + len]),
             Storage::Arena(device, arena) => {
-                let start = arena.host_ptr().ok_or_else(|| {
-                    Error::bad_request(format!("the tensor is in memory of {device}, which the host cannot read"))
-                })?;
+                if arena.host_ptr().is_none() {
+                    let what = format!("the tensor is in memory of {device}, which the host cannot read");
+                    return Err(Error::bad_request(what));
+                }
                 // SAFETY: `new` checked the range; arenas of the host are initialized (the system zeroes them),
                 // live as long as `self`, and are written by nobody once their tensors are handed over.
-                Ok(unsafe { std::slice::from_raw_parts(start.as_ptr().add(begin), len) })
+                Ok(unsafe { std::slice::from_raw_parts(self.data_ptr(), len) })
             }
         }
     }
@@ -121,6 +122,9 @@ impl Tensor {
     /// (only mapped tensors: a private load realigns them; [`Tensor::to_vec`] copies).
     pub fn as_slice<T: Element>(&self) -> Result<&[T]> {
         let bytes = self.typed_bytes::<T>()?;
+        if bytes.is_empty() {
+            return Ok(&[]); // No element has an address that could be wrong.
+        }
         bytemuck::try_cast_slice(bytes).map_err(|_| {
             let what = format!(
                 "{} elements at a file offset that is no multiple of {} cannot be viewed in place; load privately or copy",

@@ -1,0 +1,115 @@
+//! Arguments that several commands have, and how they are read.
+
+use clap::Args;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use tensorhaul::{DeviceId, Dtype, EngineChoice, LoadOptions, Preference, Request, Select};
+
+/// What to load, onto what, through how much memory.
+#[derive(Args)]
+pub(crate) struct Selection {
+    /// Load only tensors that match; may be given several times. `*` also crosses dots
+    #[arg(long = "tensor", value_name = "GLOB")]
+    tensors: Vec<String>,
+
+    /// Where the tensors go: `auto` is the best this build has, which is the host
+    #[arg(long, value_name = "host|auto", default_value = "auto", value_parser = parse_device)]
+    device: DeviceId,
+
+    /// The most memory between storage and device: bytes, or with a unit such as 16MiB or 256MB [default: 256MiB]
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
+    staging: Option<u64>,
+
+    /// Whether reads may land in the tensors' own memory, without a stop in the staging ring
+    #[arg(long, value_name = "WHEN", default_value = "preferred", value_parser = preferences())]
+    in_place: Preference,
+}
+
+impl Selection {
+    pub(crate) fn options(&self) -> LoadOptions {
+        let select = match self.tensors.as_slice() {
+            [] => Select::All,
+            globs => Select::Globs(globs.to_vec()),
+        };
+        let mut request = Request::of(select);
+        request.device = self.device;
+        let options = LoadOptions::default().request(request).in_place(self.in_place);
+        match self.staging {
+            Some(staging_bytes) => options.staging_bytes(staging_bytes),
+            None => options,
+        }
+    }
+}
+
+/// Reads the names of engines.
+pub(crate) fn engines() -> impl TypedValueParser<Value = EngineChoice> {
+    PossibleValuesParser::new(["auto", "mmap", "pread", "io-uring"])
+        .try_map(|name| name.parse::<EngineChoice>())
+}
+
+/// Reads the names of dtypes that tensors can be cast to.
+pub(crate) fn cast_targets() -> impl TypedValueParser<Value = Dtype> {
+    PossibleValuesParser::new(["f32", "f16", "bf16"])
+        .try_map(|name| Dtype::from_name(&name.to_ascii_uppercase()).ok_or("no such dtype"))
+}
+
+fn preferences() -> impl TypedValueParser<Value = Preference> {
+    PossibleValuesParser::new(["required", "preferred", "off"]).try_map(|name| name.parse::<Preference>())
+}
+
+fn parse_device(text: &str) -> Result<DeviceId, String> {
+    match text {
+        "auto" => Ok(DeviceId::Host),
+        _ => text.parse::<DeviceId>().map_err(|error| error.to_string()),
+    }
+}
+
+/// Reads a number of bytes: plain, or with a unit of 1000 (`kB`, `MB`, `GB`, `TB`) or 1024 (`KiB` to `TiB`).
+pub(crate) fn parse_bytes(text: &str) -> Result<u64, String> {
+    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+    let (number, unit) = text.split_at(digits);
+    let factor: u64 = match unit.trim_start().to_ascii_lowercase().as_str() {
+        "" | "b" => 1,
+        "kb" => 1000,
+        "mb" => 1000 * 1000,
+        "gb" => 1000 * 1000 * 1000,
+        "tb" => 1000 * 1000 * 1000 * 1000,
+        "kib" => 1 << 10,
+        "mib" => 1 << 20,
+        "gib" => 1 << 30,
+        "tib" => 1 << 40,
+        _ => return Err("give bytes, or a unit: 256MiB (of 1024) or 256MB (of 1000)".to_owned()),
+    };
+    let number: u64 =
+        number.parse().map_err(|_| "give a whole number of bytes, or one with a unit: 256MiB".to_owned())?;
+    number.checked_mul(factor).ok_or_else(|| "more bytes than a u64 counts".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_are_read_with_and_without_a_unit() {
+        let good = [
+            ("0", 0),
+            ("4095", 4095),
+            ("16MiB", 16 << 20),
+            ("256MB", 256_000_000),
+            ("1 gib", 1 << 30),
+            ("7B", 7),
+        ];
+        for (text, expected) in good {
+            assert_eq!(parse_bytes(text), Ok(expected), "{text}");
+        }
+        for text in ["", "MiB", "-1", "1.5GB", "1XB", "99999999TiB", "1M"] {
+            assert!(parse_bytes(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn devices_are_read_by_their_names() {
+        assert_eq!(parse_device("auto"), Ok(DeviceId::Host));
+        assert_eq!(parse_device("cuda:1"), Ok(DeviceId::Cuda(1)));
+        assert!(parse_device("tpu").is_err());
+    }
+}

@@ -1,0 +1,94 @@
+//! How a command fails: one line on stderr, and an exit code that says whose move it is.
+
+use std::io::{self, Write};
+use std::panic;
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use tensorhaul::{Error, ErrorKind};
+
+use crate::output::printable;
+
+/// What a command returns.
+pub(crate) type Outcome = Result<(), Failure>;
+
+/// The input is at fault: missing, malformed, unsupported, or not what its manifest says.
+pub(crate) const INPUT: u8 = 1;
+/// The command line is at fault.
+pub(crate) const COMMAND_LINE: u8 = 2;
+/// The machine is at fault: I/O, memory, a device.
+pub(crate) const MACHINE: u8 = 3;
+/// Interrupted, as shells count it: 128 and the number of SIGINT.
+const INTERRUPTED: u8 = 130;
+
+/// Why a command ends early.
+#[derive(Debug)]
+pub(crate) struct Failure {
+    /// Nothing is printed where nobody listens.
+    line: Option<String>,
+    code: u8,
+}
+
+impl Failure {
+    /// The input is not what it should be.
+    pub(crate) fn of_input(line: String) -> Failure {
+        Failure { line: Some(line), code: INPUT }
+    }
+
+    /// The machine refuses something.
+    pub(crate) fn of_machine(line: String) -> Failure {
+        Failure { line: Some(line), code: MACHINE }
+    }
+
+    /// Standard output does not take what is printed. A reader that has seen enough, as `head` has, is no
+    /// failure.
+    pub(crate) fn of_stdout(error: &io::Error) -> Failure {
+        match error.kind() {
+            io::ErrorKind::BrokenPipe => Failure { line: None, code: 0 },
+            _ => Failure::of_machine(format!("writing to standard output failed: {error}")),
+        }
+    }
+
+    /// Prints the line, and returns the code.
+    pub(crate) fn report(self) -> ExitCode {
+        if let Some(line) = self.line {
+            eprint_line(&line);
+        }
+        ExitCode::from(self.code)
+    }
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Failure {
+        let code = match error.kind() {
+            ErrorKind::NotFound | ErrorKind::Malformed | ErrorKind::Unsupported => INPUT,
+            ErrorKind::BadRequest => COMMAND_LINE,
+            ErrorKind::Cancelled => INTERRUPTED,
+            _ => MACHINE,
+        };
+        Failure { line: Some(error.one_line()), code }
+    }
+}
+
+/// Makes a panic one line, too; it is a defect of this program, and says so.
+pub(crate) fn print_panics_as_one_line() {
+    panic::set_hook(Box::new(|info| {
+        // One panic often brings others with it, of threads that waited for the first.
+        static PRINTED: AtomicBool = AtomicBool::new(false);
+        if PRINTED.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let payload = info.payload();
+        let text = payload.downcast_ref::<&str>().copied();
+        let text =
+            text.or_else(|| payload.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message");
+        let place =
+            info.location().map(|place| format!(" ({}:{})", place.file(), place.line())).unwrap_or_default();
+        eprint_line(&format!("this is a defect of tensorhaul, please report it: {text}{place}"));
+    }));
+}
+
+fn eprint_line(line: &str) {
+    // When stderr is closed, the exit code has to do.
+    let _ = writeln!(io::stderr(), "error: {}", printable(line));
+}

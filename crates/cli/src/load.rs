@@ -1,0 +1,109 @@
+//! `tensorhaul load`: reads a checkpoint into memory, and prints the figures.
+
+use std::fmt::Write as _;
+use std::path::PathBuf;
+
+use clap::Args;
+use tensorhaul::{EngineChoice, Model, Report};
+
+use crate::arguments::{Selection, engines};
+use crate::failure::Outcome;
+use crate::output::{bytes, count, grouped, print, print_json, printable, seconds};
+use crate::progress::Bar;
+
+/// Load tensors until every byte is in memory, and print how that went
+///
+/// With the engines auto and mmap, tensors on the host are pages of their files, all of them brought in. With
+/// pread and io-uring they are read into memory of their own.
+#[derive(Args)]
+#[command(after_help = "Examples:
+  tensorhaul load examples/models/tiny-llama
+  tensorhaul load model --engine io-uring --staging 64MiB
+  tensorhaul load model --tensor '*.q_proj.*' --tensor '*.k_proj.*' --checksum
+  tensorhaul load model --json | jq '.gb_per_s, .fallbacks'")]
+pub(crate) struct Load {
+    /// A .safetensors file, a folder, an index json, or an org/name in the Hugging Face cache
+    path: PathBuf,
+
+    #[command(flatten)]
+    selection: Selection,
+
+    /// How bytes are read
+    #[arg(long, default_value = "auto", value_parser = engines())]
+    engine: EngineChoice,
+
+    /// Threads that copy out of the page cache [default: one a core, at most 16]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    threads: Option<u32>,
+
+    /// Compute the xxh3-64 of every tensor while its bytes pass
+    #[arg(long)]
+    checksum: bool,
+
+    /// Print one JSON object: bytes, seconds, gb_per_s, engine, bytes_hot, bytes_cold, promised, fallbacks, ...
+    #[arg(long)]
+    json: bool,
+}
+
+impl Load {
+    pub(crate) fn run(&self) -> Outcome {
+        let model = Model::open(&self.path)?;
+        let bar = Bar::new();
+        let mut options = self.selection.options().engine(self.engine).checksums(self.checksum);
+        // The figures are of every byte in memory, not of a mapping that stands.
+        options = options.resident(true).on_progress(bar.follow());
+        if let Some(threads) = self.threads {
+            options = options.threads(threads);
+        }
+        let report = model.load(&options)?.report;
+        drop(bar);
+        if self.json { print_json(&report) } else { print(self.text(&report)) }
+    }
+
+    fn text(&self, report: &Report) -> String {
+        let Report { promised, phases, .. } = report;
+        let mut text = String::new();
+        let (path, tensors) = (self.path.to_string_lossy(), count(report.tensors, "tensor"));
+        let _ = writeln!(
+            text,
+            "{}: {tensors}, {} bytes on {}",
+            printable(&path),
+            grouped(report.bytes),
+            report.device
+        );
+        let _ = writeln!(text, "  time      {}, {:.2} GB/s", seconds(report.seconds), report.gb_per_s);
+        let _ = writeln!(text, "  engine    {}, {} hand-over", report.engine, report.handover);
+        let cache =
+            |bytes_| if report.bytes == 0 { 0.0 } else { 100.0 * bytes_ as f64 / report.bytes as f64 };
+        let (hot, cold) = (report.bytes_hot, report.bytes_cold);
+        let _ = writeln!(
+            text,
+            "  cache     {} hot ({:.0}%), {} cold ({:.0}%); {} read directly",
+            bytes(hot),
+            cache(hot),
+            bytes(cold),
+            cache(cold),
+            bytes(report.bytes_direct)
+        );
+        let peak = |used, promised| format!("{} of {} promised", bytes(used), bytes(promised));
+        let staging = peak(report.peak_staging_bytes, promised.peak_staging_bytes);
+        let host = peak(report.peak_host_bytes, promised.peak_host_bytes);
+        let _ = writeln!(text, "  memory    staging {staging}; host {host}");
+        let _ = writeln!(
+            text,
+            "  phases    probe {}, plan {}, prepare {}, first byte {}, read {}",
+            seconds(phases.probe_seconds),
+            seconds(phases.plan_seconds),
+            seconds(phases.prepare_seconds),
+            seconds(phases.first_byte_seconds),
+            seconds(phases.read_seconds)
+        );
+        for fallback in &report.fallbacks {
+            let _ = writeln!(text, "  fallback  {}: {}", printable(&fallback.what), printable(&fallback.why));
+        }
+        for (name, checksum) in report.checksums.iter().flatten() {
+            let _ = writeln!(text, "{checksum}  {}", printable(name));
+        }
+        text
+    }
+}

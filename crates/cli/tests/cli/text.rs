@@ -1,0 +1,47 @@
+//! Output for people: what it must say, not how.
+
+use crate::{tensorhaul, tiny_llama};
+
+#[test]
+fn load_says_how_much_how_fast_and_through_what() {
+    for engine in ["auto", "pread"] {
+        let text = tensorhaul(["load", tiny_llama(), "--engine", engine]).ok();
+        assert!(
+            text.starts_with(&format!("{}: 24 tensors, 261,384 bytes on host\n", tiny_llama())),
+            "{text}"
+        );
+        for word in
+            ["GB/s", "hot", "cold", "staging", "promised", if engine == "auto" { "mmap" } else { "pread" }]
+        {
+            assert!(text.contains(word), "{word}: {text}");
+        }
+    }
+    let text = tensorhaul(["load", tiny_llama(), "--checksum", "--tensor", "model.added_tokens.weight"]).ok();
+    assert!(text.contains("2d06800538d394c2  model.added_tokens.weight\n"), "{text}");
+}
+
+#[test]
+fn inspect_is_a_table_with_totals() {
+    let text = tensorhaul(["inspect", tiny_llama()]).ok();
+    let line = text.lines().find(|line| line.starts_with("model.embed_tokens.weight ")).unwrap();
+    let columns: Vec<&str> = line.split("  ").map(str::trim).filter(|column| !column.is_empty()).collect();
+    let expected =
+        ["model.embed_tokens.weight", "BF16", "[384, 64]", "49,152", "model-00001-of-00002.safetensors"];
+    assert_eq!(columns, expected);
+    assert!(text.contains("24 tensors in 2 files, 261,384 bytes"), "{text}");
+}
+
+#[test]
+fn plan_shows_reads_and_promises() {
+    let text = tensorhaul(["plan", tiny_llama(), "--tensor", "lm_head.weight"]).ok();
+    assert!(text.contains("payload") && text.contains("reads") && text.contains("lm_head.weight"), "{text}");
+}
+
+#[test]
+fn doctor_names_every_device() {
+    let text = tensorhaul(["doctor"]).ok();
+    for word in ["kernel", "io_uring", "cachestat", "current folder", "host: works", "cuda", "rocm", "advice"]
+    {
+        assert!(text.contains(word), "{word}: {text}");
+    }
+}

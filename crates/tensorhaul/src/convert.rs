@@ -1,0 +1,484 @@
+//! Copies a checkpoint, in other shards or as another floating-point type.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fmt;
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Instant;
+
+use serde::Serialize;
+use tensorhaul_plan::{Dtype, DtypeKind, TensorInfo};
+
+use crate::atomic::NewFile;
+use crate::cast::{can_cast, cast};
+use crate::error::{Error, Result};
+use crate::model::Model;
+use crate::progress::Progress;
+use crate::save::{OutFolder, SaveOptions, SaveTensor, TensorBytes, write_checkpoint};
+use crate::sidecar;
+use crate::tensor::Tensor;
+
+/// How to convert a checkpoint.
+#[derive(Clone, Debug, Default)]
+pub struct ConvertOptions {
+    cast: Option<Dtype>,
+    save: SaveOptions,
+}
+
+impl ConvertOptions {
+    /// Casts floating-point tensors to F64, F32, F16 or BF16, rounding to nearest. Default: no cast.
+    ///
+    /// Integers and booleans stay. So do quantized weights: F8 codes that a scale tensor belongs to, F4 and
+    /// F6 codes, and the scales themselves, because a code without its scale is another number. The
+    /// report lists them.
+    pub fn cast(self, dtype: Dtype) -> Self {
+        ConvertOptions { cast: Some(dtype), ..self }
+    }
+
+    /// The most bytes of tensors in one file; see [`SaveOptions::max_shard_bytes`]. Default: no limit.
+    pub fn max_shard_bytes(self, max_shard_bytes: u64) -> Self {
+        ConvertOptions { save: self.save.max_shard_bytes(max_shard_bytes), ..self }
+    }
+
+    /// Called after every write, with totals of what is written so far.
+    pub fn on_progress(self, progress: impl Fn(Progress) + Send + Sync + 'static) -> Self {
+        ConvertOptions { save: self.save.on_progress(progress), ..self }
+    }
+
+    /// Ends the conversion with [`ErrorKind::Cancelled`](crate::ErrorKind::Cancelled) soon after this
+    /// becomes true, and leaves no file.
+    pub fn cancel_on(self, cancel: Arc<AtomicBool>) -> Self {
+        ConvertOptions { save: self.save.cancel_on(cancel), ..self }
+    }
+}
+
+/// What a conversion did.
+#[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
+pub struct ConvertReport {
+    /// The names of the files that hold tensors, in order.
+    pub files: Vec<String>,
+    /// The name of the index, where there is more than one of them.
+    pub index: Option<String>,
+    /// The names of the files copied beside them: configuration, tokenizer.
+    pub sidecars: Vec<String>,
+    /// Number of tensors.
+    pub tensors: u64,
+    /// Bytes of the tensors as they were.
+    pub bytes_before: u64,
+    /// Bytes of the tensors as written.
+    pub bytes: u64,
+    /// Number of tensors that were cast.
+    pub tensors_cast: u64,
+    /// Floating-point tensors that were not cast, and why.
+    pub kept: Vec<Kept>,
+    /// Tensors in which the cast made finite numbers infinite.
+    pub overflowed: Vec<Overflowed>,
+    /// What was not copied, and why: files, and keys of `__metadata__`.
+    pub left_out: Vec<LeftOut>,
+    /// From the call until the files had their names.
+    pub seconds: f64,
+    /// `bytes` by `seconds`, in 1e9 bytes a second.
+    pub gb_per_s: f64,
+}
+
+/// A floating-point tensor that was not cast.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Kept {
+    /// Its name.
+    pub tensor: String,
+    /// Its element type, before and after.
+    pub dtype: Dtype,
+    /// Why.
+    pub why: String,
+}
+
+/// A tensor in which the cast made finite numbers infinite.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Overflowed {
+    /// Its name.
+    pub tensor: String,
+    /// How many.
+    pub elements: u64,
+}
+
+/// Something of the source that the copy has not.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct LeftOut {
+    /// The file's name, or `__metadata__` and the key.
+    pub what: String,
+    /// Why.
+    pub why: String,
+}
+
+/// Writes a model's tensors into a folder, and copies the files that belong to them.
+///
+/// Tensors go from the page cache through a buffer of 4 MiB, whatever their size. The copy is in place whole
+/// or, on error, not at all; see [`save`](crate::save::save) for its files. `config.json`, tokenizer files and
+/// their like are copied from the model's folder (for a model opened as a single file: when a `config.json`
+/// lies beside it), and after a cast `config.json` names the new dtype.
+///
+/// # Errors
+/// [`ErrorKind::BadRequest`](crate::ErrorKind::BadRequest) when `out_dir` is the model's own folder, holds a
+/// checkpoint, or holds a file of a name to be written, and when the dtype to cast to is not one of the four;
+/// I/O errors of both sides.
+///
+/// # Example
+/// ```
+/// use tensorhaul::convert::{ConvertOptions, convert};
+/// use tensorhaul::{Dtype, Model};
+///
+/// # let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../examples/models/tiny-llama");
+/// # let folder = tempfile::tempdir().unwrap();
+/// # let out_dir = folder.path().join("f32");
+/// let report = convert(&Model::open(path)?, &out_dir, &ConvertOptions::default().cast(Dtype::F32))?;
+/// for kept in &report.kept {
+///     println!("{} stays {}: {}", kept.tensor, kept.dtype, kept.why);
+/// }
+/// assert_eq!(Model::open(&out_dir)?.tensor("lm_head.weight")?.dtype(), Dtype::F32);
+/// # Ok::<(), tensorhaul::Error>(())
+/// ```
+pub fn convert(model: &Model, out_dir: &Path, options: &ConvertOptions) -> Result<ConvertReport> {
+    let start = Instant::now();
+    if let Some(target) = options.cast.filter(|target| !can_cast(Dtype::F32, *target)) {
+        return Err(Error::bad_request(format!("nothing is cast to {target}; F64, F32, F16 and BF16 work")));
+    }
+    if is_same_folder(out_dir, model.folder()) {
+        return Err(Error::bad_request("is the model's own folder; name another").in_file(out_dir));
+    }
+    let overflowed = RefCell::new(Vec::new());
+    let Selected { tensors, kept, tensors_cast, bytes_before } = select(model, options.cast, &overflowed);
+    let (metadata, mut left_out) = joined_metadata(model);
+    let save = options.save.clone().metadata(metadata);
+
+    let folder = OutFolder::prepare(out_dir)?;
+    let mut files = sidecar::copy(model, &folder, options.cast, &mut left_out)?;
+    let sidecars = files.iter().map(NewFile::name).collect();
+    let (written, saved) = write_checkpoint(&folder, tensors, &save)?;
+    files.extend(written);
+    // Before anyone can see the copy: was it made from one state of the source?
+    model.inner.check_unchanged()?;
+    folder.publish(files)?;
+
+    let seconds = start.elapsed().as_secs_f64();
+    Ok(ConvertReport {
+        files: saved.files,
+        index: saved.index,
+        sidecars,
+        tensors: saved.tensors,
+        bytes_before,
+        bytes: saved.bytes,
+        tensors_cast,
+        kept,
+        overflowed: overflowed.into_inner(),
+        left_out,
+        seconds,
+        gb_per_s: saved.bytes as f64 / seconds / 1e9,
+    })
+}
+
+struct Selected<'m> {
+    tensors: Vec<SaveTensor<'m>>,
+    kept: Vec<Kept>,
+    tensors_cast: u64,
+    bytes_before: u64,
+}
+
+fn select<'m>(
+    model: &'m Model,
+    target: Option<Dtype>,
+    overflowed: &'m RefCell<Vec<Overflowed>>,
+) -> Selected<'m> {
+    let quantized = Quantized::find(model.checkpoint().tensors().map(|tensor| tensor.info));
+    let mut selected = Selected { tensors: Vec::new(), kept: Vec::new(), tensors_cast: 0, bytes_before: 0 };
+    for stored in model.checkpoint().tensors() {
+        let info = stored.info;
+        let mut dtype = info.dtype;
+        if let Some(target) =
+            target.filter(|target| info.dtype.kind() == DtypeKind::Float && info.dtype != *target)
+        {
+            match quantized.why_kept(&info) {
+                Some(why) => selected.kept.push(Kept { tensor: info.name.to_owned(), dtype, why }),
+                None => {
+                    dtype = target;
+                    selected.tensors_cast += 1;
+                }
+            }
+        }
+        selected.bytes_before += info.len_bytes();
+        let bytes = Box::new(Converted { model, info, dtype, tensor: None, overflowed });
+        let (name, shape) = (info.name.to_owned(), info.shape.to_vec());
+        selected.tensors.push(SaveTensor { name, dtype, shape, bytes });
+    }
+    selected
+}
+
+/// The bytes of one tensor of the result.
+struct Converted<'m> {
+    model: &'m Model,
+    info: TensorInfo<'m>,
+    dtype: Dtype,
+    /// The source, from the first piece on.
+    tensor: Option<Tensor>,
+    overflowed: &'m RefCell<Vec<Overflowed>>,
+}
+
+impl TensorBytes for Converted<'_> {
+    fn len_bytes(&self) -> u64 {
+        match self.info.len_bytes() {
+            unchanged if self.dtype == self.info.dtype => unchanged,
+            cast => cast / (self.info.dtype.bits() / 8) * (self.dtype.bits() / 8),
+        }
+    }
+
+    fn fill(&mut self, offset_bytes: u64, target: &mut [u8]) -> Result<()> {
+        let tensor = match &mut self.tensor {
+            Some(tensor) => tensor,
+            none => none.insert(self.model.tensor(self.info.name)?),
+        };
+        let source = tensor.bytes()?;
+        if self.dtype == self.info.dtype {
+            let begin = offset_bytes as usize;
+            target.copy_from_slice(&source[begin..begin + target.len()]);
+        } else {
+            let (from, to) = (self.info.dtype.bits() as usize / 8, self.dtype.bits() as usize / 8);
+            let begin = offset_bytes as usize / to * from;
+            let source = &source[begin..begin + target.len() / to * from];
+            let elements = cast(self.info.dtype, source, self.dtype, target);
+            self.count_overflow(elements);
+        }
+        if offset_bytes + target.len() as u64 == TensorBytes::len_bytes(self) {
+            self.tensor = None;
+        }
+        Ok(())
+    }
+}
+
+impl Converted<'_> {
+    fn count_overflow(&self, elements: u64) {
+        if elements == 0 {
+            return;
+        }
+        let mut overflowed = self.overflowed.borrow_mut();
+        match overflowed.last_mut() {
+            Some(last) if last.tensor == self.info.name => last.elements += elements,
+            _ => overflowed.push(Overflowed { tensor: self.info.name.to_owned(), elements }),
+        }
+    }
+}
+
+/// Which tensors are quantized codes, and which scale them, as far as names and dtypes tell.
+///
+/// Codes and scales belong together when they are in one module (`m.weight` and `m.weight_scale`, `m.qweight`
+/// and `m.scales`), or when the scales are in a module that has the codes' name (`m.weight.absmax`). Where this
+/// is wrong, it keeps too much: a tensor stays as it is stored, and the report says so.
+struct Quantized<'m> {
+    /// A scale of each module that has one.
+    scales: HashMap<&'m str, &'m str>,
+    /// Codes, by their own name and by their module's.
+    codes: HashMap<&'m str, &'m str>,
+}
+
+impl<'m> Quantized<'m> {
+    fn find(tensors: impl Iterator<Item = TensorInfo<'m>>) -> Quantized<'m> {
+        let mut quantized = Quantized { scales: HashMap::new(), codes: HashMap::new() };
+        for tensor in tensors {
+            let (module, _) = split(tensor.name);
+            if is_scale(tensor.name) {
+                quantized.scales.entry(module).or_insert(tensor.name);
+            } else if is_code(tensor.dtype) {
+                quantized.codes.entry(module).or_insert(tensor.name);
+                quantized.codes.insert(tensor.name, tensor.name);
+            }
+        }
+        quantized
+    }
+
+    /// Returns why a floating-point tensor cannot be cast by itself, if it cannot.
+    fn why_kept(&self, tensor: &TensorInfo<'_>) -> Option<String> {
+        let (module, _) = split(tensor.name);
+        if is_scale(tensor.name) {
+            let codes = self.codes.get(module)?;
+            return Some(format!("it belongs to {codes:?}, which is quantized"));
+        }
+        if tensor.dtype.bits() < 8 {
+            return Some("codes of less than a byte are numbers only with their scale".to_owned());
+        }
+        let scale = self.scales.get(module).or_else(|| self.scales.get(tensor.name));
+        let scale = scale.filter(|_| is_code(tensor.dtype))?;
+        Some(format!("it is quantized, and without {scale:?} its codes are other numbers"))
+    }
+}
+
+fn is_code(dtype: Dtype) -> bool {
+    match dtype.kind() {
+        DtypeKind::Float => dtype.bits() <= 8,
+        DtypeKind::Signed | DtypeKind::Unsigned => dtype.bits() <= 32,
+        _ => false,
+    }
+}
+
+fn is_scale(name: &str) -> bool {
+    let (_, leaf) = split(name);
+    let leaf = leaf.to_ascii_lowercase();
+    SCALE_WORDS.iter().any(|word| leaf.contains(word)) || SCALE_NAMES.contains(&leaf.as_str())
+}
+
+/// A tensor's module, and its name in there.
+fn split(name: &str) -> (&str, &str) {
+    name.rsplit_once('.').unwrap_or(("", name))
+}
+
+/// What is in the names of tensors that turn codes into numbers.
+///
+/// # Source
+/// `scale`, `weight_scale(_inv)`, `scales`, `scale_weight`, `zero_point`, `qzeros`: vLLM, compressed-tensors,
+/// AutoGPTQ, AutoAWQ, HQQ. `absmax`, `quant_map`, `quant_state`, `SCB`: bitsandbytes.
+const SCALE_WORDS: [&str; 6] = ["scale", "zero", "absmax", "quant_map", "quant_state", "scb"];
+
+/// MLX calls what it adds to `q * scale` so; a plain layer has one `bias`.
+const SCALE_NAMES: [&str; 2] = ["biases", "qbiases"];
+
+/// Joins the `__metadata__` of all files. A key on which they disagree belongs to none of the new files.
+fn joined_metadata(model: &Model) -> (BTreeMap<String, String>, Vec<LeftOut>) {
+    let (mut joined, mut disagreed) = (BTreeMap::new(), BTreeSet::new());
+    for file in model.checkpoint().files() {
+        for (key, value) in file.header().metadata() {
+            if joined.entry(key.clone()).or_insert_with(|| value.clone()) != value {
+                disagreed.insert(key.clone());
+            }
+        }
+    }
+    joined.retain(|key, _| !disagreed.contains(key));
+    let why = "the model's files have different values for it";
+    let left_out = |key| LeftOut { what: format!("__metadata__ {key:?}"), why: why.to_owned() };
+    (joined, disagreed.into_iter().map(left_out).collect())
+}
+
+fn is_same_folder(a: &Path, b: &Path) -> bool {
+    matches!((fs::canonicalize(a), fs::canonicalize(b)), (Ok(a), Ok(b)) if a == b)
+}
+
+impl fmt::Display for Kept {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?} stays {}: {}", self.tensor, self.dtype, self.why)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tensorhaul_io::memory::Faults;
+
+    use super::*;
+    use crate::error::ErrorKind;
+    use crate::save::save;
+
+    fn info(name: &str, dtype: Dtype) -> TensorInfo<'_> {
+        TensorInfo { name, dtype, shape: &[], data_offsets: (0, 0) }
+    }
+
+    /// Says for each tensor whether it may be cast.
+    fn cast_of(tensors: &[(&str, Dtype)]) -> Vec<bool> {
+        let infos = || tensors.iter().map(|(name, dtype)| info(name, *dtype));
+        let quantized = Quantized::find(infos());
+        infos().map(|info| quantized.why_kept(&info).is_none()).collect()
+    }
+
+    #[test]
+    fn codes_and_their_scales_stay_and_what_is_beside_them_is_cast() {
+        use Dtype::*;
+        let fp8 =
+            [("m.0.weight", F8E4m3), ("m.0.weight_scale_inv", F32), ("m.0.bias", Bf16), ("m.1.weight", Bf16)];
+        assert_eq!(cast_of(&fp8), [false, false, true, true]);
+        assert_eq!(cast_of(&[("m.w", F8E4m3), ("n.weight_scale", F32)]), [true, true]);
+        let gptq = [("m.qweight", I32), ("m.qzeros", I32), ("m.scales", F16), ("m.bias", F16)];
+        assert_eq!(cast_of(&gptq)[2..], [false, true]);
+        let bitsandbytes = [("m.weight", U8), ("m.weight.absmax", F32), ("m.weight.quant_map", F32)];
+        assert_eq!(cast_of(&bitsandbytes)[1..], [false, false]);
+        assert_eq!(cast_of(&[("weight", F8E5m2), ("scale", F32)]), [false, false]);
+        assert_eq!(
+            cast_of(&[("experts.up_blocks", U8), ("experts.up_scales", F8E8m0), ("experts.up_bias", Bf16)])
+                [1..],
+            [false, true]
+        );
+        assert_eq!(
+            cast_of(&[("m.weight", U32), ("m.scales", Bf16), ("m.biases", Bf16)])[1..],
+            [false, false]
+        );
+        assert_eq!(cast_of(&[("m.weight", F4)]), [false]);
+    }
+
+    #[test]
+    fn names_that_only_sound_like_scales_are_cast() {
+        use Dtype::*;
+        let clip = [
+            ("logit_scale", F32),
+            ("position_ids", I64),
+            ("block.layer_scale.gamma", F32),
+            ("block.w", Bf16),
+        ];
+        assert_eq!(cast_of(&clip), [true; 4]);
+    }
+
+    #[test]
+    fn an_unscaled_f8_tensor_is_cast_and_an_overflow_is_told() {
+        let (folder, out) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let wide: Vec<u8> = [1.0f32, 1e6, -1e6, 2.5].iter().flat_map(|value| value.to_le_bytes()).collect();
+        let tensor = |name: &str, dtype, numel, bytes| SaveTensor {
+            name: name.to_owned(),
+            dtype,
+            shape: vec![numel],
+            bytes,
+        };
+        let tensors = vec![
+            tensor("wide", Dtype::F32, 4, Box::new(&wide[..])),
+            tensor("codes", Dtype::F8E4m3, 3, Box::new(&[0x38u8, 0x7f, 0xb8][..])),
+            tensor("ids", Dtype::I64, 1, Box::new(&[1u8, 0, 0, 0, 0, 0, 0, 0][..])),
+        ];
+        save(folder.path(), tensors, &SaveOptions::default()).unwrap();
+        let model = Model::open(folder.path()).unwrap();
+        let report = convert(&model, out.path(), &ConvertOptions::default().cast(Dtype::F16)).unwrap();
+        assert_eq!((report.tensors_cast, report.kept), (2, vec![]));
+        assert_eq!(report.overflowed, [Overflowed { tensor: "wide".to_owned(), elements: 2 }]);
+        let copy = Model::open(out.path()).unwrap();
+        let halves = |name| copy.tensor(name).unwrap().to_vec::<half::f16>().unwrap();
+        assert_eq!(halves("wide")[0].to_f32(), 1.0);
+        assert!(halves("wide")[1].is_infinite());
+        let codes = halves("codes");
+        assert!(codes[0].to_f32() == 1.0 && codes[1].is_nan() && codes[2].to_f32() == -1.0);
+        assert_eq!(copy.tensor("ids").unwrap().to_vec::<i64>().unwrap(), [1]);
+    }
+
+    #[test]
+    fn metadata_on_which_files_disagree_is_left_out() {
+        let file = |name: &str, part: &str| {
+            let metadata =
+                [("format", "pt"), ("part", part)].map(|(key, value)| (key.to_owned(), value.to_owned()));
+            let header = tensorhaul_plan::header::encode(&[], &metadata.into(), 0).unwrap();
+            (name.to_owned(), Arc::from(header))
+        };
+        let model = Model::from_memory(vec![file("a", "1"), file("b", "2")], Faults::default()).unwrap();
+        let (metadata, left_out) = joined_metadata(&model);
+        assert_eq!(metadata.into_iter().collect::<Vec<_>>(), [("format".to_owned(), "pt".to_owned())]);
+        assert_eq!(left_out[0].what, "__metadata__ \"part\"");
+    }
+
+    #[test]
+    fn impossible_conversions_are_refused_before_anything_is_written() {
+        let model =
+            Model::open(concat!(env!("CARGO_MANIFEST_DIR"), "/../../examples/models/tiny-llama")).unwrap();
+        let outer = tempfile::tempdir().unwrap();
+        let out = outer.path().join("out");
+        let refused = |out: &Path, options| convert(&model, out, &options).unwrap_err().kind();
+        assert_eq!(refused(model.folder(), ConvertOptions::default()), ErrorKind::BadRequest);
+        assert_eq!(refused(&out, ConvertOptions::default().cast(Dtype::I8)), ErrorKind::BadRequest);
+        assert_eq!(refused(&out, ConvertOptions::default().max_shard_bytes(0)), ErrorKind::BadRequest);
+        assert!(!out.exists());
+        fs::write(outer.path().join("config.json"), "{}").unwrap();
+        assert_eq!(refused(outer.path(), ConvertOptions::default()), ErrorKind::BadRequest);
+        assert_eq!(fs::read_dir(outer.path()).unwrap().count(), 1);
+    }
+}

@@ -1,0 +1,587 @@
+//! Writes checkpoints: tensors from any source of bytes into files that appear whole or not at all.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, HashSet};
+use std::fmt;
+use std::fs;
+use std::io;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use serde::Serialize;
+use tensorhaul_plan::header::{self, NewTensor};
+use tensorhaul_plan::{Dtype, HeaderError, numel};
+
+use crate::atomic::{Existing, NewFile, publish, write_error};
+use crate::error::{Error, ErrorKind, Result};
+use crate::progress::Progress;
+use crate::tensor::Tensor;
+
+/// A tensor to be written.
+pub struct SaveTensor<'a> {
+    /// The name; any string but `__metadata__`.
+    pub name: String,
+    /// The element type.
+    pub dtype: Dtype,
+    /// The dims in elements, outermost first; empty for a scalar.
+    pub shape: Vec<u64>,
+    /// Where its bytes come from: little-endian, row-major, without gaps.
+    pub bytes: Box<dyn TensorBytes + 'a>,
+}
+
+/// Where the bytes of a tensor come from: host memory, a device, a computation.
+///
+/// The writer asks for them in pieces, once each and in order, so that a tensor is never held twice.
+pub trait TensorBytes {
+    /// Returns how many bytes there are. The writer checks it against dtype and shape before it writes.
+    fn len_bytes(&self) -> u64;
+
+    /// Fills all of `target` with the bytes from `offset_bytes` on. Pieces begin and end between elements
+    /// (of element types that are at least a byte wide).
+    ///
+    /// # Errors
+    /// Whatever keeps the bytes from coming; the writer then leaves no file behind.
+    fn fill(&mut self, offset_bytes: u64, target: &mut [u8]) -> Result<()>;
+}
+
+impl TensorBytes for &[u8] {
+    fn len_bytes(&self) -> u64 {
+        self.len() as u64
+    }
+
+    fn fill(&mut self, offset_bytes: u64, target: &mut [u8]) -> Result<()> {
+        target.copy_from_slice(&self[offset_bytes as usize..][..target.len()]);
+        Ok(())
+    }
+}
+
+impl TensorBytes for Tensor {
+    fn len_bytes(&self) -> u64 {
+        Tensor::len_bytes(self)
+    }
+
+    fn fill(&mut self, offset_bytes: u64, target: &mut [u8]) -> Result<()> {
+        self.bytes()?.fill(offset_bytes, target)
+    }
+}
+
+/// How to write a checkpoint.
+#[derive(Clone, Default)]
+pub struct SaveOptions {
+    pub(crate) max_shard_bytes: Option<u64>,
+    pub(crate) metadata: BTreeMap<String, String>,
+    pub(crate) progress: Option<Arc<dyn Fn(Progress) + Send + Sync>>,
+    pub(crate) cancel: Option<Arc<AtomicBool>>,
+}
+
+impl SaveOptions {
+    /// The most bytes of tensors in one file; its header comes on top. A larger tensor gets a file of its
+    /// own. Default: no limit, one file. Costs no memory.
+    pub fn max_shard_bytes(self, max_shard_bytes: u64) -> Self {
+        SaveOptions { max_shard_bytes: Some(max_shard_bytes), ..self }
+    }
+
+    /// The strings of `__metadata__`, the same in every file. Default: none.
+    pub fn metadata(self, metadata: BTreeMap<String, String>) -> Self {
+        SaveOptions { metadata, ..self }
+    }
+
+    /// Called from the writing thread after every write, with totals so far.
+    pub fn on_progress(self, progress: impl Fn(Progress) + Send + Sync + 'static) -> Self {
+        SaveOptions { progress: Some(Arc::new(progress)), ..self }
+    }
+
+    /// Ends the writing with [`ErrorKind::Cancelled`] soon after this becomes true, and leaves no file.
+    pub fn cancel_on(self, cancel: Arc<AtomicBool>) -> Self {
+        SaveOptions { cancel: Some(cancel), ..self }
+    }
+}
+
+impl fmt::Debug for SaveOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SaveOptions")
+            .field("max_shard_bytes", &self.max_shard_bytes)
+            .field("metadata", &self.metadata)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What was written.
+#[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
+pub struct Saved {
+    /// The names of the files that hold tensors, in order.
+    pub files: Vec<String>,
+    /// The name of the index, where there is more than one file.
+    pub index: Option<String>,
+    /// Number of tensors.
+    pub tensors: u64,
+    /// Bytes of the tensors.
+    pub bytes: u64,
+}
+
+/// Writes tensors into a folder, as `model.safetensors`, or as `model-00001-of-0000N.safetensors` and
+/// `model.safetensors.index.json` where [`SaveOptions::max_shard_bytes`] makes several files of them.
+///
+/// Files are filled in the order of `tensors`, and hold them by descending width and then by name, as the
+/// reference writer does. The data of each begins at a multiple of 4096 bytes, so that direct reads can
+/// begin with the first tensor. Names are given when every byte is on storage, the index's last: a reader
+/// finds all of the checkpoint or none of it.
+///
+/// # Errors
+/// [`ErrorKind::BadRequest`] when the folder holds a checkpoint already, when a name occurs twice, or when
+/// a tensor has not the bytes that its dtype and shape need; [`ErrorKind::Io`]; the sources' own errors.
+/// Nothing is left behind.
+///
+/// # Example
+/// ```
+/// use tensorhaul::save::{SaveOptions, SaveTensor, save};
+/// use tensorhaul::{Dtype, Model};
+///
+/// # let folder = tempfile::tempdir().unwrap();
+/// # let folder = folder.path();
+/// let ones: Vec<u8> = [1.0f32; 6].iter().flat_map(|one| one.to_le_bytes()).collect();
+/// let tensor = SaveTensor {
+///     name: "ones".to_owned(),
+///     dtype: Dtype::F32,
+///     shape: vec![2, 3],
+///     bytes: Box::new(&ones[..]),
+/// };
+/// save(folder, vec![tensor], &SaveOptions::default())?;
+/// assert_eq!(Model::open(folder)?.tensor("ones")?.as_slice::<f32>()?, [1.0; 6]);
+/// # Ok::<(), tensorhaul::Error>(())
+/// ```
+///
+/// # Source
+/// Order within a file: the `safetensors` crate 0.8.0, `tensor.rs`, `prepare`. Names of files and index:
+/// `huggingface_hub`, `serialization/_base.py`, `split_state_dict_into_shards_factory`.
+pub fn save(folder: &Path, tensors: Vec<SaveTensor<'_>>, options: &SaveOptions) -> Result<Saved> {
+    let folder = OutFolder::prepare(folder)?;
+    let (files, saved) = write_checkpoint(&folder, tensors, options)?;
+    folder.publish(files)?;
+    Ok(saved)
+}
+
+/// Writes tensors into one file, over whatever has its name: readers see the old file or the new one.
+///
+/// # Errors
+/// As [`save`], but for an existing file. [`SaveOptions::max_shard_bytes`] does not apply.
+pub fn save_file(path: &Path, mut tensors: Vec<SaveTensor<'_>>, options: &SaveOptions) -> Result<Saved> {
+    check(&tensors)?;
+    let mut watch = Watch::new(&tensors, options);
+    let (tensor_count, bytes) = (watch.totals.total_tensors, watch.totals.total_bytes);
+    let file = write_shard(path, &mut tensors, options, &mut watch)?;
+    let saved = Saved { files: vec![file.name()], index: None, tensors: tensor_count, bytes };
+    publish(vec![file], Existing::Replaced)?;
+    Ok(saved)
+}
+
+/// A folder that a checkpoint is written into. Folders that it made are removed again unless something
+/// is published in them.
+pub(crate) struct OutFolder {
+    path: PathBuf,
+    /// Innermost first.
+    made: Vec<PathBuf>,
+}
+
+impl OutFolder {
+    /// Makes the folder where it is missing, and checks that it holds no checkpoint.
+    pub(crate) fn prepare(path: &Path) -> Result<OutFolder> {
+        let missing = |path: &&Path| *path != Path::new("") && fs::symlink_metadata(path).is_err();
+        let made = path.ancestors().take_while(missing).map(Path::to_owned).collect();
+        let folder = OutFolder { path: path.to_owned(), made };
+        fs::create_dir_all(path).map_err(|error| match error.kind() {
+            io::ErrorKind::AlreadyExists | io::ErrorKind::NotADirectory => {
+                Error::bad_request("is no folder to write into").in_file(path)
+            }
+            _ => write_error("making the folder", path, error),
+        })?;
+        let listing = |error| write_error("listing it", path, error);
+        for entry in fs::read_dir(path).map_err(listing)? {
+            let name = entry.map_err(listing)?.file_name();
+            let name = name.to_string_lossy();
+            if name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json") {
+                let what = format!("holds {name:?} already; name a folder without a checkpoint");
+                return Err(Error::bad_request(what).in_file(path));
+            }
+        }
+        Ok(folder)
+    }
+
+    /// Returns the path of a new file of the folder.
+    ///
+    /// # Errors
+    /// [`ErrorKind::BadRequest`] when something has its name: nothing is ever overwritten.
+    pub(crate) fn new_path(&self, name: &str) -> Result<PathBuf> {
+        let path = self.path.join(name);
+        match fs::symlink_metadata(&path) {
+            Ok(_) => Err(Error::bad_request("exists already, and is not overwritten").in_file(path)),
+            Err(_) => Ok(path),
+        }
+    }
+
+    /// Gives the files their names, in this order.
+    pub(crate) fn publish(mut self, files: Vec<NewFile>) -> Result<()> {
+        publish(files, Existing::Kept)?;
+        self.made.clear();
+        Ok(())
+    }
+}
+
+impl Drop for OutFolder {
+    fn drop(&mut self) {
+        for folder in &self.made {
+            // A folder that somebody else put something into stays.
+            let _ = fs::remove_dir(folder);
+        }
+    }
+}
+
+/// Writes the files of a checkpoint, and the index as the last of them, without giving them their names.
+pub(crate) fn write_checkpoint(
+    folder: &OutFolder,
+    mut tensors: Vec<SaveTensor<'_>>,
+    options: &SaveOptions,
+) -> Result<(Vec<NewFile>, Saved)> {
+    check(&tensors)?;
+    let max_shard_bytes = options.max_shard_bytes.unwrap_or(u64::MAX);
+    if max_shard_bytes == 0 {
+        return Err(Error::bad_request("a shard of 0 bytes holds no tensor; the least is 1"));
+    }
+    let lens: Vec<u64> = tensors.iter().map(|tensor| tensor.bytes.len_bytes()).collect();
+    let shards = shards(&lens, max_shard_bytes);
+    let mut watch = Watch::new(&tensors, options);
+    let mut index = Index {
+        metadata: IndexMetadata { total_size: watch.totals.total_bytes },
+        weight_map: BTreeMap::new(),
+    };
+    let mut files = Vec::with_capacity(shards.len() + 1);
+    for (number, range) in shards.iter().enumerate() {
+        let name = shard_name(number, shards.len());
+        let shard = &mut tensors[range.clone()];
+        files.push(write_shard(&folder.new_path(&name)?, shard, options, &mut watch)?);
+        if shards.len() > 1 {
+            index.weight_map.extend(shard.iter().map(|tensor| (tensor.name.clone(), name.clone())));
+        }
+    }
+    let names = files.iter().map(NewFile::name).collect();
+    let (tensors, bytes) = (watch.totals.total_tensors, watch.totals.total_bytes);
+    let mut saved = Saved { files: names, index: None, tensors, bytes };
+    if shards.len() > 1 {
+        let mut file = NewFile::create(&folder.new_path(INDEX_NAME)?)?;
+        let mut json = serde_json::to_vec_pretty(&index).expect("strings and numbers always serialize");
+        json.push(b'\n');
+        file.write(&json)?;
+        file.sync()?;
+        saved.index = Some(file.name());
+        files.push(file);
+    }
+    Ok((files, saved))
+}
+
+#[derive(Serialize)]
+struct Index {
+    metadata: IndexMetadata,
+    weight_map: BTreeMap<String, String>,
+}
+
+#[derive(Serialize)]
+struct IndexMetadata {
+    total_size: u64,
+}
+
+/// Checks that names are unique and that every source has the bytes its tensor needs.
+fn check(tensors: &[SaveTensor<'_>]) -> Result<()> {
+    let mut names = HashSet::with_capacity(tensors.len());
+    for tensor in tensors {
+        let SaveTensor { name, dtype, shape, bytes } = tensor;
+        if !names.insert(name) {
+            return Err(Error::bad_request("the name occurs twice").about_tensor(name));
+        }
+        let needed = numel(shape).and_then(|numel| dtype.len_bytes(numel));
+        let found = bytes.len_bytes();
+        // What has no length in bytes at all is left to the header, which says why.
+        if let Some(needed) = needed.filter(|needed| *needed != found) {
+            let what = format!("its source has {found} bytes, {dtype} {shape:?} needs {needed}");
+            return Err(Error::bad_request(what).about_tensor(name));
+        }
+    }
+    Ok(())
+}
+
+/// Cuts a list of lengths into runs of at most `max_bytes`, or of one that is longer. Nothing is one run.
+fn shards(lens_bytes: &[u64], max_bytes: u64) -> Vec<Range<usize>> {
+    let (mut shards, mut begin, mut len_bytes) = (Vec::new(), 0, 0u64);
+    for (place, tensor_len_bytes) in lens_bytes.iter().enumerate() {
+        len_bytes = len_bytes.saturating_add(*tensor_len_bytes);
+        if len_bytes > max_bytes && place > begin {
+            shards.push(begin..place);
+            (begin, len_bytes) = (place, *tensor_len_bytes);
+        }
+    }
+    shards.push(begin..lens_bytes.len());
+    shards
+}
+
+fn shard_name(number: usize, count: usize) -> String {
+    match count {
+        1 => "model.safetensors".to_owned(),
+        _ => format!("model-{:05}-of-{count:05}.safetensors", number + 1),
+    }
+}
+
+/// Writes one file, under its temporary name, to storage.
+fn write_shard(
+    target: &Path,
+    tensors: &mut [SaveTensor<'_>],
+    options: &SaveOptions,
+    watch: &mut Watch<'_>,
+) -> Result<NewFile> {
+    // Each tensor is aligned for its own dtype this way, because the format allows no holes between them.
+    tensors.sort_by(|a, b| (Reverse(a.dtype), &a.name).cmp(&(Reverse(b.dtype), &b.name)));
+    let entries =
+        tensors.iter().map(|SaveTensor { name, dtype, shape, .. }| NewTensor { name, dtype: *dtype, shape });
+    let header = header::encode(&entries.collect::<Vec<_>>(), &options.metadata, DATA_ALIGN_BYTES)
+        .map_err(|error| no_such_header(error, target))?;
+
+    let mut file = NewFile::create(target)?;
+    let data_len_bytes: u64 = tensors.iter().map(|tensor| tensor.bytes.len_bytes()).sum();
+    file.reserve(header.len() as u64 + data_len_bytes)?;
+    file.write(&header)?;
+    let mut buffer = vec![0; data_len_bytes.min(BUFFER_LEN_BYTES as u64) as usize];
+    let mut filled = 0;
+    for tensor in tensors {
+        let (mut offset, len_bytes) = (0, tensor.bytes.len_bytes());
+        while offset < len_bytes {
+            let space = &mut buffer[filled..];
+            let piece = space.len().min((len_bytes - offset).try_into().unwrap_or(usize::MAX));
+            tensor.bytes.fill(offset, &mut space[..piece]).map_err(|error| about(error, &tensor.name))?;
+            offset += piece as u64;
+            filled += piece;
+            watch.totals.read_bytes += piece as u64;
+            if filled == buffer.len() {
+                file.write(&buffer)?;
+                filled = 0;
+                watch.look()?;
+            }
+        }
+        watch.totals.ready_tensors += 1;
+    }
+    file.write(&buffer[..filled])?;
+    watch.look()?;
+    file.sync()?;
+    watch.look()?; // Waiting for storage may have taken minutes.
+    Ok(file)
+}
+
+fn no_such_header(error: HeaderError, target: &Path) -> Error {
+    let tensor = error.tensor().map(str::to_owned);
+    let error = Error::new(ErrorKind::BadRequest, error).in_file(target);
+    match tensor {
+        Some(tensor) => error.about_tensor(tensor),
+        None => error,
+    }
+}
+
+fn about(error: Error, tensor: &str) -> Error {
+    if error.tensor().is_some() { error } else { error.about_tensor(tensor) }
+}
+
+/// Tells the caller how far the writing is, and hears whether to go on.
+struct Watch<'o> {
+    totals: Progress,
+    options: &'o SaveOptions,
+}
+
+impl Watch<'_> {
+    fn new<'o>(tensors: &[SaveTensor<'_>], options: &'o SaveOptions) -> Watch<'o> {
+        let total_bytes = tensors.iter().map(|tensor| tensor.bytes.len_bytes()).fold(0, u64::saturating_add);
+        let totals = Progress { total_bytes, total_tensors: tensors.len() as u64, ..Progress::default() };
+        Watch { totals, options }
+    }
+
+    fn look(&self) -> Result<()> {
+        if let Some(progress) = &self.options.progress {
+            progress(self.totals);
+        }
+        match &self.options.cancel {
+            Some(cancel) if cancel.load(Ordering::Relaxed) => {
+                Err(Error::new(ErrorKind::Cancelled, "cancelled; no file is left behind"))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+const INDEX_NAME: &str = "model.safetensors.index.json";
+
+/// Direct reads start at multiples of a page at most; see `tensorhaul_io::probe`.
+const DATA_ALIGN_BYTES: u64 = 4096;
+
+/// Long enough that a write costs no more than its copy into the page cache, short enough to stay in a
+/// core's cache beside what fills it. A multiple of every element's width, as is `DATA_ALIGN_BYTES`; widths
+/// descend within a file: so no element crosses the end of the buffer.
+const BUFFER_LEN_BYTES: usize = 4 << 20;
+const _: () = assert!((BUFFER_LEN_BYTES as u64).is_multiple_of(DATA_ALIGN_BYTES));
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::Model;
+
+    /// Bytes that count up, in no memory.
+    struct Counting {
+        len_bytes: u64,
+        fails_at: Option<u64>,
+    }
+
+    impl TensorBytes for Counting {
+        fn len_bytes(&self) -> u64 {
+            self.len_bytes
+        }
+
+        fn fill(&mut self, offset_bytes: u64, target: &mut [u8]) -> Result<()> {
+            for (place, byte) in (offset_bytes..).zip(target) {
+                if self.fails_at == Some(place) {
+                    return Err(Error::new(ErrorKind::Device, "the device was lost"));
+                }
+                *byte = (place % 251) as u8;
+            }
+            Ok(())
+        }
+    }
+
+    fn counting(name: &str, dtype: Dtype, numel: u64) -> SaveTensor<'static> {
+        let len_bytes = dtype.len_bytes(numel).unwrap();
+        let bytes = Box::new(Counting { len_bytes, fails_at: None });
+        SaveTensor { name: name.to_owned(), dtype, shape: vec![numel], bytes }
+    }
+
+    fn names(folder: &Path) -> Vec<String> {
+        let entries = fs::read_dir(folder).unwrap();
+        let mut names: Vec<_> =
+            entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn a_tensor_longer_than_the_buffer_comes_back_whole() {
+        let folder = tempfile::tempdir().unwrap();
+        let numel = (2 * BUFFER_LEN_BYTES + 4096) as u64 / 2 + 3;
+        let tensors = vec![counting("odd", Dtype::U8, 7), counting("long", Dtype::Bf16, numel)];
+        let saved = save(folder.path(), tensors, &SaveOptions::default()).unwrap();
+        assert_eq!(saved.bytes, 2 * numel + 7);
+        let model = Model::open(folder.path()).unwrap();
+        for name in ["odd", "long"] {
+            let tensor = model.tensor(name).unwrap();
+            let bytes = tensor.bytes().unwrap();
+            assert!(bytes.iter().enumerate().all(|(place, byte)| *byte == (place % 251) as u8), "{name}");
+        }
+        let file = &model.checkpoint().files()[0];
+        assert_eq!(file.header().data_start_bytes() % DATA_ALIGN_BYTES, 0);
+        let stored: Vec<_> = file.header().tensors().map(|tensor| tensor.name).collect();
+        assert_eq!(stored, ["long", "odd"]);
+    }
+
+    #[test]
+    fn no_element_is_split_between_two_pieces() {
+        struct Whole(Counting);
+        impl TensorBytes for Whole {
+            fn len_bytes(&self) -> u64 {
+                self.0.len_bytes
+            }
+            fn fill(&mut self, offset_bytes: u64, target: &mut [u8]) -> Result<()> {
+                assert!(offset_bytes.is_multiple_of(8) && target.len().is_multiple_of(8));
+                self.0.fill(offset_bytes, target)
+            }
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let numel = BUFFER_LEN_BYTES as u64 / 8 + 5;
+        let whole = || Box::new(Whole(Counting { len_bytes: 8 * numel, fails_at: None }));
+        let f64s = SaveTensor { name: "b".to_owned(), dtype: Dtype::F64, shape: vec![numel], bytes: whole() };
+        let u64s = SaveTensor { name: "c".to_owned(), dtype: Dtype::U64, shape: vec![numel], bytes: whole() };
+        let tensors = vec![counting("a", Dtype::F16, 13), f64s, counting("d", Dtype::Bool, 1), u64s];
+        save(folder.path(), tensors, &SaveOptions::default()).unwrap();
+    }
+
+    #[test]
+    fn shards_are_filled_in_order_and_a_long_tensor_has_its_own() {
+        assert_eq!(shards(&[3, 3, 3, 9, 1], 6), [0..2, 2..3, 3..4, 4..5]);
+        assert_eq!(shards(&[0, 0, 6, 0, 1], 6), [0..4, 4..5]);
+        assert_eq!(shards(&[9], 6), std::slice::from_ref(&(0..1)));
+        assert_eq!(shards(&[], 6), std::slice::from_ref(&(0..0)));
+        assert_eq!(shards(&[u64::MAX, 1], 6), [0..1, 1..2]);
+
+        let folder = tempfile::tempdir().unwrap();
+        let tensors = ["x", "y", "z"].map(|name| counting(name, Dtype::F32, 10)).into();
+        let saved = save(folder.path(), tensors, &SaveOptions::default().max_shard_bytes(80)).unwrap();
+        assert_eq!(saved.files.len(), 2);
+        assert_eq!(
+            names(folder.path()),
+            [
+                "model-00001-of-00002.safetensors",
+                "model-00002-of-00002.safetensors",
+                "model.safetensors.index.json"
+            ]
+        );
+        let model = Model::open(folder.path()).unwrap();
+        assert_eq!(model.checkpoint().len(), 3);
+        let index = fs::read(folder.path().join(saved.index.unwrap())).unwrap();
+        assert_eq!(tensorhaul_plan::Index::parse(&index).unwrap().total_size(), Some(120));
+    }
+
+    #[test]
+    fn a_source_that_fails_leaves_no_file_and_no_folder() {
+        let outer = tempfile::tempdir().unwrap();
+        let folder = outer.path().join("new/model");
+        let bytes = Box::new(Counting { len_bytes: 8, fails_at: Some(5) });
+        let failing = SaveTensor { name: "w".to_owned(), dtype: Dtype::U8, shape: vec![8], bytes };
+        let tensors = vec![counting("first", Dtype::F32, 2), failing];
+        let error = save(&folder, tensors, &SaveOptions::default().max_shard_bytes(8)).unwrap_err();
+        assert_eq!((error.kind(), error.tensor()), (ErrorKind::Device, Some("w")));
+        assert!(names(outer.path()).is_empty());
+    }
+
+    #[test]
+    fn a_cancelled_save_leaves_nothing() {
+        let outer = tempfile::tempdir().unwrap();
+        let cancel = Arc::new(AtomicBool::new(false));
+        let cancels = Arc::clone(&cancel);
+        let options = SaveOptions::default()
+            .max_shard_bytes(1)
+            .on_progress(move |progress| cancels.store(progress.ready_tensors == 1, Ordering::Relaxed))
+            .cancel_on(cancel);
+        let tensors = vec![counting("a", Dtype::U8, 9), counting("b", Dtype::U8, 9)];
+        let error = save(&outer.path().join("out"), tensors, &options).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Cancelled);
+        assert!(names(outer.path()).is_empty());
+    }
+
+    #[test]
+    fn what_no_reader_would_accept_is_not_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let refused =
+            |tensors| save(folder.path(), tensors, &SaveOptions::default().max_shard_bytes(1)).unwrap_err();
+        let wrong = SaveTensor { shape: vec![3, 1], ..counting("w", Dtype::F32, 2) };
+        let error = refused(vec![wrong]);
+        assert_eq!(error.one_line(), "tensor \"w\": its source has 8 bytes, F32 [3, 1] needs 12");
+        let twice = || counting("w", Dtype::F32, 2);
+        assert_eq!(refused(vec![twice(), twice()]).kind(), ErrorKind::BadRequest);
+        assert_eq!(refused(vec![counting("__metadata__", Dtype::F32, 2)]).kind(), ErrorKind::BadRequest);
+        assert!(names(folder.path()).is_empty());
+    }
+
+    #[test]
+    fn a_folder_with_a_checkpoint_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let save_one = || save(folder.path(), vec![counting("w", Dtype::F32, 2)], &SaveOptions::default());
+        save_one().unwrap();
+        assert_eq!(save_one().unwrap_err().kind(), ErrorKind::BadRequest);
+        let file = folder.path().join("model.safetensors");
+        save_file(&file, vec![counting("v", Dtype::F32, 3)], &SaveOptions::default()).unwrap();
+        assert!(Model::open(&file).unwrap().tensor("v").is_ok());
+    }
+}

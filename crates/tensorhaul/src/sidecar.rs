@@ -1,0 +1,191 @@
+//! The files that belong to a checkpoint but hold no tensors: configuration, tokenizer.
+
+use std::fs;
+use std::io::Read;
+use std::path::Path;
+
+use tensorhaul_io::OpenFile;
+use tensorhaul_plan::Dtype;
+
+use crate::atomic::NewFile;
+use crate::convert::LeftOut;
+use crate::error::{Error, Result};
+use crate::locate::{check_inside, read_limited};
+use crate::model::Model;
+use crate::save::OutFolder;
+
+/// Copies a model's sidecar files, and writes the new dtype into `config.json` where tensors are cast.
+/// Nothing has its name yet.
+pub(crate) fn copy(
+    model: &Model,
+    folder: &OutFolder,
+    cast: Option<Dtype>,
+    left_out: &mut Vec<LeftOut>,
+) -> Result<Vec<NewFile>> {
+    let source = model.folder();
+    if !has_sidecars(model) {
+        return Ok(Vec::new());
+    }
+    let listing = |error| Error::io("listing it", source, error);
+    let mut names = Vec::new();
+    for entry in fs::read_dir(source).map_err(listing)? {
+        // A name that is no UTF-8 is none of these.
+        if let Ok(name) = entry.map_err(listing)?.file_name().into_string() {
+            names.extend(is_sidecar(&name).then_some(name));
+        }
+    }
+    names.sort();
+    let mut files = Vec::new();
+    for name in names {
+        let path = source.join(&name);
+        match obstacle(&path, source) {
+            Some(why) => left_out.push(LeftOut { what: name, why: why.to_owned() }),
+            None => files.push(copy_one(&path, &folder.new_path(&name)?, cast)?),
+        }
+    }
+    Ok(files)
+}
+
+/// A folder is a model's own. A single file may lie among strangers, unless a configuration is beside it.
+fn has_sidecars(model: &Model) -> bool {
+    match model.inner.files() {
+        [] => false,
+        [only] if only.path() == model.path() => model.folder().join(CONFIG_NAME).is_file(),
+        _ => true,
+    }
+}
+
+fn is_sidecar(name: &str) -> bool {
+    let extension = Path::new(name).extension().and_then(|extension| extension.to_str()).unwrap_or_default();
+    let is_text =
+        matches!(extension, "json" | "txt" | "model" | "jinja" | "tiktoken") || name.starts_with("tokenizer");
+    is_text && !name.starts_with('.') && !name.ends_with(".index.json") && !name.ends_with(".safetensors")
+}
+
+/// Returns why a file is not copied, if it is not.
+fn obstacle(path: &Path, folder: &Path) -> Option<&'static str> {
+    match fs::metadata(path) {
+        Ok(metadata) if !metadata.is_file() => Some("it is no regular file"),
+        Ok(_) if check_inside(path, folder).is_err() => Some("it is a symbolic link that leaves the model's folder"),
+        Ok(_) => None,
+        Err(_) => Some("it is a symbolic link to nothing"),
+    }
+}
+
+fn copy_one(source: &Path, target: &Path, cast: Option<Dtype>) -> Result<NewFile> {
+    let mut file = NewFile::create(target)?;
+    match cast {
+        Some(dtype) if source.ends_with(CONFIG_NAME) => {
+            let config = read_limited(source, CONFIG_LEN_BYTES_MAX)?;
+            match std::str::from_utf8(&config) {
+                Ok(config) => file.write(with_dtype(config, dtype).as_bytes())?,
+                Err(_) => file.write(&config)?,
+            }
+        }
+        _ => copy_bytes(source, &mut file)?,
+    }
+    file.sync()?;
+    Ok(file)
+}
+
+fn copy_bytes(source: &Path, file: &mut NewFile) -> Result<()> {
+    let open = OpenFile::open(source)?;
+    let mut buffer = vec![0; BUFFER_LEN_BYTES];
+    loop {
+        match open.cached().read(&mut buffer).map_err(|error| Error::io("reading it", source, error))? {
+            0 => return Ok(()),
+            read => file.write(&buffer[..read])?,
+        }
+    }
+}
+
+/// Puts a dtype in the place of every `"torch_dtype"` and `"dtype"` that is a floating-point type, those of
+/// nested configurations too. Every other byte stays, whatever dialect of JSON it is: Python writes `NaN`.
+fn with_dtype(config: &str, dtype: Dtype) -> String {
+    let name = match dtype {
+        Dtype::F64 => "float64",
+        Dtype::F32 => "float32",
+        Dtype::F16 => "float16",
+        _ => "bfloat16",
+    };
+    let (mut out, mut rest, mut key) = (String::with_capacity(config.len()), config, "");
+    while let Some((begin, end)) = next_string(rest) {
+        let (between, text) = (&rest[..begin], &rest[begin + 1..end]);
+        let is_value = between.trim() == ":" && matches!(key, "torch_dtype" | "dtype");
+        let float = text.strip_prefix("torch.").unwrap_or(text);
+        if is_value && matches!(float, "float64" | "float32" | "float16" | "bfloat16") {
+            out.push_str(&rest[..end - float.len()]);
+            out.push_str(name);
+            out.push('"');
+        } else {
+            out.push_str(&rest[..=end]);
+        }
+        key = text;
+        rest = &rest[end + 1..];
+    }
+    out + rest
+}
+
+/// Finds the quotes around the next string.
+fn next_string(json: &str) -> Option<(usize, usize)> {
+    let begin = json.find('"')?;
+    let mut escaped = false;
+    for (place, byte) in json.bytes().enumerate().skip(begin + 1) {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' => escaped = true,
+            b'"' => return Some((begin, place)),
+            _ => {}
+        }
+    }
+    None
+}
+
+const CONFIG_NAME: &str = "config.json";
+
+/// Far beyond any; a configuration is a few kilobytes.
+const CONFIG_LEN_BYTES_MAX: u64 = 16 << 20;
+
+/// Tokenizers have up to some tens of megabytes.
+const BUFFER_LEN_BYTES: usize = 1 << 20;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sidecars_are_told_by_their_names() {
+        for name in [
+            "config.json",
+            "tokenizer.model",
+            "merges.txt",
+            "chat_template.jinja",
+            "tokenizer.bin",
+            "vocab.json",
+        ] {
+            assert!(is_sidecar(name), "{name}");
+        }
+        for name in [
+            "model.safetensors",
+            "model.safetensors.index.json",
+            "pytorch_model.bin.index.json",
+            "pytorch_model.bin",
+            ".config.json",
+            "modeling.py",
+            "tokenizer.safetensors",
+        ] {
+            assert!(!is_sidecar(name), "{name}");
+        }
+    }
+
+    #[test]
+    fn the_dtype_of_a_configuration_changes_and_nothing_else() {
+        let config = r#"{ "a": NaN, "torch_dtype" : "bfloat16",
+            "text_config": {"dtype":"torch.float32", "say": "\"dtype\": \"float16\""},
+            "quantization_config": {"dtype": "fp8"}, "dtype": null, "x": ["dtype", "float32"]}"#;
+        let expected =
+            config.replace("\"bfloat16\"", "\"float16\"").replace("torch.float32", "torch.float16");
+        assert_eq!(with_dtype(config, Dtype::F16), expected);
+        assert_eq!(with_dtype("{\"dtype\": \"float16", Dtype::F32), "{\"dtype\": \"float16");
+    }
+}
