@@ -9,6 +9,8 @@ use std::sync::Arc;
 use tensorhaul_plan::DeviceId;
 use tensorhaul_stage::StagingMemory;
 
+use crate::gpu::{CallError, Meaning};
+
 /// One place that tensors can live in.
 pub trait Device: Send + Sync {
     /// Returns which device this is.
@@ -110,6 +112,9 @@ pub trait Device: Send + Sync {
     /// # Errors
     /// [`DeviceError`] when work before the event failed.
     fn wait(&self, event: &Event) -> Result<(), DeviceError>;
+
+    /// Returns what could not be done as preferred so far: what was done instead, and why.
+    fn fallbacks(&self) -> Vec<(String, String)>;
 }
 
 /// Memory of a device. Dropping the last handle frees it; whoever queued work on it keeps a handle until
@@ -123,6 +128,10 @@ pub trait Allocation: Any + Send + Sync {
 
     /// Returns the first byte, where the host can write to the memory as to its own.
     fn host_ptr(&self) -> Option<NonNull<u8>>;
+
+    /// Orders the freeing of the memory after what is queued on this stream of the device's driver at the
+    /// time of the last drop. The stream must outlive the memory. The host has no streams, and nothing to order.
+    fn release_after(&self, stream: u64);
 }
 
 /// What a device can do.
@@ -215,6 +224,13 @@ pub enum DeviceError {
         /// Why, and what would help.
         why: String,
     },
+    /// A call of the driver failed.
+    Driver {
+        /// Which device.
+        device: DeviceId,
+        /// The call, the driver's code and its name.
+        error: CallError,
+    },
     /// The device cannot say what was asked.
     Query {
         /// Which device.
@@ -237,6 +253,10 @@ impl fmt::Display for DeviceError {
                 write!(f, "no {needed_bytes} bytes of host memory for staging")
             }
             DeviceError::Unavailable { device, why } => write!(f, "{device}: {why}"),
+            DeviceError::Driver { device, error } if error.meaning == Meaning::Lost => {
+                write!(f, "{device}: {error}; the device is lost to this process, restart it")
+            }
+            DeviceError::Driver { device, error } => write!(f, "{device}: {error}"),
             DeviceError::Query { device, .. } => write!(f, "{device}: does not tell its memory"),
         }
     }

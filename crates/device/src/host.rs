@@ -125,6 +125,10 @@ impl Device for Host {
     fn wait(&self, _event: &Event) -> Result<(), DeviceError> {
         Ok(())
     }
+
+    fn fallbacks(&self) -> Vec<(String, String)> {
+        Vec::new()
+    }
 }
 
 impl Allocation for Arena {
@@ -139,6 +143,8 @@ impl Allocation for Arena {
     fn host_ptr(&self) -> Option<NonNull<u8>> {
         Some(self.0.as_ptr())
     }
+
+    fn release_after(&self, _stream: u64) {}
 }
 
 /// Returns the address of a range of host memory.

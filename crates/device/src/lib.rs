@@ -14,6 +14,7 @@
 #[cfg(feature = "conformance")]
 pub mod conformance;
 mod contract;
+pub mod gpu;
 pub mod host;
 
 pub use contract::{Allocation, Capabilities, Device, DeviceError, Event, MemoryInfo, Stream, StridedCopy};

@@ -43,6 +43,8 @@ pub(crate) fn run(model: &Inner, options: &LoadOptions, cancel: &Cancel, emit: &
 pub(crate) fn device(id: DeviceId) -> Result<Box<dyn Device>> {
     match id {
         DeviceId::Host => Ok(Box::new(Host)),
+        #[cfg(feature = "cuda")]
+        DeviceId::Cuda(ordinal) => Ok(Box::new(tensorhaul_cuda::open(ordinal)?)),
         other => Err(Error::bad_request(format!("{other}: this build has no backend for it; host works"))),
     }
 }

@@ -93,6 +93,15 @@ impl Tensor {
         }
     }
 
+    /// Returns the arena the tensor lies in and its first byte's distance from the arena's start; `None` for a
+    /// mapped tensor. The arena lives as long as the handle.
+    pub fn allocation(&self) -> Option<(&Arc<dyn Allocation>, u64)> {
+        match &self.storage {
+            Storage::Mapped(_) => None,
+            Storage::Arena(_, arena) => Some((arena, self.offset_bytes)),
+        }
+    }
+
     /// Returns the bytes, little-endian as stored.
     ///
     /// # Errors

@@ -1,0 +1,326 @@
+//! NVIDIA's calls under the names that all vendors share.
+
+use std::ffi::{CStr, c_char, c_int, c_void};
+use std::path::PathBuf;
+use std::ptr;
+
+use tensorhaul_device::gpu::{
+    CallError, Context, DeviceFacts, Driver, EventHandle, Meaning, Rows, StreamHandle,
+};
+use tensorhaul_plan::DeviceId;
+
+use crate::sys::{self, Table};
+
+/// NVIDIA's driver, loaded and initialized.
+pub struct Cuda {
+    table: Table,
+    version: c_int,
+}
+
+impl Cuda {
+    /// Loads the first of these libraries and initializes it; the error is a sentence with the likely cause.
+    pub(crate) fn load(candidates: &[PathBuf]) -> Result<Cuda, String> {
+        let table = Table::load(candidates).map_err(|error| {
+            format!("{error}; NVIDIA's driver is not installed, or not visible in this container (--gpus all)")
+        })?;
+        let mut cuda = Cuda { table, version: 0 };
+        let path = cuda.table.path.display().to_string();
+        // SAFETY: the only argument must be 0.
+        cuda.check("cuInit", unsafe { (cuda.table.cuInit)(0) }).map_err(|error| match error.code {
+            sys::NO_DEVICE => format!("{path}: {error}: a driver is installed, but it sees no GPU (CUDA_VISIBLE_DEVICES?)"),
+            _ => format!("{path}: {error}: the driver and the kernel module may differ in version; reboot or reinstall it"),
+        })?;
+        // SAFETY: writes one integer. A failure leaves 0, which is printed as unknown.
+        let _ = unsafe { (cuda.table.cuDriverGetVersion)(&raw mut cuda.version) };
+        Ok(cuda)
+    }
+
+    fn check(&self, call: &'static str, code: c_int) -> Result<(), CallError> {
+        if code == sys::SUCCESS {
+            return Ok(());
+        }
+        let meaning = match code {
+            sys::OUT_OF_MEMORY => Meaning::OutOfMemory,
+            code if sys::LOST.contains(&code) => Meaning::Lost,
+            _ => Meaning::Other,
+        };
+        Err(CallError { call, code, name: self.error_name(code), meaning })
+    }
+
+    fn error_name(&self, code: c_int) -> String {
+        let mut name: *const c_char = ptr::null();
+        // SAFETY: writes one pointer, to a static string, or null for a code it does not know.
+        let result = unsafe { (self.table.cuGetErrorName)(code, &raw mut name) };
+        if result != sys::SUCCESS || name.is_null() {
+            return String::new();
+        }
+        // SAFETY: the driver's static, terminated string.
+        unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned()
+    }
+
+    fn device(&self, ordinal: u32) -> Result<sys::Device, CallError> {
+        let mut device = 0;
+        // SAFETY: writes one integer.
+        self.check("cuDeviceGet", unsafe { (self.table.cuDeviceGet)(&raw mut device, ordinal as c_int) })?;
+        Ok(device)
+    }
+
+    fn attribute(&self, attribute: c_int, device: sys::Device) -> Result<c_int, CallError> {
+        let mut value = 0;
+        // SAFETY: writes one integer.
+        let code = unsafe { (self.table.cuDeviceGetAttribute)(&raw mut value, attribute, device) };
+        self.check("cuDeviceGetAttribute", code)?;
+        Ok(value)
+    }
+}
+
+/// Reads a string that a call writes into a buffer.
+fn text(fill: impl FnOnce(*mut c_char, c_int) -> Result<(), CallError>) -> Result<String, CallError> {
+    let mut buffer = [0u8; 256];
+    fill(buffer.as_mut_ptr().cast(), buffer.len() as c_int - 1)?;
+    let text = CStr::from_bytes_until_nul(&buffer).unwrap_or_default();
+    Ok(text.to_string_lossy().into_owned())
+}
+
+// SAFETY: each method calls the function of NVIDIA's reference for its name, with these arguments.
+unsafe impl Driver for Cuda {
+    fn device_id(&self, ordinal: u32) -> DeviceId {
+        DeviceId::Cuda(ordinal)
+    }
+
+    fn version(&self) -> String {
+        let (major, minor) = (self.version / 1000, self.version % 1000 / 10);
+        format!("{} (CUDA {major}.{minor})", self.table.path.display())
+    }
+
+    fn device_count(&self) -> Result<u32, CallError> {
+        let mut count = 0;
+        // SAFETY: writes one integer.
+        self.check("cuDeviceGetCount", unsafe { (self.table.cuDeviceGetCount)(&raw mut count) })?;
+        Ok(count.max(0) as u32)
+    }
+
+    fn describe(&self, ordinal: u32) -> Result<DeviceFacts, CallError> {
+        let device = self.device(ordinal)?;
+        let mut total = 0usize;
+        // SAFETY: writes one integer.
+        self.check("cuDeviceTotalMem", unsafe { (self.table.cuDeviceTotalMem_v2)(&raw mut total, device) })?;
+        let name = text(|buffer, len| {
+            // SAFETY: writes at most `len` bytes.
+            self.check("cuDeviceGetName", unsafe { (self.table.cuDeviceGetName)(buffer, len, device) })
+        })?;
+        let pci_bus_id = text(|buffer, len| {
+            // SAFETY: as above.
+            self.check("cuDeviceGetPCIBusId", unsafe { (self.table.cuDeviceGetPCIBusId)(buffer, len, device) })
+        });
+        let (major, minor) = (self.attribute(sys::ATTRIBUTE_MAJOR, device)?, self.attribute(sys::ATTRIBUTE_MINOR, device)?);
+        Ok(DeviceFacts {
+            name,
+            total_bytes: total as u64,
+            pci_bus_id: pci_bus_id.unwrap_or_default(),
+            architecture: format!("sm_{major}{minor}"),
+            integrated: self.attribute(sys::ATTRIBUTE_INTEGRATED, device)? != 0,
+        })
+    }
+
+    fn open(&self, ordinal: u32) -> Result<Context, CallError> {
+        let device = self.device(ordinal)?;
+        let mut context: sys::Context = ptr::null_mut();
+        // SAFETY: writes one pointer. The primary context is the one that frameworks in this process use.
+        let code = unsafe { (self.table.cuDevicePrimaryCtxRetain)(&raw mut context, device) };
+        self.check("cuDevicePrimaryCtxRetain", code)?;
+        Ok(Context(context.expose_provenance()))
+    }
+
+    fn close(&self, ordinal: u32, _context: Context) {
+        if let Ok(device) = self.device(ordinal) {
+            // SAFETY: retained in `open`, released once. A failure is of a context that is gone already.
+            let _ = unsafe { (self.table.cuDevicePrimaryCtxRelease_v2)(device) };
+        }
+    }
+
+    fn current(&self) -> Result<Context, CallError> {
+        let mut context: sys::Context = ptr::null_mut();
+        // SAFETY: writes one pointer.
+        self.check("cuCtxGetCurrent", unsafe { (self.table.cuCtxGetCurrent)(&raw mut context) })?;
+        Ok(Context(context.expose_provenance()))
+    }
+
+    fn make_current(&self, context: Context) -> Result<(), CallError> {
+        // SAFETY: a context of `open` or `current`, or null for none.
+        self.check("cuCtxSetCurrent", unsafe { (self.table.cuCtxSetCurrent)(pointer(context.0)) })
+    }
+
+    fn memory(&self) -> Result<(u64, u64), CallError> {
+        let (mut free, mut total) = (0usize, 0usize);
+        // SAFETY: writes two integers.
+        self.check("cuMemGetInfo", unsafe { (self.table.cuMemGetInfo_v2)(&raw mut free, &raw mut total) })?;
+        Ok((free as u64, total as u64))
+    }
+
+    fn stream_create(&self) -> Result<StreamHandle, CallError> {
+        let mut stream: sys::Stream = ptr::null_mut();
+        // SAFETY: writes one pointer.
+        let code = unsafe { (self.table.cuStreamCreate)(&raw mut stream, sys::STREAM_NON_BLOCKING) };
+        self.check("cuStreamCreate", code)?;
+        Ok(StreamHandle(stream.expose_provenance()))
+    }
+
+    unsafe fn stream_destroy(&self, stream: StreamHandle) -> Result<(), CallError> {
+        // SAFETY: the caller's promise.
+        self.check("cuStreamDestroy", unsafe { (self.table.cuStreamDestroy_v2)(pointer(stream.0)) })
+    }
+
+    unsafe fn stream_wait(&self, stream: StreamHandle) -> Result<(), CallError> {
+        // SAFETY: the caller's promise.
+        self.check("cuStreamSynchronize", unsafe { (self.table.cuStreamSynchronize)(pointer(stream.0)) })
+    }
+
+    unsafe fn stream_wait_event(&self, stream: StreamHandle, event: EventHandle) -> Result<(), CallError> {
+        // SAFETY: the caller's promise; the flags must be 0.
+        let code = unsafe { (self.table.cuStreamWaitEvent)(pointer(stream.0), pointer(event.0), 0) };
+        self.check("cuStreamWaitEvent", code)
+    }
+
+    fn event_create(&self) -> Result<EventHandle, CallError> {
+        let mut event: sys::Event = ptr::null_mut();
+        // SAFETY: writes one pointer.
+        let code = unsafe { (self.table.cuEventCreate)(&raw mut event, sys::EVENT_DISABLE_TIMING) };
+        self.check("cuEventCreate", code)?;
+        Ok(EventHandle(event.expose_provenance()))
+    }
+
+    unsafe fn event_destroy(&self, event: EventHandle) -> Result<(), CallError> {
+        // SAFETY: the caller's promise.
+        self.check("cuEventDestroy", unsafe { (self.table.cuEventDestroy_v2)(pointer(event.0)) })
+    }
+
+    unsafe fn event_record(&self, event: EventHandle, stream: StreamHandle) -> Result<(), CallError> {
+        // SAFETY: the caller's promise.
+        self.check("cuEventRecord", unsafe { (self.table.cuEventRecord)(pointer(event.0), pointer(stream.0)) })
+    }
+
+    unsafe fn event_is_complete(&self, event: EventHandle) -> Result<bool, CallError> {
+        // SAFETY: the caller's promise.
+        match unsafe { (self.table.cuEventQuery)(pointer(event.0)) } {
+            sys::NOT_READY => Ok(false),
+            code => self.check("cuEventQuery", code).map(|()| true),
+        }
+    }
+
+    unsafe fn event_wait(&self, event: EventHandle) -> Result<(), CallError> {
+        // SAFETY: the caller's promise.
+        self.check("cuEventSynchronize", unsafe { (self.table.cuEventSynchronize)(pointer(event.0)) })
+    }
+
+    unsafe fn allocate_ordered(&self, len_bytes: u64, stream: StreamHandle) -> Option<Result<u64, CallError>> {
+        let (Some(allocate), Some(_)) = (self.table.cuMemAllocAsync, self.table.cuMemFreeAsync) else {
+            return None;
+        };
+        let mut address = 0;
+        // SAFETY: writes one integer; the stream is the caller's promise.
+        let code = unsafe { allocate(&raw mut address, len_bytes as usize, pointer(stream.0)) };
+        match code {
+            // The device or its driver has no memory pools: `cuMemAlloc` serves.
+            NOT_SUPPORTED => None,
+            code => Some(self.check("cuMemAllocAsync", code).map(|()| address)),
+        }
+    }
+
+    unsafe fn free_ordered(&self, address: u64, stream: StreamHandle) -> Result<(), CallError> {
+        let free = self.table.cuMemFreeAsync.expect("memory allocated in order is freed by the same driver");
+        // SAFETY: the caller's promise.
+        self.check("cuMemFreeAsync", unsafe { free(address, pointer(stream.0)) })
+    }
+
+    fn allocate(&self, len_bytes: u64) -> Result<u64, CallError> {
+        let mut address = 0;
+        // SAFETY: writes one integer.
+        self.check("cuMemAlloc", unsafe { (self.table.cuMemAlloc_v2)(&raw mut address, len_bytes as usize) })?;
+        Ok(address)
+    }
+
+    unsafe fn free(&self, address: u64) -> Result<(), CallError> {
+        // SAFETY: the caller's promise.
+        self.check("cuMemFree", unsafe { (self.table.cuMemFree_v2)(address) })
+    }
+
+    fn host_allocate(&self, len_bytes: usize) -> Result<*mut c_void, CallError> {
+        let mut start = ptr::null_mut();
+        // SAFETY: writes one pointer.
+        let code = unsafe { (self.table.cuMemHostAlloc)(&raw mut start, len_bytes, sys::HOST_ALLOC_PORTABLE) };
+        self.check("cuMemHostAlloc", code)?;
+        Ok(start)
+    }
+
+    unsafe fn host_free(&self, start: *mut c_void) -> Result<(), CallError> {
+        // SAFETY: the caller's promise.
+        self.check("cuMemFreeHost", unsafe { (self.table.cuMemFreeHost)(start) })
+    }
+
+    unsafe fn host_register(&self, start: *mut c_void, len_bytes: usize) -> Result<(), CallError> {
+        // SAFETY: the caller's promise.
+        let code = unsafe { (self.table.cuMemHostRegister_v2)(start, len_bytes, sys::HOST_REGISTER_PORTABLE) };
+        self.check("cuMemHostRegister", code)
+    }
+
+    unsafe fn host_unregister(&self, start: *mut c_void) -> Result<(), CallError> {
+        // SAFETY: the caller's promise.
+        self.check("cuMemHostUnregister", unsafe { (self.table.cuMemHostUnregister)(start) })
+    }
+
+    unsafe fn copy_in(
+        &self,
+        target: u64,
+        source: *const c_void,
+        len_bytes: usize,
+        stream: StreamHandle,
+    ) -> Result<(), CallError> {
+        // SAFETY: the caller's promise.
+        let code = unsafe { (self.table.cuMemcpyHtoDAsync_v2)(target, source, len_bytes, pointer(stream.0)) };
+        self.check("cuMemcpyHtoDAsync", code)
+    }
+
+    unsafe fn copy_out(
+        &self,
+        target: *mut c_void,
+        source: u64,
+        len_bytes: usize,
+        stream: StreamHandle,
+    ) -> Result<(), CallError> {
+        // SAFETY: the caller's promise.
+        let code = unsafe { (self.table.cuMemcpyDtoHAsync_v2)(target, source, len_bytes, pointer(stream.0)) };
+        self.check("cuMemcpyDtoHAsync", code)
+    }
+
+    unsafe fn copy_rows_in(&self, rows: Rows, stream: StreamHandle) -> Result<(), CallError> {
+        let copy = sys::Memcpy2d {
+            src_x_bytes: 0,
+            src_y: 0,
+            src_memory_type: sys::MEMORYTYPE_HOST,
+            src_host: rows.source,
+            src_device: 0,
+            src_array: ptr::null_mut(),
+            src_pitch: rows.source_stride_bytes,
+            dst_x_bytes: 0,
+            dst_y: 0,
+            dst_memory_type: sys::MEMORYTYPE_DEVICE,
+            dst_host: ptr::null_mut(),
+            dst_device: rows.target,
+            dst_array: ptr::null_mut(),
+            dst_pitch: rows.target_stride_bytes,
+            width_bytes: rows.row_len_bytes,
+            height: rows.row_count,
+        };
+        // SAFETY: the caller's promise; the struct is read before the call returns.
+        self.check("cuMemcpy2DAsync", unsafe { (self.table.cuMemcpy2DAsync_v2)(&raw const copy, pointer(stream.0)) })
+    }
+}
+
+/// Handles are pointers that only the driver follows.
+fn pointer(handle: usize) -> *mut c_void {
+    ptr::with_exposed_provenance_mut(handle)
+}
+
+/// `CUDA_ERROR_NOT_SUPPORTED`.
+const NOT_SUPPORTED: c_int = 801;

@@ -1,0 +1,109 @@
+//! The functions of NVIDIA's driver that the backend calls.
+//!
+//! # Source
+//! CUDA Driver API reference, version 12.0: signatures, flags, attributes and status codes. All are in
+//! every driver since 11.2 but the optional ones.
+
+use std::ffi::{c_char, c_int, c_uint, c_void};
+
+pub(crate) type Device = c_int;
+pub(crate) type Context = *mut c_void;
+pub(crate) type Stream = *mut c_void;
+pub(crate) type Event = *mut c_void;
+pub(crate) type Address = u64;
+
+tensorhaul_device::driver_table! {
+    /// NVIDIA's driver.
+    pub(crate) struct Table {
+        fn cuInit(c_uint);
+        fn cuDriverGetVersion(*mut c_int);
+        fn cuGetErrorName(c_int, *mut *const c_char);
+        fn cuDeviceGetCount(*mut c_int);
+        fn cuDeviceGet(*mut Device, c_int);
+        fn cuDeviceGetName(*mut c_char, c_int, Device);
+        fn cuDeviceGetAttribute(*mut c_int, c_int, Device);
+        fn cuDeviceGetPCIBusId(*mut c_char, c_int, Device);
+        fn cuDeviceTotalMem_v2(*mut usize, Device);
+        fn cuDevicePrimaryCtxRetain(*mut Context, Device);
+        fn cuDevicePrimaryCtxRelease_v2(Device);
+        fn cuCtxGetCurrent(*mut Context);
+        fn cuCtxSetCurrent(Context);
+        fn cuMemGetInfo_v2(*mut usize, *mut usize);
+        fn cuStreamCreate(*mut Stream, c_uint);
+        fn cuStreamDestroy_v2(Stream);
+        fn cuStreamSynchronize(Stream);
+        fn cuStreamWaitEvent(Stream, Event, c_uint);
+        fn cuEventCreate(*mut Event, c_uint);
+        fn cuEventDestroy_v2(Event);
+        fn cuEventRecord(Event, Stream);
+        fn cuEventQuery(Event);
+        fn cuEventSynchronize(Event);
+        fn cuMemAlloc_v2(*mut Address, usize);
+        fn cuMemFree_v2(Address);
+        fn cuMemHostAlloc(*mut *mut c_void, usize, c_uint);
+        fn cuMemFreeHost(*mut c_void);
+        fn cuMemHostRegister_v2(*mut c_void, usize, c_uint);
+        fn cuMemHostUnregister(*mut c_void);
+        fn cuMemcpyHtoDAsync_v2(Address, *const c_void, usize, Stream);
+        fn cuMemcpyDtoHAsync_v2(*mut c_void, Address, usize, Stream);
+        fn cuMemcpy2DAsync_v2(*const Memcpy2d, Stream);
+        optional:
+        fn cuMemAllocAsync(*mut Address, usize, Stream);
+        fn cuMemFreeAsync(Address, Stream);
+    }
+}
+
+/// `CUDA_MEMCPY2D`.
+#[repr(C)]
+pub(crate) struct Memcpy2d {
+    pub(crate) src_x_bytes: usize,
+    pub(crate) src_y: usize,
+    pub(crate) src_memory_type: c_uint,
+    pub(crate) src_host: *const c_void,
+    pub(crate) src_device: Address,
+    pub(crate) src_array: *mut c_void,
+    pub(crate) src_pitch: usize,
+    pub(crate) dst_x_bytes: usize,
+    pub(crate) dst_y: usize,
+    pub(crate) dst_memory_type: c_uint,
+    pub(crate) dst_host: *mut c_void,
+    pub(crate) dst_device: Address,
+    pub(crate) dst_array: *mut c_void,
+    pub(crate) dst_pitch: usize,
+    pub(crate) width_bytes: usize,
+    pub(crate) height: usize,
+}
+const _: () = assert!(size_of::<Memcpy2d>() == 128);
+
+/// `CU_MEMORYTYPE_HOST`.
+pub(crate) const MEMORYTYPE_HOST: c_uint = 1;
+/// `CU_MEMORYTYPE_DEVICE`.
+pub(crate) const MEMORYTYPE_DEVICE: c_uint = 2;
+
+/// `CUDA_SUCCESS`.
+pub(crate) const SUCCESS: c_int = 0;
+/// `CUDA_ERROR_OUT_OF_MEMORY`.
+pub(crate) const OUT_OF_MEMORY: c_int = 2;
+/// `CUDA_ERROR_NO_DEVICE`.
+pub(crate) const NO_DEVICE: c_int = 100;
+/// `CUDA_ERROR_NOT_READY`.
+pub(crate) const NOT_READY: c_int = 600;
+/// After these the context answers every call with the same error: deinitialized, device unavailable, ECC, illegal
+/// address, launch timeout, destroyed context, assert, and the hardware faults from 714 to 719.
+pub(crate) const LOST: &[c_int] = &[4, 46, 214, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719];
+
+/// `CU_DEVICE_ATTRIBUTE_INTEGRATED`.
+pub(crate) const ATTRIBUTE_INTEGRATED: c_int = 18;
+/// `CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR`.
+pub(crate) const ATTRIBUTE_MAJOR: c_int = 75;
+/// `CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR`.
+pub(crate) const ATTRIBUTE_MINOR: c_int = 76;
+
+/// `CU_STREAM_NON_BLOCKING`.
+pub(crate) const STREAM_NON_BLOCKING: c_uint = 1;
+/// `CU_EVENT_DISABLE_TIMING`.
+pub(crate) const EVENT_DISABLE_TIMING: c_uint = 2;
+/// `CU_MEMHOSTALLOC_PORTABLE`: pinned for every context. Not write-combined: the CPU reads staging memory too.
+pub(crate) const HOST_ALLOC_PORTABLE: c_uint = 1;
+/// `CU_MEMHOSTREGISTER_PORTABLE`.
+pub(crate) const HOST_REGISTER_PORTABLE: c_uint = 1;

@@ -1,0 +1,257 @@
+//! What a vendor's driver brings: its calls, one to one, and nothing decided.
+
+use std::ffi::c_void;
+use std::fmt;
+
+use tensorhaul_plan::DeviceId;
+
+/// One vendor's driver, loaded and initialized.
+///
+/// The methods are the vendor's calls under common names. [`Gpu`](super::Gpu) is built on them once for all
+/// vendors, so that the order of calls, which is where loaders go wrong, is written once.
+///
+/// # Safety
+/// An implementation calls what the vendor documents for the name, with these arguments.
+pub unsafe trait Driver: Send + Sync + 'static {
+    /// Returns the name of a device of this vendor.
+    fn device_id(&self, ordinal: u32) -> DeviceId;
+
+    /// Returns the path of the library and the version of the driver, as people know it.
+    fn version(&self) -> String;
+
+    /// Counts the devices.
+    ///
+    /// # Errors
+    /// [`CallError`].
+    fn device_count(&self) -> Result<u32, CallError>;
+
+    /// Describes a device without touching it.
+    ///
+    /// # Errors
+    /// [`CallError`].
+    fn describe(&self, ordinal: u32) -> Result<DeviceFacts, CallError>;
+
+    /// Prepares a device for work, once a process: its primary context.
+    ///
+    /// # Errors
+    /// [`CallError`].
+    fn open(&self, ordinal: u32) -> Result<Context, CallError>;
+
+    /// Lets go of what [`Driver::open`] took.
+    fn close(&self, ordinal: u32, context: Context);
+
+    /// Returns what is current on the calling thread.
+    ///
+    /// # Errors
+    /// [`CallError`].
+    fn current(&self) -> Result<Context, CallError>;
+
+    /// Makes a context current on the calling thread; every call below works in it.
+    ///
+    /// # Errors
+    /// [`CallError`].
+    fn make_current(&self, context: Context) -> Result<(), CallError>;
+
+    /// Returns free and total bytes.
+    ///
+    /// # Errors
+    /// [`CallError`].
+    fn memory(&self) -> Result<(u64, u64), CallError>;
+
+    /// Makes a stream that does not wait for the default stream.
+    ///
+    /// # Errors
+    /// [`CallError`].
+    fn stream_create(&self) -> Result<StreamHandle, CallError>;
+
+    /// Ends a stream; what is queued still runs.
+    ///
+    /// # Safety
+    /// The stream is of this context and not used again.
+    unsafe fn stream_destroy(&self, stream: StreamHandle) -> Result<(), CallError>;
+
+    /// Waits for everything on a stream.
+    ///
+    /// # Safety
+    /// The stream is of this context and alive.
+    unsafe fn stream_wait(&self, stream: StreamHandle) -> Result<(), CallError>;
+
+    /// Makes a stream wait for an event.
+    ///
+    /// # Safety
+    /// Both are of this process and alive.
+    unsafe fn stream_wait_event(&self, stream: StreamHandle, event: EventHandle) -> Result<(), CallError>;
+
+    /// Makes an event that keeps no time.
+    ///
+    /// # Errors
+    /// [`CallError`].
+    fn event_create(&self) -> Result<EventHandle, CallError>;
+
+    /// Ends an event.
+    ///
+    /// # Safety
+    /// The event is of this context and not used again.
+    unsafe fn event_destroy(&self, event: EventHandle) -> Result<(), CallError>;
+
+    /// Records an event behind everything on a stream.
+    ///
+    /// # Safety
+    /// Both are of this context and alive.
+    unsafe fn event_record(&self, event: EventHandle, stream: StreamHandle) -> Result<(), CallError>;
+
+    /// Tells whether an event is complete.
+    ///
+    /// # Safety
+    /// The event is alive.
+    unsafe fn event_is_complete(&self, event: EventHandle) -> Result<bool, CallError>;
+
+    /// Waits for an event.
+    ///
+    /// # Safety
+    /// The event is alive.
+    unsafe fn event_wait(&self, event: EventHandle) -> Result<(), CallError>;
+
+    /// Allocates device memory in the order of a stream; `None` when the driver or device has no such allocator.
+    ///
+    /// # Safety
+    /// The stream is of this context and alive.
+    unsafe fn allocate_ordered(&self, len_bytes: u64, stream: StreamHandle) -> Option<Result<u64, CallError>>;
+
+    /// Frees in the order of a stream what [`Driver::allocate_ordered`] gave.
+    ///
+    /// # Safety
+    /// The memory came from there and is not used by work that is not ordered before this.
+    unsafe fn free_ordered(&self, address: u64, stream: StreamHandle) -> Result<(), CallError>;
+
+    /// Allocates device memory at once.
+    ///
+    /// # Errors
+    /// [`CallError`].
+    fn allocate(&self, len_bytes: u64) -> Result<u64, CallError>;
+
+    /// Frees what [`Driver::allocate`] gave; waits for the device.
+    ///
+    /// # Safety
+    /// The memory came from there and is not used again.
+    unsafe fn free(&self, address: u64) -> Result<(), CallError>;
+
+    /// Allocates pinned host memory that every context may copy from, cached by the CPU.
+    ///
+    /// # Errors
+    /// [`CallError`].
+    fn host_allocate(&self, len_bytes: usize) -> Result<*mut c_void, CallError>;
+
+    /// Frees what [`Driver::host_allocate`] gave.
+    ///
+    /// # Safety
+    /// The memory came from there and is not used again.
+    unsafe fn host_free(&self, start: *mut c_void) -> Result<(), CallError>;
+
+    /// Pins host memory where it is.
+    ///
+    /// # Safety
+    /// The memory is mapped, page-aligned, and stays mapped until [`Driver::host_unregister`].
+    unsafe fn host_register(&self, start: *mut c_void, len_bytes: usize) -> Result<(), CallError>;
+
+    /// Unpins it.
+    ///
+    /// # Safety
+    /// The memory was registered, and no copy from it is queued.
+    unsafe fn host_unregister(&self, start: *mut c_void) -> Result<(), CallError>;
+
+    /// Queues a copy to the device.
+    ///
+    /// # Safety
+    /// Both ranges are valid until the copy is done; the source is pinned.
+    unsafe fn copy_in(&self, target: u64, source: *const c_void, len_bytes: usize, stream: StreamHandle) -> Result<(), CallError>;
+
+    /// Queues a copy from the device.
+    ///
+    /// # Safety
+    /// Both ranges are valid until the copy is done; the target is pinned.
+    unsafe fn copy_out(&self, target: *mut c_void, source: u64, len_bytes: usize, stream: StreamHandle) -> Result<(), CallError>;
+
+    /// Queues a copy of rows to the device.
+    ///
+    /// # Safety
+    /// As [`Driver::copy_in`], for every row.
+    unsafe fn copy_rows_in(&self, rows: Rows, stream: StreamHandle) -> Result<(), CallError>;
+}
+
+/// A driver's context, or whatever names a device on a thread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Context(pub usize);
+
+/// A driver's stream; 0 is the default stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct StreamHandle(pub usize);
+
+/// A driver's event.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EventHandle(pub usize);
+
+/// Rows of equal length at equal distances, from host to device.
+#[derive(Clone, Copy, Debug)]
+pub struct Rows {
+    /// First byte of the first row on the host.
+    pub source: *const c_void,
+    /// From row to row on the host; at least `row_len_bytes`.
+    pub source_stride_bytes: usize,
+    /// Address of the first row on the device.
+    pub target: u64,
+    /// From row to row on the device; at least `row_len_bytes`.
+    pub target_stride_bytes: usize,
+    /// Length of a row.
+    pub row_len_bytes: usize,
+    /// Number of rows.
+    pub row_count: usize,
+}
+
+/// What a device is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DeviceFacts {
+    /// The name people know it by.
+    pub name: String,
+    /// Memory in all.
+    pub total_bytes: u64,
+    /// `0000:01:00.0`; empty where unknown.
+    pub pci_bus_id: String,
+    /// Architecture: `sm_90`, `gfx942`.
+    pub architecture: String,
+    /// Whether it shares its memory with the host.
+    pub integrated: bool,
+}
+
+/// A driver's call that failed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CallError {
+    /// The call.
+    pub call: &'static str,
+    /// The driver's status.
+    pub code: i32,
+    /// The driver's name for it; empty when it has none.
+    pub name: String,
+    /// What it means for the caller.
+    pub meaning: Meaning,
+}
+
+/// What a failed call means for the caller.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Meaning {
+    /// The device's memory does not suffice.
+    OutOfMemory,
+    /// The device no longer works in this process.
+    Lost,
+    /// Anything else.
+    Other,
+}
+
+impl fmt::Display for CallError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} failed with {}", self.call, self.code)?;
+        if self.name.is_empty() { Ok(()) } else { write!(f, " ({})", self.name) }
+    }
+}
+
+impl std::error::Error for CallError {}

@@ -1,0 +1,104 @@
+//! Device memory that is freed behind whatever may still use it.
+
+use std::ptr::NonNull;
+use std::sync::{Arc, Mutex};
+
+use super::driver::{Driver, Meaning, StreamHandle};
+use super::{Shared, lock};
+use crate::contract::{Allocation, DeviceError};
+
+/// An allocation of one device.
+pub(crate) struct Memory<D: Driver> {
+    shared: Arc<Shared<D>>,
+    address: u64,
+    len_bytes: u64,
+    is_ordered: bool,
+    /// Streams that may still use the memory when it is dropped.
+    consumers: Mutex<Vec<StreamHandle>>,
+}
+
+impl<D: Driver> Memory<D> {
+    pub(crate) fn allocate(shared: &Arc<Shared<D>>, len_bytes: u64) -> Result<Memory<D>, DeviceError> {
+        let mut memory = Memory {
+            shared: Arc::clone(shared),
+            address: 0,
+            len_bytes: 0,
+            is_ordered: false,
+            consumers: Mutex::default(),
+        };
+        if len_bytes == 0 {
+            return Ok(memory);
+        }
+        let _bound = shared.bind()?;
+        let failed = |error: super::CallError| match error.meaning {
+            Meaning::OutOfMemory => DeviceError::OutOfMemory {
+                device: shared.id(),
+                needed_bytes: len_bytes,
+                free_bytes: shared.driver.memory().ok().map(|(free_bytes, _)| free_bytes),
+            },
+            _ => shared.failed(error),
+        };
+        // SAFETY: the stream is this device's, and alive.
+        match unsafe { shared.driver.allocate_ordered(len_bytes, shared.copy) } {
+            Some(address) => {
+                (memory.address, memory.len_bytes, memory.is_ordered) = (address.map_err(failed)?, len_bytes, true);
+                // The compute stream may write it too, but not before it exists there. On error `memory` frees it.
+                shared.fence(shared.copy, shared.compute).map_err(|error| shared.failed(error))?;
+            }
+            None => (memory.address, memory.len_bytes) = (shared.driver.allocate(len_bytes).map_err(failed)?, len_bytes),
+        }
+        Ok(memory)
+    }
+
+    /// Frees in the order of the copy stream, which first waits for everyone else.
+    fn free(&self) -> Result<(), DeviceError> {
+        let shared = &*self.shared;
+        let _bound = shared.bind()?;
+        let failed = |error| shared.failed(error);
+        if !self.is_ordered {
+            // SAFETY: the last handle goes away; the call waits for the device.
+            return unsafe { shared.driver.free(self.address) }.map_err(failed);
+        }
+        let consumers = std::mem::take(&mut *lock(&self.consumers));
+        // Consumers that named no stream work on the default stream, or have waited.
+        for stream in [shared.compute, DEFAULT_STREAM].into_iter().chain(consumers) {
+            shared.fence(stream, shared.copy).map_err(failed)?;
+        }
+        // SAFETY: the last handle goes away, and everyone's work is ordered before this.
+        unsafe { shared.driver.free_ordered(self.address, shared.copy) }.map_err(failed)
+    }
+}
+
+impl<D: Driver> Drop for Memory<D> {
+    fn drop(&mut self) {
+        if self.address != 0
+            && let Err(error) = self.free()
+        {
+            // Without the order, freeing could hand memory in use to somebody else: it is leaked instead.
+            tracing::warn!(device = %self.shared.id(), len_bytes = self.len_bytes, %error, "device memory leaked");
+        }
+    }
+}
+
+impl<D: Driver> Allocation for Memory<D> {
+    fn address(&self) -> u64 {
+        self.address
+    }
+
+    fn len_bytes(&self) -> u64 {
+        self.len_bytes
+    }
+
+    fn host_ptr(&self) -> Option<NonNull<u8>> {
+        None
+    }
+
+    fn release_after(&self, stream: u64) {
+        let (stream, mut consumers) = (StreamHandle(stream as usize), lock(&self.consumers));
+        if !consumers.contains(&stream) {
+            consumers.push(stream);
+        }
+    }
+}
+
+const DEFAULT_STREAM: StreamHandle = StreamHandle(0);

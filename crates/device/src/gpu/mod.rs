@@ -1,0 +1,361 @@
+//! A backend for any vendor whose driver has streams, events and pinned memory: the order of calls, once.
+//!
+//! A vendor's crate brings a [`Driver`], which is its calls one to one; [`Gpu`] is the [`Device`] built on them.
+//! What can go wrong in a loader goes wrong in the order of calls, so that order is written, and tested
+//! against simulated drivers, in one place.
+//!
+//! - One copy stream, one compute stream; neither waits for the default stream.
+//! - Memory comes from the stream-ordered allocator where there is one, allocated on the copy stream and fenced,
+//!   so that the compute stream may write it too.
+//! - Memory is freed behind whatever may still use it: both streams, the default stream, and every
+//!   stream a consumer named with [`Allocation::release_after`]. If that order cannot be had, it is leaked.
+//! - The calling thread's own current device is put back after every call.
+
+mod driver;
+mod memory;
+mod staging;
+pub mod table;
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+pub use driver::{CallError, Context, DeviceFacts, Driver, EventHandle, Meaning, Rows, StreamHandle};
+use memory::Memory;
+use tensorhaul_plan::DeviceId;
+use tensorhaul_stage::StagingMemory;
+
+use crate::contract::{
+    Allocation, Capabilities, Device, DeviceError, Event, MemoryInfo, Stream, StridedCopy,
+};
+
+/// One device of a vendor. Clones are handles of the same one.
+pub struct Gpu<D: Driver> {
+    shared: Arc<Shared<D>>,
+}
+
+pub(crate) struct Shared<D: Driver> {
+    driver: Arc<D>,
+    ordinal: u32,
+    context: Context,
+    copy: StreamHandle,
+    compute: StreamHandle,
+    facts: DeviceFacts,
+    /// Events that nobody waits for any more.
+    events: Mutex<Vec<EventHandle>>,
+    /// What could not be done as preferred: what, why.
+    fallbacks: Mutex<Vec<(String, String)>>,
+    /// Drivers do not survive a fork.
+    process: u32,
+}
+
+impl<D: Driver> Gpu<D> {
+    /// Opens a device: its context and two streams.
+    ///
+    /// # Errors
+    /// [`DeviceError::Unavailable`] when there is no such device; [`DeviceError::Driver`] when a call failed.
+    pub fn open(driver: Arc<D>, ordinal: u32) -> Result<Gpu<D>, DeviceError> {
+        let device = driver.device_id(ordinal);
+        let failed = |error| DeviceError::Driver { device, error };
+        let count = driver.device_count().map_err(failed)?;
+        if ordinal >= count {
+            let have = match count {
+                0 => "the driver sees no device".to_owned(),
+                1 => "the driver sees one device, number 0".to_owned(),
+                count => format!("the driver sees {count} devices, numbers 0 to {}", count - 1),
+            };
+            return Err(DeviceError::Unavailable { device, why: have });
+        }
+        let facts = driver.describe(ordinal).map_err(failed)?;
+        let context = driver.open(ordinal).map_err(failed)?;
+        // From here on dropping `shared` undoes what was done, whatever fails.
+        let mut shared = Shared {
+            driver,
+            ordinal,
+            context,
+            copy: StreamHandle(0),
+            compute: StreamHandle(0),
+            facts,
+            events: Mutex::default(),
+            fallbacks: Mutex::default(),
+            process: std::process::id(),
+        };
+        let bound = shared.bind()?;
+        let (copy, compute) = (shared.driver.stream_create(), shared.driver.stream_create());
+        drop(bound);
+        shared.copy = copy.as_ref().copied().unwrap_or(StreamHandle(0));
+        shared.compute = compute.as_ref().copied().unwrap_or(StreamHandle(0));
+        copy.and(compute).map_err(failed)?;
+        Ok(Gpu { shared: Arc::new(shared) })
+    }
+
+    /// Returns what the device is.
+    pub fn facts(&self) -> &DeviceFacts {
+        &self.shared.facts
+    }
+}
+
+impl<D: Driver> Clone for Gpu<D> {
+    fn clone(&self) -> Gpu<D> {
+        Gpu { shared: Arc::clone(&self.shared) }
+    }
+}
+
+impl<D: Driver> Shared<D> {
+    fn id(&self) -> DeviceId {
+        self.driver.device_id(self.ordinal)
+    }
+
+    fn stream(&self, stream: Stream) -> StreamHandle {
+        match stream {
+            Stream::Copy => self.copy,
+            Stream::Compute => self.compute,
+        }
+    }
+
+    fn failed(&self, error: CallError) -> DeviceError {
+        DeviceError::Driver { device: self.id(), error }
+    }
+
+    /// Makes the device current on this thread until the guard is dropped.
+    fn bind(&self) -> Result<Bound<'_, D>, DeviceError> {
+        if std::process::id() != self.process {
+            let why = "the process was forked after the driver was initialized; load in the process that opened the device, \
+                       or open it after the fork";
+            return Err(DeviceError::Unavailable { device: self.id(), why: why.to_owned() });
+        }
+        let before = self.driver.current().map_err(|error| self.failed(error))?;
+        if before == self.context {
+            return Ok(Bound { driver: &*self.driver, before: None });
+        }
+        self.driver.make_current(self.context).map_err(|error| self.failed(error))?;
+        Ok(Bound { driver: &*self.driver, before: Some(before) })
+    }
+
+    /// Records an event on a stream, taking one that is free.
+    fn record(&self, stream: StreamHandle) -> Result<EventHandle, CallError> {
+        let free = lock(&self.events).pop();
+        let event = match free {
+            Some(event) => event,
+            None => self.driver.event_create()?,
+        };
+        // SAFETY: both are of this device's context, and alive.
+        match unsafe { self.driver.event_record(event, stream) } {
+            Ok(()) => Ok(event),
+            Err(error) => {
+                lock(&self.events).push(event);
+                Err(error)
+            }
+        }
+    }
+
+    /// Makes one stream wait for what is queued on another.
+    fn fence(&self, before: StreamHandle, after: StreamHandle) -> Result<(), CallError> {
+        let event = self.record(before)?;
+        // SAFETY: both are alive. A wait that is queued refers to this recording, also once the event is recorded anew.
+        let result = unsafe { self.driver.stream_wait_event(after, event) };
+        lock(&self.events).push(event);
+        result
+    }
+
+    fn note(&self, what: &str, why: String) {
+        let mut fallbacks = lock(&self.fallbacks);
+        if !fallbacks.iter().any(|(noted, _)| noted == what) {
+            fallbacks.push((what.to_owned(), why));
+        }
+    }
+}
+
+impl<D: Driver> Drop for Shared<D> {
+    fn drop(&mut self) {
+        if std::process::id() != self.process {
+            return; // The parent's driver state is not ours to end.
+        }
+        if let Ok(bound) = self.bind() {
+            for event in lock(&self.events).drain(..) {
+                // SAFETY: nobody holds an event that came back. A failure leaves it to the context's end.
+                let _ = unsafe { self.driver.event_destroy(event) };
+            }
+            for stream in [self.copy, self.compute] {
+                if stream != StreamHandle(0) {
+                    // SAFETY: the last handle of this device goes away, and with it all use of its streams.
+                    let _ = unsafe { self.driver.stream_destroy(stream) };
+                }
+            }
+            drop(bound);
+        }
+        self.driver.close(self.ordinal, self.context);
+    }
+}
+
+/// The device is current on this thread.
+struct Bound<'d, D: Driver> {
+    driver: &'d D,
+    before: Option<Context>,
+}
+
+impl<D: Driver> Drop for Bound<'_, D> {
+    fn drop(&mut self) {
+        if let Some(before) = self.before {
+            // When this fails, the next caller's own call says so.
+            let _ = self.driver.make_current(before);
+        }
+    }
+}
+
+/// The handle inside an [`Event`].
+struct Recorded<D: Driver> {
+    shared: Arc<Shared<D>>,
+    event: EventHandle,
+}
+
+impl<D: Driver> Drop for Recorded<D> {
+    fn drop(&mut self) {
+        lock(&self.shared.events).push(self.event);
+    }
+}
+
+impl<D: Driver> Gpu<D> {
+    fn recorded(event: &Event) -> &Recorded<D> {
+        event.handle().expect("an event goes back to the device that recorded it")
+    }
+}
+
+impl<D: Driver> Device for Gpu<D> {
+    fn id(&self) -> DeviceId {
+        self.shared.id()
+    }
+
+    fn name(&self) -> String {
+        self.shared.facts.name.clone()
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { in_place: false, align_bytes: ALIGN_BYTES }
+    }
+
+    fn memory(&self) -> Result<MemoryInfo, DeviceError> {
+        let _bound = self.shared.bind()?;
+        let (free_bytes, total_bytes) = self.shared.driver.memory().map_err(|error| self.shared.failed(error))?;
+        Ok(MemoryInfo { free_bytes, total_bytes })
+    }
+
+    fn allocate(&self, len_bytes: u64) -> Result<Arc<dyn Allocation>, DeviceError> {
+        Ok(Arc::new(Memory::allocate(&self.shared, len_bytes)?))
+    }
+
+    fn staging_memory(&self, len_bytes: usize) -> Result<Box<dyn StagingMemory>, DeviceError> {
+        staging::allocate(&self.shared, len_bytes)
+    }
+
+    unsafe fn copy(
+        &self,
+        source: &[u8],
+        target: &Arc<dyn Allocation>,
+        target_offset_bytes: u64,
+        stream: Stream,
+    ) -> Result<(), DeviceError> {
+        let shared = &*self.shared;
+        let address = within(target, target_offset_bytes, source.len() as u64);
+        let _bound = shared.bind()?;
+        // SAFETY: the caller keeps both ranges until an event behind this copy; the source is our staging memory.
+        let queued = unsafe { shared.driver.copy_in(address, source.as_ptr().cast(), source.len(), shared.stream(stream)) };
+        queued.map_err(|error| shared.failed(error))
+    }
+
+    unsafe fn copy_strided(
+        &self,
+        source: &[u8],
+        target: &Arc<dyn Allocation>,
+        copy: StridedCopy,
+        stream: Stream,
+    ) -> Result<(), DeviceError> {
+        let shared = &*self.shared;
+        let (count, piece) = (copy.piece_count, copy.piece_len_bytes);
+        if count == 0 || piece == 0 {
+            return Ok(());
+        }
+        assert!(((count - 1) * copy.source_stride_bytes + piece) <= source.len() as u64, "pieces lie inside their source");
+        let reach_bytes = (count - 1) * copy.target_stride_bytes + piece;
+        let rows = Rows {
+            source: source.as_ptr().cast(),
+            source_stride_bytes: copy.source_stride_bytes as usize,
+            target: within(target, copy.target_offset_bytes, reach_bytes),
+            target_stride_bytes: copy.target_stride_bytes as usize,
+            row_len_bytes: piece as usize,
+            row_count: count as usize,
+        };
+        let _bound = shared.bind()?;
+        // SAFETY: as for `copy`; the extent of the rows was just checked on both sides.
+        let queued = unsafe { shared.driver.copy_rows_in(rows, shared.stream(stream)) };
+        queued.map_err(|error| shared.failed(error))
+    }
+
+    unsafe fn copy_back(
+        &self,
+        source: &Arc<dyn Allocation>,
+        source_offset_bytes: u64,
+        target: &mut [u8],
+        stream: Stream,
+    ) -> Result<(), DeviceError> {
+        let shared = &*self.shared;
+        let address = within(source, source_offset_bytes, target.len() as u64);
+        let _bound = shared.bind()?;
+        // SAFETY: as for `copy`, with source and target exchanged.
+        let queued =
+            unsafe { shared.driver.copy_out(target.as_mut_ptr().cast(), address, target.len(), shared.stream(stream)) };
+        queued.map_err(|error| shared.failed(error))
+    }
+
+    fn record(&self, stream: Stream) -> Result<Event, DeviceError> {
+        let _bound = self.shared.bind()?;
+        let event = self.shared.record(self.shared.stream(stream)).map_err(|error| self.shared.failed(error))?;
+        Ok(Event::new(Recorded { shared: Arc::clone(&self.shared), event }))
+    }
+
+    fn order(&self, stream: Stream, after: &Event) -> Result<(), DeviceError> {
+        let shared = &*self.shared;
+        let _bound = shared.bind()?;
+        let event = Gpu::<D>::recorded(after).event;
+        // SAFETY: both are alive: the event is the caller's, the stream this device's.
+        let queued = unsafe { shared.driver.stream_wait_event(shared.stream(stream), event) };
+        queued.map_err(|error| shared.failed(error))
+    }
+
+    fn is_complete(&self, event: &Event) -> Result<bool, DeviceError> {
+        let shared = &*self.shared;
+        let _bound = shared.bind()?;
+        // SAFETY: the event is the caller's, and alive.
+        let asked = unsafe { shared.driver.event_is_complete(Gpu::<D>::recorded(event).event) };
+        asked.map_err(|error| shared.failed(error))
+    }
+
+    fn wait(&self, event: &Event) -> Result<(), DeviceError> {
+        let shared = &*self.shared;
+        let _bound = shared.bind()?;
+        // SAFETY: the event is the caller's, and alive.
+        let waited = unsafe { shared.driver.event_wait(Gpu::<D>::recorded(event).event) };
+        waited.map_err(|error| shared.failed(error))
+    }
+
+    fn fallbacks(&self) -> Vec<(String, String)> {
+        lock(&self.shared.fallbacks).clone()
+    }
+}
+
+/// Returns the device address of a range.
+///
+/// # Panics
+/// When the range leaves the allocation: the caller broke the contract, and going on would write over
+/// somebody else's memory.
+fn within(allocation: &Arc<dyn Allocation>, offset_bytes: u64, len_bytes: u64) -> u64 {
+    let end = offset_bytes.checked_add(len_bytes);
+    assert!(end.is_some_and(|end| end <= allocation.len_bytes()), "a copy stays inside its allocation");
+    allocation.address() + offset_bytes
+}
+
+/// A panic elsewhere cannot leave these lists half changed: every change is one push or pop.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Both vendors' allocators align to this at least.
+const ALIGN_BYTES: u64 = 256;

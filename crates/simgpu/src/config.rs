@@ -1,0 +1,62 @@
+//! What the simulated machine is like.
+
+/// Settings as `key=value` pairs, separated by `;`: `devices=2;memory=1048576;fail=cuEventRecord:3:700`.
+#[derive(Clone, Debug)]
+pub(crate) struct Config {
+    /// `devices`: how many there are. Default: 1.
+    pub(crate) devices: u32,
+    /// `memory`: bytes of each device. Default: 1 GiB.
+    pub(crate) memory_bytes: u64,
+    /// `delay_us`: the longest time that queued work waits before it runs; each waits a part of it, from the seed. Default: 0.
+    pub(crate) delay_us: u64,
+    /// `seed`: where the dice start. Default: 1.
+    pub(crate) seed: u64,
+    /// `link_mb_per_s`: speed of the host link of each device, in 1e6 bytes a second; 0 for no limit. Default: 0.
+    pub(crate) link_mb_per_s: u64,
+    /// `fail=CALL:N:CODE`: the N-th use of CALL (from 1) returns CODE. Codes from 700 on lose the device. May repeat.
+    pub(crate) fails: Vec<Fail>,
+    /// `pools=0`: the device has no stream-ordered allocator. Default: 1.
+    pub(crate) pools: bool,
+}
+
+/// One call that fails.
+#[derive(Clone, Debug)]
+pub(crate) struct Fail {
+    pub(crate) call: String,
+    pub(crate) nth: u64,
+    pub(crate) code: i32,
+}
+
+impl Default for Config {
+    fn default() -> Config {
+        Config { devices: 1, memory_bytes: 1 << 30, delay_us: 0, seed: 1, link_mb_per_s: 0, fails: Vec::new(), pools: true }
+    }
+}
+
+impl Config {
+    /// Parses settings; the error names the pair that is not one.
+    pub(crate) fn parse(text: &str) -> Result<Config, String> {
+        let mut config = Config::default();
+        for pair in text.split(';').map(str::trim).filter(|pair| !pair.is_empty()) {
+            let wrong = || format!("simgpu: {pair:?} is no setting");
+            let (key, value) = pair.split_once('=').ok_or_else(wrong)?;
+            let number = || value.parse::<u64>().map_err(|_| wrong());
+            match key {
+                "devices" => config.devices = number()? as u32,
+                "memory" => config.memory_bytes = number()?,
+                "delay_us" => config.delay_us = number()?,
+                "seed" => config.seed = number()?,
+                "link_mb_per_s" => config.link_mb_per_s = number()?,
+                "pools" => config.pools = number()? != 0,
+                "fail" => {
+                    let parts: Vec<&str> = value.split(':').collect();
+                    let &[call, nth, code] = parts.as_slice() else { return Err(wrong()) };
+                    let (nth, code) = (nth.parse().map_err(|_| wrong())?, code.parse().map_err(|_| wrong())?);
+                    config.fails.push(Fail { call: call.to_owned(), nth, code });
+                }
+                _ => return Err(wrong()),
+            }
+        }
+        Ok(config)
+    }
+}

@@ -1,0 +1,80 @@
+//! How tests set the machine up and ask what happened.
+
+use std::ffi::{CStr, c_char};
+
+use crate::config::Config;
+use crate::core::{self, Machine};
+
+/// Starts over with a new machine. Returns 0, or 1 when the text is no configuration.
+///
+/// # Safety
+/// `text` is a terminated string; no stream of the old machine has work queued.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn simgpu_configure(text: *const c_char) -> i32 {
+    // SAFETY: the caller's promise.
+    let text = unsafe { CStr::from_ptr(text) }.to_string_lossy();
+    match Config::parse(&text) {
+        Ok(config) => {
+            core::with(|machine| {
+                let mut fresh = Machine::new(config);
+                fresh.initialized = machine.initialized;
+                *machine = fresh;
+            });
+            0
+        }
+        Err(error) => {
+            eprintln!("{error}");
+            1
+        }
+    }
+}
+
+/// Sets which calls fail from now on, counting from now, and keeps everything else. Returns as [`simgpu_configure`].
+///
+/// # Safety
+/// `text` is a terminated string.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn simgpu_fail(text: *const c_char) -> i32 {
+    // SAFETY: the caller's promise.
+    let text = unsafe { CStr::from_ptr(text) }.to_string_lossy();
+    let Ok(config) = Config::parse(&text) else { return 1 };
+    core::with(|machine| {
+        machine.config.fails = config.fails;
+        machine.calls.clear();
+        for device in &mut machine.devices {
+            device.lost = None;
+        }
+    });
+    0
+}
+
+/// Writes what happened as lines `key value` into `text`, at most `len` bytes with the terminator; returns the
+/// bytes that it takes. Keys: `call.NAME`, `live.allocations`, `live.bytes`, `live.streams`, `live.events`,
+/// `live.pinned`, `live.contexts`, `violation`.
+///
+/// # Safety
+/// `text` is writable for `len` bytes.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn simgpu_report(text: *mut c_char, len: usize) -> usize {
+    let report = core::with(|machine| {
+        let mut lines: Vec<String> = machine.calls.iter().map(|(name, count)| format!("call.{name} {count}")).collect();
+        let sum = |of: fn(&core::Device) -> u64| machine.devices.iter().map(of).sum::<u64>();
+        lines.push(format!("live.allocations {}", sum(|device| device.allocations.len() as u64)));
+        lines.push(format!("live.bytes {}", sum(|device| device.used_bytes)));
+        lines.push(format!("live.contexts {}", sum(|device| device.retained.into())));
+        lines.push(format!("live.streams {}", machine.streams.len()));
+        lines.push(format!("live.events {}", machine.events.len()));
+        lines.push(format!("live.pinned {}", machine.pinned.len()));
+        lines.extend(machine.violations.iter().map(|violation| format!("violation {violation}")));
+        lines.join("\n")
+    });
+    let kept = report.len().min(len.saturating_sub(1));
+    // SAFETY: the caller's promise; `kept` and the terminator fit.
+    unsafe {
+        std::ptr::copy_nonoverlapping(report.as_ptr(), text.cast(), kept);
+        if len > 0 {
+            text.cast::<u8>().add(kept).write(0);
+        }
+    }
+    report.len() + 1
+}

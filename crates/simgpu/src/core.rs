@@ -1,0 +1,214 @@
+//! The simulated machine: devices, memory, handles, and the count of everything.
+
+use std::alloc::{Layout, alloc, dealloc};
+use std::cell::Cell;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::config::Config;
+use crate::stream::{Event, Stream};
+
+/// The machine. Handles are numbers that index its tables, so a handle that is dead is found out.
+pub(crate) struct Machine {
+    pub(crate) config: Config,
+    pub(crate) initialized: bool,
+    pub(crate) devices: Vec<Device>,
+    pub(crate) streams: HashMap<usize, Arc<Stream>>,
+    pub(crate) events: HashMap<usize, Arc<Event>>,
+    /// Pinned host memory: start, length, and whether the machine allocated it.
+    pub(crate) pinned: BTreeMap<usize, (usize, bool)>,
+    pub(crate) calls: BTreeMap<&'static str, u64>,
+    pub(crate) violations: Vec<String>,
+    next_handle: usize,
+}
+
+/// One device.
+#[derive(Default)]
+pub(crate) struct Device {
+    /// Start to length.
+    pub(crate) allocations: BTreeMap<u64, u64>,
+    pub(crate) used_bytes: u64,
+    pub(crate) retained: u32,
+    /// The code that every call returns once the device is lost.
+    pub(crate) lost: Option<i32>,
+    /// Stream 0.
+    pub(crate) default_stream: Option<Arc<Stream>>,
+}
+
+static MACHINE: Mutex<Option<Machine>> = Mutex::new(None);
+
+thread_local! {
+    /// The device whose context is current, from 1; 0 for none.
+    static CURRENT: Cell<usize> = const { Cell::new(0) };
+}
+
+/// Runs `act` on the machine, made at the first use.
+pub(crate) fn with<T>(act: impl FnOnce(&mut Machine) -> T) -> T {
+    let mut guard: MutexGuard<'_, Option<Machine>> = MACHINE.lock().unwrap_or_else(PoisonError::into_inner);
+    act(guard.get_or_insert_with(|| {
+        let text = std::env::var("SIMGPU").unwrap_or_default();
+        Machine::new(Config::parse(&text).unwrap_or_else(|error| panic!("{error}")))
+    }))
+}
+
+/// Counts a call, lets it fail where the configuration or a lost device says so, else runs it.
+pub(crate) fn call(name: &'static str, act: impl FnOnce(&mut Machine) -> Result<(), i32>) -> i32 {
+    with(|machine| {
+        let count = machine.calls.entry(name).or_default();
+        *count += 1;
+        let nth = *count;
+        if let Some(fail) = machine.config.fails.iter().find(|fail| fail.call == name && fail.nth == nth) {
+            let code = fail.code;
+            if code >= FIRST_LOST_CODE
+                && let Some(device) = machine.current_device()
+            {
+                device.lost = Some(code);
+            }
+            return code;
+        }
+        if let Some(code) = machine.current_device().and_then(|device| device.lost) {
+            return code;
+        }
+        act(machine).err().unwrap_or(0)
+    })
+}
+
+impl Machine {
+    pub(crate) fn new(config: Config) -> Machine {
+        let devices = (0..config.devices).map(|_| Device::default()).collect();
+        Machine {
+            config,
+            initialized: false,
+            devices,
+            streams: HashMap::new(),
+            events: HashMap::new(),
+            pinned: BTreeMap::new(),
+            calls: BTreeMap::new(),
+            violations: Vec::new(),
+            next_handle: 0x1000,
+        }
+    }
+
+    pub(crate) fn new_handle(&mut self) -> usize {
+        self.next_handle += 0x10;
+        self.next_handle
+    }
+
+    pub(crate) fn current(&self) -> usize {
+        CURRENT.get()
+    }
+
+    pub(crate) fn set_current(&self, context: usize) {
+        CURRENT.set(context);
+    }
+
+    pub(crate) fn current_device(&mut self) -> Option<&mut Device> {
+        self.devices.get_mut(CURRENT.get().checked_sub(1)?)
+    }
+
+    /// Allocates poisoned memory of a device.
+    pub(crate) fn allocate(&mut self, len_bytes: u64) -> Result<u64, i32> {
+        let capacity = self.config.memory_bytes;
+        let device = self.current_device().ok_or(INVALID_CONTEXT)?;
+        if len_bytes == 0 {
+            return Err(INVALID_VALUE);
+        }
+        if len_bytes > capacity - device.used_bytes {
+            return Err(OUT_OF_MEMORY);
+        }
+        let layout = layout(len_bytes);
+        // SAFETY: the length is not 0.
+        let start = unsafe { alloc(layout) };
+        if start.is_null() {
+            return Err(OUT_OF_MEMORY);
+        }
+        // SAFETY: just allocated, `len_bytes` long.
+        unsafe { start.write_bytes(POISON_NEW, len_bytes as usize) };
+        device.allocations.insert(start.expose_provenance() as u64, len_bytes);
+        device.used_bytes += len_bytes;
+        Ok(start.expose_provenance() as u64)
+    }
+
+    /// Gives the bytes of an allocation back to its device's capacity. A free that is only queued does so too: in
+    /// the order of its stream, later allocations may have the memory.
+    pub(crate) fn give_back(&mut self, address: u64) -> Result<(), i32> {
+        for device in &mut self.devices {
+            if let Some(len_bytes) = device.allocations.get(&address) {
+                device.used_bytes -= len_bytes;
+                return Ok(());
+            }
+        }
+        self.violations.push(format!("free of {address:#x}, which is not allocated"));
+        Err(INVALID_VALUE)
+    }
+
+    /// Frees memory whose bytes were given back.
+    pub(crate) fn free(&mut self, address: u64) -> Result<(), i32> {
+        let removed = self.devices.iter_mut().find_map(|device| device.allocations.remove(&address));
+        let len_bytes = removed.ok_or(INVALID_VALUE)?;
+        let start = std::ptr::with_exposed_provenance_mut::<u8>(address as usize);
+        // SAFETY: allocated above with this layout, and still the machine's own.
+        unsafe {
+            start.write_bytes(POISON_FREED, len_bytes as usize);
+            dealloc(start, layout(len_bytes));
+        }
+        Ok(())
+    }
+
+    /// Checks that a range is inside one allocation of one device.
+    pub(crate) fn check_device_range(&mut self, address: u64, len_bytes: u64) -> Result<(), i32> {
+        let holds = |device: &Device| {
+            let before = device.allocations.range(..=address).next_back();
+            before.is_some_and(|(start, len)| address + len_bytes <= start + len)
+        };
+        if self.devices.iter().any(holds) {
+            return Ok(());
+        }
+        self.violations.push(format!("{len_bytes} bytes at {address:#x} are not inside an allocation"));
+        Err(INVALID_VALUE)
+    }
+
+    /// Checks that host memory of a copy is pinned.
+    pub(crate) fn check_pinned(&mut self, start: usize, len_bytes: usize) {
+        let before = self.pinned.range(..=start).next_back();
+        if !before.is_some_and(|(first, (len, _))| start + len_bytes <= first + len) {
+            self.violations.push(format!("{len_bytes} bytes of host memory at {start:#x} are not pinned"));
+        }
+    }
+
+    /// Returns the stream of a handle; 0 is the default stream of the current device.
+    pub(crate) fn stream(&mut self, handle: usize) -> Result<Arc<Stream>, i32> {
+        if handle != 0 {
+            return self.streams.get(&handle).cloned().ok_or(INVALID_HANDLE);
+        }
+        let config = self.config.clone();
+        let device = self.current_device().ok_or(INVALID_CONTEXT)?;
+        Ok(Arc::clone(device.default_stream.get_or_insert_with(|| Arc::new(Stream::start(&config)))))
+    }
+
+    pub(crate) fn event(&self, handle: usize) -> Result<Arc<Event>, i32> {
+        self.events.get(&handle).cloned().ok_or(INVALID_HANDLE)
+    }
+}
+
+fn layout(len_bytes: u64) -> Layout {
+    Layout::from_size_align(len_bytes as usize, 256).expect("a length below the device's memory")
+}
+
+/// New memory holds this, so that whoever reads before writing sees it.
+const POISON_NEW: u8 = 0xa5;
+/// Freed memory held this last.
+const POISON_FREED: u8 = 0xdd;
+
+pub(crate) const INVALID_VALUE: i32 = 1;
+pub(crate) const OUT_OF_MEMORY: i32 = 2;
+pub(crate) const NOT_INITIALIZED: i32 = 3;
+pub(crate) const NO_DEVICE: i32 = 100;
+pub(crate) const INVALID_DEVICE: i32 = 101;
+pub(crate) const INVALID_CONTEXT: i32 = 201;
+pub(crate) const INVALID_HANDLE: i32 = 400;
+pub(crate) const NOT_READY: i32 = 600;
+pub(crate) const NOT_SUPPORTED: i32 = 801;
+
+/// Codes from here on end a context, as illegal addresses and hardware faults do.
+const FIRST_LOST_CODE: i32 = 700;

@@ -1,0 +1,324 @@
+//! The functions of NVIDIA's driver, over the simulated machine.
+//!
+//! # Safety
+//! Each function asks of its caller what CUDA's reference asks: pointers that may be written, handles that live.
+
+#![allow(non_snake_case, reason = "the driver's own names")]
+#![allow(clippy::missing_safety_doc, reason = "one promise for all of them, above")]
+
+use std::ffi::{c_char, c_int, c_uint, c_void};
+use std::ptr;
+use std::sync::Arc;
+
+use crate::core::{
+    self, INVALID_CONTEXT, INVALID_DEVICE, INVALID_VALUE, Machine, NO_DEVICE, NOT_INITIALIZED, NOT_READY, NOT_SUPPORTED,
+    OUT_OF_MEMORY,
+};
+use crate::stream::{Event, Rows, Stream, Work};
+
+/// Writes a result through a caller's pointer.
+macro_rules! write {
+    ($target:expr, $value:expr) => {{
+        let value = $value;
+        // SAFETY: the caller passes a pointer that may be written.
+        unsafe { $target.write(value) };
+        Ok::<(), i32>(())
+    }};
+}
+
+/// Exports functions that count themselves, may be made to fail, and else run on the machine.
+macro_rules! calls {
+    ($(fn $name:ident($($argument:ident: $type:ty),* $(,)?) |$machine:ident| $body:expr;)*) => {
+        $(
+            #[unsafe(no_mangle)]
+            pub(crate) unsafe extern "C" fn $name($($argument: $type),*) -> c_int {
+                core::call(stringify!($name), |$machine: &mut Machine| $body)
+            }
+        )*
+    };
+}
+
+calls! {
+    fn cuDriverGetVersion(version: *mut c_int) |_machine| write!(version, 12_000);
+    fn cuDeviceGetCount(count: *mut c_int) |machine| {
+        if !machine.initialized { return Err(NOT_INITIALIZED) }
+        write!(count, machine.devices.len() as c_int)
+    };
+    fn cuDeviceGet(device: *mut c_int, ordinal: c_int) |machine| {
+        if ordinal < 0 || ordinal as usize >= machine.devices.len() { return Err(INVALID_DEVICE) }
+        write!(device, ordinal)
+    };
+    fn cuDeviceGetName(name: *mut c_char, len: c_int, device: c_int) |_machine| {
+        text(name, len, &format!("Simulated GPU {device}"))
+    };
+    fn cuDeviceGetPCIBusId(name: *mut c_char, len: c_int, device: c_int) |_machine| {
+        text(name, len, &format!("0000:{device:02x}:00.0"))
+    };
+    fn cuDeviceGetAttribute(value: *mut c_int, attribute: c_int, _device: c_int) |_machine| {
+        write!(value, match attribute { 75 => 8, 76 => 0, 18 => 0, _ => return Err(INVALID_VALUE) })
+    };
+    fn cuDeviceTotalMem_v2(bytes: *mut usize, _device: c_int) |machine| write!(bytes, machine.config.memory_bytes as usize);
+
+    fn cuDevicePrimaryCtxRetain(context: *mut *mut c_void, device: c_int) |machine| {
+        machine.devices[device as usize].retained += 1;
+        write!(context, ptr::without_provenance_mut(device as usize + 1))
+    };
+    fn cuCtxGetCurrent(context: *mut *mut c_void) |machine| write!(context, ptr::without_provenance_mut(machine.current()));
+    fn cuCtxSetCurrent(context: *mut c_void) |machine| {
+        if context.addr() > machine.devices.len() { return Err(INVALID_CONTEXT) }
+        machine.set_current(context.addr());
+        Ok(())
+    };
+    fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) |machine| {
+        let capacity = machine.config.memory_bytes;
+        let used = machine.current_device().ok_or(INVALID_CONTEXT)?.used_bytes;
+        write!(total, capacity as usize)?;
+        write!(free, (capacity - used) as usize)
+    };
+
+    fn cuStreamCreate(stream: *mut *mut c_void, _flags: c_uint) |machine| {
+        if machine.current_device().is_none() { return Err(INVALID_CONTEXT) }
+        let handle = machine.new_handle();
+        machine.streams.insert(handle, Arc::new(Stream::start(&machine.config)));
+        write!(stream, ptr::without_provenance_mut(handle))
+    };
+    fn cuStreamWaitEvent(stream: *mut c_void, event: *mut c_void, _flags: c_uint) |machine| {
+        let (stream, event) = (machine.stream(stream.addr())?, machine.event(event.addr())?);
+        let recording = event.recorded();
+        stream.queue(Work::Wait(event, recording));
+        Ok(())
+    };
+    fn cuEventCreate(event: *mut *mut c_void, _flags: c_uint) |machine| {
+        if machine.current_device().is_none() { return Err(INVALID_CONTEXT) }
+        let handle = machine.new_handle();
+        machine.events.insert(handle, Arc::new(Event::default()));
+        write!(event, ptr::without_provenance_mut(handle))
+    };
+    fn cuEventDestroy_v2(event: *mut c_void) |machine| {
+        machine.event(event.addr())?;
+        machine.events.remove(&event.addr());
+        Ok(())
+    };
+    fn cuEventRecord(event: *mut c_void, stream: *mut c_void) |machine| {
+        let (event, stream) = (machine.event(event.addr())?, machine.stream(stream.addr())?);
+        let recording = event.record();
+        stream.queue(Work::Complete(event, recording));
+        Ok(())
+    };
+    fn cuEventQuery(event: *mut c_void) |machine| {
+        let event = machine.event(event.addr())?;
+        if event.is_complete(event.recorded()) { Ok(()) } else { Err(NOT_READY) }
+    };
+
+    fn cuMemAlloc_v2(address: *mut u64, len: usize) |machine| write!(address, machine.allocate(len as u64)?);
+    fn cuMemAllocAsync(address: *mut u64, len: usize, stream: *mut c_void) |machine| {
+        if !machine.config.pools { return Err(NOT_SUPPORTED) }
+        machine.stream(stream.addr())?;
+        write!(address, machine.allocate(len as u64)?)
+    };
+    fn cuMemFreeAsync(address: u64, stream: *mut c_void) |machine| {
+        let stream = machine.stream(stream.addr())?;
+        machine.give_back(address)?;
+        stream.queue(Work::Free(address));
+        Ok(())
+    };
+    fn cuMemHostAlloc(start: *mut *mut c_void, len: usize, _flags: c_uint) |machine| {
+        // SAFETY: plain allocation; page-aligned, as the driver's is.
+        let memory = unsafe { libc::aligned_alloc(4096, len.next_multiple_of(4096)) };
+        if memory.is_null() { return Err(OUT_OF_MEMORY) }
+        machine.pinned.insert(memory.addr(), (len, true));
+        write!(start, memory)
+    };
+    fn cuMemFreeHost(start: *mut c_void) |machine| {
+        match machine.pinned.remove(&start.addr()) {
+            Some((_, true)) => {
+                // SAFETY: allocated above.
+                unsafe { libc::free(start) };
+                Ok(())
+            }
+            _ => Err(INVALID_VALUE),
+        }
+    };
+    fn cuMemHostRegister_v2(start: *mut c_void, len: usize, _flags: c_uint) |machine| {
+        machine.pinned.insert(start.addr(), (len, false));
+        Ok(())
+    };
+    fn cuMemHostUnregister(start: *mut c_void) |machine| {
+        match machine.pinned.remove(&start.addr()) {
+            Some((_, false)) => Ok(()),
+            _ => Err(INVALID_VALUE),
+        }
+    };
+
+    fn cuMemcpyHtoDAsync_v2(target: u64, source: *const c_void, len: usize, stream: *mut c_void) |machine| {
+        machine.check_device_range(target, len as u64)?;
+        machine.check_pinned(source.addr(), len);
+        let (source, target) = (source.expose_provenance(), target as usize);
+        copy(machine, stream, Rows { source, source_stride: 0, target, target_stride: 0, row_len: len, row_count: 1 })
+    };
+    fn cuMemcpyDtoHAsync_v2(target: *mut c_void, source: u64, len: usize, stream: *mut c_void) |machine| {
+        machine.check_device_range(source, len as u64)?;
+        machine.check_pinned(target.addr(), len);
+        let (source, target) = (source as usize, target.expose_provenance());
+        copy(machine, stream, Rows { source, source_stride: 0, target, target_stride: 0, row_len: len, row_count: 1 })
+    };
+    fn cuMemcpy2DAsync_v2(rows: *const Memcpy2d, stream: *mut c_void) |machine| {
+        // SAFETY: the caller passes a struct that may be read.
+        let rows = unsafe { &*rows };
+        if (rows.src_memory_type, rows.dst_memory_type) != (1, 2) || rows.width > rows.src_pitch || rows.width > rows.dst_pitch {
+            return Err(INVALID_VALUE);
+        }
+        let reach = |pitch: usize| (rows.height - 1) * pitch + rows.width;
+        machine.check_device_range(rows.dst_device, reach(rows.dst_pitch) as u64)?;
+        machine.check_pinned(rows.src_host.addr(), reach(rows.src_pitch));
+        let (source, target) = (rows.src_host.expose_provenance(), rows.dst_device as usize);
+        copy(machine, stream, Rows {
+            source, source_stride: rows.src_pitch, target, target_stride: rows.dst_pitch, row_len: rows.width, row_count: rows.height,
+        })
+    };
+}
+
+fn copy(machine: &mut Machine, stream: *mut c_void, rows: Rows) -> Result<(), i32> {
+    machine.stream(stream.addr())?.queue(Work::Copy(rows));
+    Ok(())
+}
+
+/// Makes the machine ready; with no device it answers as a driver without one.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn cuInit(_flags: c_uint) -> c_int {
+    core::call("cuInit", |machine| {
+        machine.initialized = true;
+        if machine.devices.is_empty() { Err(NO_DEVICE) } else { Ok(()) }
+    })
+}
+
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn cuGetErrorName(code: c_int, name: *mut *const c_char) -> c_int {
+    let known = ERROR_NAMES.iter().find(|(number, _)| *number == code);
+    let found = known.map_or(ptr::null(), |(_, name)| name.as_ptr());
+    // SAFETY: the caller passes a pointer that may be written.
+    unsafe { name.write(found) };
+    if found.is_null() { INVALID_VALUE } else { 0 }
+}
+
+// The calls below wait, so they must not hold the machine meanwhile.
+
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn cuDevicePrimaryCtxRelease_v2(device: c_int) -> c_int {
+    let mut ended = None;
+    let code = core::call("cuDevicePrimaryCtxRelease_v2", |machine| {
+        let device = machine.devices.get_mut(device as usize).ok_or(INVALID_DEVICE)?;
+        device.retained = device.retained.checked_sub(1).ok_or(INVALID_CONTEXT)?;
+        if device.retained == 0 {
+            ended = device.default_stream.take();
+        }
+        Ok(())
+    });
+    if let Some(stream) = ended {
+        stream.end();
+    }
+    code
+}
+
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn cuStreamDestroy_v2(stream: *mut c_void) -> c_int {
+    let mut ended = None;
+    let code = core::call("cuStreamDestroy_v2", |machine| {
+        ended = Some(machine.stream(stream.addr())?);
+        machine.streams.remove(&stream.addr());
+        Ok(())
+    });
+    if let Some(stream) = ended {
+        stream.end();
+    }
+    code
+}
+
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn cuStreamSynchronize(stream: *mut c_void) -> c_int {
+    let mut tail = None;
+    let code = core::call("cuStreamSynchronize", |machine| {
+        tail = Some(machine.stream(stream.addr())?.tail());
+        Ok(())
+    });
+    wait(tail, code)
+}
+
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn cuEventSynchronize(event: *mut c_void) -> c_int {
+    let mut recorded = None;
+    let code = core::call("cuEventSynchronize", |machine| {
+        let event = machine.event(event.addr())?;
+        let recording = event.recorded();
+        recorded = Some((event, recording));
+        Ok(())
+    });
+    wait(recorded, code)
+}
+
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn cuMemFree_v2(address: u64) -> c_int {
+    // The real call waits for the device; so does this one, for every stream.
+    let mut tails = Vec::new();
+    let code = core::call("cuMemFree_v2", |machine| {
+        machine.give_back(address)?;
+        tails = machine.streams.values().map(|stream| stream.tail()).collect();
+        Ok(())
+    });
+    for (event, recording) in tails {
+        event.wait(recording);
+    }
+    if code == 0 { core::with(|machine| machine.free(address)).err().unwrap_or(0) } else { code }
+}
+
+fn wait(recorded: Option<(Arc<Event>, u64)>, code: c_int) -> c_int {
+    if let Some((event, recording)) = recorded {
+        event.wait(recording);
+    }
+    code
+}
+
+fn text(target: *mut c_char, len: c_int, text: &str) -> Result<(), i32> {
+    let kept = text.len().min(len.max(1) as usize - 1);
+    // SAFETY: the caller passes `len` writable bytes.
+    unsafe {
+        ptr::copy_nonoverlapping(text.as_ptr(), target.cast(), kept);
+        target.cast::<u8>().add(kept).write(0);
+    }
+    Ok(())
+}
+
+/// `CUDA_MEMCPY2D`.
+#[repr(C)]
+pub(crate) struct Memcpy2d {
+    src_x: usize,
+    src_y: usize,
+    src_memory_type: c_uint,
+    src_host: *const c_void,
+    src_device: u64,
+    src_array: *mut c_void,
+    src_pitch: usize,
+    dst_x: usize,
+    dst_y: usize,
+    dst_memory_type: c_uint,
+    dst_host: *mut c_void,
+    dst_device: u64,
+    dst_array: *mut c_void,
+    dst_pitch: usize,
+    width: usize,
+    height: usize,
+}
+
+const ERROR_NAMES: &[(c_int, &std::ffi::CStr)] = &[
+    (1, c"CUDA_ERROR_INVALID_VALUE"),
+    (2, c"CUDA_ERROR_OUT_OF_MEMORY"),
+    (3, c"CUDA_ERROR_NOT_INITIALIZED"),
+    (100, c"CUDA_ERROR_NO_DEVICE"),
+    (101, c"CUDA_ERROR_INVALID_DEVICE"),
+    (201, c"CUDA_ERROR_INVALID_CONTEXT"),
+    (400, c"CUDA_ERROR_INVALID_HANDLE"),
+    (600, c"CUDA_ERROR_NOT_READY"),
+    (700, c"CUDA_ERROR_ILLEGAL_ADDRESS"),
+    (719, c"CUDA_ERROR_LAUNCH_FAILED"),
+    (801, c"CUDA_ERROR_NOT_SUPPORTED"),
+];

@@ -1,0 +1,15 @@
+//! Simulated GPU drivers: device memory is host memory, a stream is a thread with a queue.
+//!
+//! The library exports the functions of NVIDIA's driver that the CUDA backend looks up. The unmodified backend
+//! is pointed at it by `TENSORHAUL_CUDA_LIBRARY` and cannot tell the difference but by speed. What a
+//! real driver would let pass, this one counts: copies outside an allocation, copies from memory that is not
+//! pinned, objects never freed. What a real driver does once a year, it does on demand: any call fails at any
+//! use, memory runs out, a device is lost, work is late.
+//!
+//! `SIMGPU`, read at `cuInit`, or [`simgpu_configure`], says what the machine is like; see [`config::Config`].
+
+mod config;
+mod control;
+mod core;
+mod cuda;
+mod stream;

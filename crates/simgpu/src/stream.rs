@@ -1,0 +1,162 @@
+//! A stream is a thread with a queue; an event is a pair of counters.
+
+use std::sync::mpsc::{self, Sender};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use crate::config::Config;
+use crate::core;
+
+/// Work in a queue.
+pub(crate) enum Work {
+    /// Copies of equal rows; plain copies are one row.
+    Copy(Rows),
+    /// Marks an event's recording as complete.
+    Complete(Arc<Event>, u64),
+    /// Waits for an event's recording.
+    Wait(Arc<Event>, u64),
+    /// Frees device memory.
+    Free(u64),
+}
+
+/// Rows from one address to another.
+pub(crate) struct Rows {
+    pub(crate) source: usize,
+    pub(crate) source_stride: usize,
+    pub(crate) target: usize,
+    pub(crate) target_stride: usize,
+    pub(crate) row_len: usize,
+    pub(crate) row_count: usize,
+}
+
+/// A queue and the thread that works it off.
+pub(crate) struct Stream {
+    sender: Mutex<Option<Sender<Work>>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+    tail: Arc<Event>,
+}
+
+impl Stream {
+    pub(crate) fn start(config: &Config) -> Stream {
+        let (sender, queue) = mpsc::channel::<Work>();
+        let (delay_us, link_mb_per_s, mut dice) = (config.delay_us, config.link_mb_per_s, config.seed);
+        let work = move || {
+            for work in queue {
+                if delay_us > 0 {
+                    dice = splitmix64(dice);
+                    thread::sleep(Duration::from_micros(dice % (delay_us + 1)));
+                }
+                work.run(link_mb_per_s);
+            }
+        };
+        let thread = thread::Builder::new().name("simgpu-stream".to_owned()).spawn(work).expect("a thread for a stream");
+        Stream { sender: Mutex::new(Some(sender)), thread: Mutex::new(Some(thread)), tail: Arc::default() }
+    }
+
+    pub(crate) fn queue(&self, work: Work) {
+        if let Some(sender) = &*self.sender.lock().unwrap_or_else(PoisonError::into_inner) {
+            sender.send(work).expect("the stream's thread lives as long as its queue");
+        }
+    }
+
+    /// Returns an event behind everything queued so far.
+    pub(crate) fn tail(&self) -> (Arc<Event>, u64) {
+        let recording = self.tail.record();
+        self.queue(Work::Complete(Arc::clone(&self.tail), recording));
+        (Arc::clone(&self.tail), recording)
+    }
+
+    /// Lets the queue run out, then ends the thread. Not to be called while the machine is locked.
+    pub(crate) fn end(&self) {
+        self.sender.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(thread) = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            thread.join().expect("a stream's thread does not panic");
+        }
+    }
+}
+
+impl Work {
+    fn run(self, link_mb_per_s: u64) {
+        match self {
+            Work::Copy(rows) => {
+                let len_bytes = (rows.row_len * rows.row_count) as u64;
+                if let Some(micros) = len_bytes.checked_div(link_mb_per_s) {
+                    thread::sleep(Duration::from_micros(micros)); // Bytes by 1e6 bytes a second are microseconds.
+                }
+                rows.copy();
+            }
+            Work::Complete(event, recording) => event.complete(recording),
+            Work::Wait(event, recording) => event.wait(recording),
+            Work::Free(address) => core::with(|machine| {
+                // A violation was noted if this is not allocated; the queue has nobody to tell.
+                let _ = machine.free(address);
+            }),
+        }
+    }
+}
+
+impl Rows {
+    fn copy(&self) {
+        for row in 0..self.row_count {
+            let source = std::ptr::with_exposed_provenance::<u8>(self.source + row * self.source_stride);
+            let target = std::ptr::with_exposed_provenance_mut::<u8>(self.target + row * self.target_stride);
+            // SAFETY: the device side was checked against its allocation when the copy was queued; the host side
+            // is the caller's promise, as with a real driver.
+            unsafe { std::ptr::copy_nonoverlapping(source, target, self.row_len) };
+        }
+    }
+}
+
+/// Counts recordings and completions; a wait is for one recording.
+#[derive(Default)]
+pub(crate) struct Event {
+    counts: Mutex<Counts>,
+    completed: Condvar,
+}
+
+#[derive(Default)]
+struct Counts {
+    recorded: u64,
+    completed: u64,
+}
+
+impl Event {
+    /// Returns the number of a new recording.
+    pub(crate) fn record(&self) -> u64 {
+        let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        counts.recorded += 1;
+        counts.recorded
+    }
+
+    /// Returns the number of the latest recording; 0 for an event never recorded, which counts as complete.
+    pub(crate) fn recorded(&self) -> u64 {
+        self.counts.lock().unwrap_or_else(PoisonError::into_inner).recorded
+    }
+
+    pub(crate) fn is_complete(&self, recording: u64) -> bool {
+        self.counts.lock().unwrap_or_else(PoisonError::into_inner).completed >= recording
+    }
+
+    pub(crate) fn wait(&self, recording: u64) {
+        let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        while counts.completed < recording {
+            counts = self.completed.wait(counts).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn complete(&self, recording: u64) {
+        let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        counts.completed = counts.completed.max(recording);
+        self.completed.notify_all();
+    }
+}
+
+/// # Source
+/// Steele, Lea, Flood: "Fast splittable pseudorandom number generators", OOPSLA 2014.
+fn splitmix64(seed: u64) -> u64 {
+    let mut z = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}

@@ -1,0 +1,104 @@
+//! The simulated driver, set up and asked by the tests that use it.
+
+use std::collections::BTreeMap;
+use std::ffi::{CString, c_char};
+use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+
+use libloading::{Library, Symbol};
+
+/// The one machine of this process; tests take turns.
+pub(crate) struct Sim {
+    _turn: MutexGuard<'static, ()>,
+}
+
+static TURN: Mutex<()> = Mutex::new(());
+
+impl Sim {
+    /// Sets a machine up and waits for the turn of this test.
+    pub(crate) fn new(config: &str) -> Sim {
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        library();
+        let sim = Sim { _turn: turn };
+        assert_eq!(call_with_text(b"simgpu_configure", config), 0, "{config}");
+        sim
+    }
+
+    /// Sets which calls fail from now on, and forgets how often calls were made.
+    pub(crate) fn fail(&self, config: &str) {
+        assert_eq!(call_with_text(b"simgpu_fail", config), 0, "{config}");
+    }
+
+    /// Returns what happened.
+    pub(crate) fn report(&self) -> Happened {
+        type Report = unsafe extern "C" fn(*mut c_char, usize) -> usize;
+        // SAFETY: the library exports this function with this signature.
+        let report: Symbol<'_, Report> = unsafe { library().get(b"simgpu_report") }.unwrap();
+        let mut text = vec![0u8; 1 << 16];
+        // SAFETY: the buffer is that long.
+        let needed = unsafe { report(text.as_mut_ptr().cast(), text.len()) };
+        assert!(needed <= text.len());
+        text.truncate(needed - 1);
+        let text = String::from_utf8(text).unwrap();
+        let mut happened = Happened::default();
+        for (key, value) in text.lines().filter_map(|line| line.split_once(' ')) {
+            match key.strip_prefix("call.") {
+                Some(name) => drop(happened.calls.insert(name.to_owned(), value.parse().unwrap())),
+                None if key == "violation" => happened.violations.push(value.to_owned()),
+                None => drop(happened.live.insert(key.to_owned(), value.parse().unwrap())),
+            }
+        }
+        happened
+    }
+
+    /// Asserts that nothing is left and nothing was done that a driver forbids.
+    pub(crate) fn assert_clean(&self, when: &str) {
+        let happened = self.report();
+        assert!(happened.violations.is_empty(), "{when}: {:?}", happened.violations);
+        let left: Vec<_> = happened.live.iter().filter(|(_, count)| **count > 0).collect();
+        assert!(left.is_empty(), "{when}: left behind: {left:?}");
+    }
+}
+
+/// Counts of everything.
+#[derive(Debug, Default)]
+pub(crate) struct Happened {
+    pub(crate) calls: BTreeMap<String, u64>,
+    pub(crate) live: BTreeMap<String, u64>,
+    pub(crate) violations: Vec<String>,
+}
+
+impl Happened {
+    pub(crate) fn calls(&self, name: &str) -> u64 {
+        self.calls.get(name).copied().unwrap_or_default()
+    }
+}
+
+/// The library beside this test's binary, which the CUDA backend is pointed to.
+fn library() -> &'static Library {
+    static LIBRARY: OnceLock<Library> = OnceLock::new();
+    LIBRARY.get_or_init(|| {
+        let path = library_path();
+        // SAFETY: the first use in the process, before any thread of the backend reads the environment.
+        unsafe { std::env::set_var(tensorhaul_cuda::LIBRARY_VARIABLE, &path) };
+        // SAFETY: the project's own library; it has no initializers.
+        unsafe { Library::new(&path) }.unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+    })
+}
+
+/// Cargo puts a package's dynamic library beside the folder of its tests.
+pub(crate) fn library_path() -> PathBuf {
+    let test = std::env::current_exe().unwrap();
+    let deps = test.parent().unwrap();
+    let names = [deps.parent().unwrap().join("libsimgpu.so"), deps.join("libsimgpu.so")];
+    names.into_iter().find(|path| path.exists()).expect("cargo test builds libsimgpu.so first")
+}
+
+fn call_with_text(name: &[u8], text: &str) -> i32 {
+    type Call = unsafe extern "C" fn(*const c_char) -> i32;
+    let text = CString::new(text).unwrap();
+    // SAFETY: the library exports these functions with this signature.
+    let call: Symbol<'_, Call> = unsafe { library().get(name) }.unwrap();
+    // SAFETY: a terminated string.
+    unsafe { call(text.as_ptr()) }
+}
