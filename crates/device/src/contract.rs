@@ -113,6 +113,13 @@ pub trait Device: Send + Sync {
     /// [`DeviceError`] when work before the event failed.
     fn wait(&self, event: &Event) -> Result<(), DeviceError>;
 
+    /// Makes both streams wait for what is queued on a stream of somebody else's, given as the driver's raw handle.
+    /// The host has no streams, and nothing to wait for.
+    ///
+    /// # Errors
+    /// [`DeviceError`] when the wait could not be queued.
+    fn follow(&self, stream: u64) -> Result<(), DeviceError>;
+
     /// Returns what could not be done as preferred so far: what was done instead, and why.
     fn fallbacks(&self) -> Vec<(String, String)>;
 }

@@ -126,6 +126,10 @@ impl Device for Host {
         Ok(())
     }
 
+    fn follow(&self, _stream: u64) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
     fn fallbacks(&self) -> Vec<(String, String)> {
         Vec::new()
     }

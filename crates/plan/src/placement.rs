@@ -69,9 +69,12 @@ impl std::error::Error for UnknownDevice {}
 pub struct Arena {
     /// Where the memory is.
     pub device: DeviceId,
-    /// The name prefix whose tensors live here, such as `model.layers.3`; empty for the rest.
+    /// The name prefix whose tensors live here, such as `model.layers.3`; empty for the rest. The tensor's own
+    /// name where the memory is the caller's.
     pub group: String,
-    /// Length of the allocation; a multiple of the plan's congruence.
+    /// Whether the memory is the caller's own: exactly one tensor's bytes, at its start.
+    pub is_external: bool,
+    /// Length of the allocation; a multiple of the plan's congruence, unless it is the caller's own.
     pub len_bytes: u64,
 }
 

@@ -202,7 +202,7 @@ pub struct Promised {
     pub in_place_bytes: u64,
     /// The most host memory between storage and device.
     pub peak_staging_bytes: u64,
-    /// Memory of the result, rounding included.
+    /// Memory of the result, rounding included; the caller's own memory is not counted.
     pub target_bytes: u64,
     /// The most host memory of the run: staging, and the result where that is on the host.
     pub peak_host_bytes: u64,
@@ -233,6 +233,11 @@ pub enum PlanError {
         /// What is wrong with it.
         what: String,
     },
+    /// Memory for a tensor that the request does not select.
+    ExternalNotSelected {
+        /// The tensor.
+        name: String,
+    },
     /// A slice of a tensor that the request does not select.
     SliceNotSelected {
         /// The tensor.
@@ -259,6 +264,7 @@ impl PlanError {
     pub fn tensor(&self) -> Option<&str> {
         match self {
             PlanError::UnknownTensor { name, .. }
+            | PlanError::ExternalNotSelected { name }
             | PlanError::SliceNotSelected { name }
             | PlanError::Slice { name, .. } => Some(name),
             _ => None,
@@ -276,6 +282,9 @@ impl fmt::Display for PlanError {
                 write!(f, "no tensor matches {glob:?} (the checkpoint has {tensor_count})")
             }
             PlanError::BadGlob { glob, what } => write!(f, "{glob:?} is not a glob: {what}"),
+            PlanError::ExternalNotSelected { name } => {
+                write!(f, "tensor {name:?}: memory is given for it, but the tensor is not selected")
+            }
             PlanError::SliceNotSelected { name } => {
                 write!(f, "tensor {name:?}: a slice is asked for, but the tensor is not selected")
             }

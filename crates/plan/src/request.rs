@@ -20,7 +20,9 @@ pub struct Request {
     pub slices: Vec<(String, Slice)>,
     /// The memory the tensors are handed over in. Default: the host's.
     pub device: DeviceId,
-    /// The most bytes the result may take on the device, rounding included; a plan that needs more
+    /// Tensors that land in memory of the caller's own, by name; each must be selected too.
+    pub external: Vec<String>,
+    /// The most bytes the result may take on the device, rounding included and the caller's own memory not; a plan that needs more
     /// is refused. Default: no limit but the device's own.
     pub target_bytes_max: Option<u64>,
 }
@@ -33,7 +35,13 @@ impl Request {
 
     /// Asks for these tensors, whole, in host memory.
     pub fn of(select: Select) -> Request {
-        Request { select, slices: Vec::new(), device: DeviceId::Host, target_bytes_max: None }
+        Request {
+            select,
+            slices: Vec::new(),
+            device: DeviceId::Host,
+            external: Vec::new(),
+            target_bytes_max: None,
+        }
     }
 
     /// Finds the tensors asked for, in table order.

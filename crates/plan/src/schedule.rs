@@ -22,7 +22,7 @@ pub(crate) fn plan(
     let groups = Groups::new(checkpoint, &wanted);
     let runs = runs(checkpoint, &wanted, &groups, machine);
     let Placed { mut tensors, arenas, segments } =
-        place(checkpoint, request, &wanted, &runs, groups.names, machine);
+        place(checkpoint, request, &wanted, &runs, &groups, machine);
     let (reads, copies) = reads(checkpoint, &segments, &mut tensors, machine);
 
     let promised = promise(&tensors, &arenas, &reads, &copies, machine);
@@ -42,22 +42,30 @@ pub(crate) fn plan(
     })
 }
 
-/// A tensor asked for: whole, or in pieces.
+/// A tensor asked for: whole or in pieces, into an arena or into memory of the caller's own.
 struct Wanted {
     id: TensorId,
     pieces: Option<Pieces>,
+    is_external: bool,
 }
 
 fn wanted(checkpoint: &Checkpoint, request: &Request) -> Result<Vec<Wanted>, PlanError> {
-    let mut wanted: Vec<Wanted> =
-        request.tensors(checkpoint)?.into_iter().map(|id| Wanted { id, pieces: None }).collect();
+    let whole = |id| Wanted { id, pieces: None, is_external: false };
+    let mut wanted: Vec<Wanted> = request.tensors(checkpoint)?.into_iter().map(whole).collect();
+    let find = |name: &str| {
+        let unknown = || PlanError::UnknownTensor { name: name.to_owned(), tensor_count: checkpoint.len() };
+        checkpoint.find(name).ok_or_else(unknown)
+    };
+    for name in &request.external {
+        let id = find(name)?.id;
+        let index = wanted.binary_search_by_key(&id, |wanted| wanted.id);
+        let index = index.map_err(|_| PlanError::ExternalNotSelected { name: name.clone() })?;
+        wanted[index].is_external = true;
+    }
     for (name, slice) in &request.slices {
-        let tensor = checkpoint
-            .find(name)
-            .ok_or_else(|| PlanError::UnknownTensor { name: name.clone(), tensor_count: checkpoint.len() })?;
-        let index = wanted
-            .binary_search_by_key(&tensor.id, |wanted| wanted.id)
-            .map_err(|_| PlanError::SliceNotSelected { name: name.clone() })?;
+        let tensor = find(name)?;
+        let index = wanted.binary_search_by_key(&tensor.id, |wanted| wanted.id);
+        let index = index.map_err(|_| PlanError::SliceNotSelected { name: name.clone() })?;
         let of = |slice: &Slice| slice.pieces(tensor.info.dtype, tensor.info.shape);
         let pieces = of(slice).map_err(|source| PlanError::Slice { name: name.clone(), source })?;
         wanted[index].pieces = Some(pieces);
@@ -65,36 +73,40 @@ fn wanted(checkpoint: &Checkpoint, request: &Request) -> Result<Vec<Wanted>, Pla
     Ok(wanted)
 }
 
-/// Which arena each tensor belongs to: the smallest lifetime group around it that is worth one.
+/// Which arena each tensor belongs to: the caller's own memory, or that of the smallest lifetime group around the
+/// tensor that is worth one.
 struct Groups {
-    names: Vec<String>,
+    /// Name, and whether it is the caller's own.
+    arenas: Vec<(String, bool)>,
     of_wanted: Vec<u32>,
 }
 
 impl Groups {
     fn new(checkpoint: &Checkpoint, wanted: &[Wanted]) -> Groups {
         let mut len_bytes: HashMap<&str, u64> = HashMap::new();
-        for wanted in wanted {
+        for wanted in wanted.iter().filter(|wanted| !wanted.is_external) {
             let info = checkpoint.tensor(wanted.id).info;
             for group in lifetime_groups(info.name) {
                 *len_bytes.entry(group).or_default() += info.len_bytes();
             }
         }
         let mut numbers: HashMap<&str, u32> = HashMap::new();
-        let mut names = Vec::new();
-        let of_wanted = wanted
-            .iter()
-            .map(|wanted| {
-                let name = checkpoint.tensor(wanted.id).info.name;
-                let group =
-                    lifetime_groups(name).find(|group| len_bytes[group] >= ARENA_LEN_BYTES_MIN).unwrap_or("");
-                *numbers.entry(group).or_insert_with(|| {
-                    names.push(group.to_owned());
-                    names.len() as u32 - 1
-                })
-            })
-            .collect();
-        Groups { names, of_wanted }
+        let mut arenas: Vec<(String, bool)> = Vec::new();
+        let mut add = |name: &str, is_external| {
+            arenas.push((name.to_owned(), is_external));
+            arenas.len() as u32 - 1
+        };
+        let arena = |wanted: &Wanted| {
+            let name = checkpoint.tensor(wanted.id).info.name;
+            if wanted.is_external {
+                return add(name, true);
+            }
+            let worth_one = |group: &&str| len_bytes[*group] >= ARENA_LEN_BYTES_MIN;
+            let group = lifetime_groups(name).find(worth_one).unwrap_or("");
+            *numbers.entry(group).or_insert_with(|| add(group, false))
+        };
+        let of_wanted = wanted.iter().map(arena).collect();
+        Groups { arenas, of_wanted }
     }
 }
 
@@ -117,7 +129,7 @@ enum How {
     InPlace,
     /// Staged and copied, keeping the file offset modulo the congruence.
     Congruent,
-    /// Staged and gathered to an aligned place: a misaligned tensor, or one in pieces.
+    /// Staged and gathered to an aligned place: a misaligned tensor, one in pieces, or one for the caller's own memory.
     Gathered,
 }
 
@@ -129,7 +141,8 @@ fn runs(checkpoint: &Checkpoint, wanted: &[Wanted], groups: &Groups, machine: &M
         let end = begin + len;
         let (index, group) = (index as u32, groups.of_wanted[index]);
         let aligned = begin.is_multiple_of(tensor.info.dtype.align_bytes());
-        let how = if aligned && wanted.pieces.is_none() { How::Congruent } else { How::Gathered };
+        let in_run = aligned && wanted.pieces.is_none() && !wanted.is_external;
+        let how = if in_run { How::Congruent } else { How::Gathered };
         if len == 0 || wanted.pieces.as_ref().is_some_and(|pieces| pieces.count() == 0) {
             continue; // No bytes to move; its place is decided below.
         }
@@ -172,14 +185,15 @@ fn place(
     request: &Request,
     wanted: &[Wanted],
     runs: &[Run],
-    groups: Vec<String>,
+    groups: &Groups,
     machine: &Machine,
 ) -> Placed {
     // In place, the aligned cover of a run must fit around it: that many bytes before and behind are its own.
     let congruence =
         if machine.in_place { machine.direct_align_bytes.max(CONGRUENCE_BYTES) } else { CONGRUENCE_BYTES };
-    let mut ends = vec![0u64; groups.len()];
-    let mut tensors: Vec<PlacedTensor> = wanted.iter().map(|wanted| unplaced(checkpoint, wanted)).collect();
+    let mut ends = vec![0u64; groups.arenas.len()];
+    let unplaced = |(wanted, arena): (_, &u32)| unplaced(checkpoint, wanted, *arena);
+    let mut tensors: Vec<_> = wanted.iter().zip(&groups.of_wanted).map(unplaced).collect();
     let mut segments = Vec::with_capacity(runs.len());
 
     for run in runs {
@@ -192,8 +206,10 @@ fn place(
         let target = Place { arena: run.group, offset_bytes: align_up(*end, own) + phase };
         let tensors = &mut tensors[run.first as usize..run.last as usize];
         for (tensor, wanted) in tensors.iter_mut().zip(&wanted[run.first as usize..]) {
-            let from_run = checkpoint.tensor(wanted.id).file_offset_bytes - run.begin;
-            tensor.place = Place { offset_bytes: target.offset_bytes + from_run, ..target };
+            if tensor.len_bytes > 0 {
+                let from_run = checkpoint.tensor(wanted.id).file_offset_bytes - run.begin;
+                tensor.place = Place { offset_bytes: target.offset_bytes + from_run, ..target };
+            }
         }
         let segment = Segment {
             file: run.file,
@@ -217,23 +233,25 @@ fn place(
         }
     }
 
-    let arenas = groups
-        .into_iter()
-        .zip(&ends)
-        .map(|(group, end)| Arena { device: request.device, group, len_bytes: align_up(*end, congruence) })
-        .collect();
-    // A tensor without bytes starts its arena: an aligned place that needs no memory.
+    let arena = |((group, is_external), end): (&(String, bool), &u64)| Arena {
+        device: request.device,
+        group: group.clone(),
+        is_external: *is_external,
+        len_bytes: if *is_external { *end } else { align_up(*end, congruence) },
+    };
+    let arenas = groups.arenas.iter().zip(&ends).map(arena).collect();
     Placed { tensors, arenas, segments }
 }
 
-fn unplaced(checkpoint: &Checkpoint, wanted: &Wanted) -> PlacedTensor {
+/// Returns the tensor at the start of its arena, which is where one without bytes stays.
+fn unplaced(checkpoint: &Checkpoint, wanted: &Wanted, arena: u32) -> PlacedTensor {
     let info = checkpoint.tensor(wanted.id).info;
     let pieces = wanted.pieces.as_ref();
     PlacedTensor {
         id: wanted.id,
         dtype: info.dtype,
         sliced_shape: pieces.map(|pieces| pieces.shape().into()),
-        place: Place { arena: 0, offset_bytes: 0 },
+        place: Place { arena, offset_bytes: 0 },
         len_bytes: pieces.map_or(info.len_bytes(), Pieces::len_bytes),
         read_count: 0,
     }
@@ -377,8 +395,9 @@ fn promise(
     let in_place = reads.iter().filter(|read| matches!(read.target, Target::InPlace(_)));
     let staged = reads.iter().filter(|read| matches!(read.target, Target::Staged { .. })).count() as u64;
     let peak_staging_bytes = staged.min(machine.buffer_count.into()) * machine.buffer_len_bytes;
-    let target_bytes = arenas.iter().map(|arena| arena.len_bytes).sum::<u64>();
-    let on_host = arenas.iter().filter(|arena| arena.device == crate::DeviceId::Host);
+    let own = || arenas.iter().filter(|arena| !arena.is_external);
+    let target_bytes = own().map(|arena| arena.len_bytes).sum::<u64>();
+    let on_host = own().filter(|arena| arena.device == crate::DeviceId::Host);
     Promised {
         payload_bytes: tensors.iter().map(|tensor| tensor.len_bytes).sum(),
         read_bytes: reads.iter().map(|read| read.extent.len_bytes).sum(),

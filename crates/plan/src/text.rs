@@ -35,7 +35,11 @@ impl fmt::Display for Plan {
         }
         writeln!(f, "\narenas")?;
         for (number, arena) in self.arenas().iter().enumerate() {
-            let group = if arena.group.is_empty() { "(rest)" } else { &arena.group };
+            let group = match (arena.group.as_str(), arena.is_external) {
+                ("", _) => "(rest)".to_owned(),
+                (group, false) => group.to_owned(),
+                (group, true) => format!("{group} (the caller's own memory)"),
+            };
             writeln!(f, "  a{number}  {}  {} bytes  {group}", arena.device, arena.len_bytes)?;
         }
         writeln!(f, "\nreads")?;

@@ -116,6 +116,11 @@ fn check(world: &World, request: &Request, machine: &Machine) {
         let name = plan.name(tensor);
         let expected = naive(world, name, slices.get(name).copied());
         assert_eq!(tensor.len_bytes, expected.len() as u64);
+        let arena = &plan.arenas()[tensor.place.arena as usize];
+        assert_eq!(arena.is_external, request.external.iter().any(|external| external == name));
+        if arena.is_external {
+            assert_eq!((arena.len_bytes, tensor.place.offset_bytes), (tensor.len_bytes, 0));
+        }
         if expected.is_empty() {
             continue;
         }
@@ -208,6 +213,8 @@ proptest! {
                 .collect();
             sliced.slices.push((name.clone(), Slice::new(ranges)));
         }
+        check(&world, &sliced, &machine);
+        sliced.external = kept.iter().step_by(3).cloned().collect();
         check(&world, &sliced, &machine);
     }
 }

@@ -13,7 +13,7 @@ pub(crate) struct Config {
     pub(crate) seed: u64,
     /// `link_mb_per_s`: speed of the host link of each device, in 1e6 bytes a second; 0 for no limit. Default: 0.
     pub(crate) link_mb_per_s: u64,
-    /// `fail=CALL:N:CODE`: the N-th use of CALL (from 1) returns CODE. Codes from 700 on lose the device. May repeat.
+    /// `fail=CALL:N:CODE`: the N-th use of CALL (from 1) returns CODE. Codes from 700 to 719 lose the device. May repeat.
     pub(crate) fails: Vec<Fail>,
     /// `pools=0`: the device has no stream-ordered allocator. Default: 1.
     pub(crate) pools: bool,

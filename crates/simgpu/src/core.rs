@@ -59,7 +59,7 @@ pub(crate) fn call(name: &'static str, act: impl FnOnce(&mut Machine) -> Result<
         let nth = *count;
         if let Some(fail) = machine.config.fails.iter().find(|fail| fail.call == name && fail.nth == nth) {
             let code = fail.code;
-            if code >= FIRST_LOST_CODE
+            if LOST_CODES.contains(&code)
                 && let Some(device) = machine.current_device()
             {
                 device.lost = Some(code);
@@ -210,5 +210,5 @@ pub(crate) const INVALID_HANDLE: i32 = 400;
 pub(crate) const NOT_READY: i32 = 600;
 pub(crate) const NOT_SUPPORTED: i32 = 801;
 
-/// Codes from here on end a context, as illegal addresses and hardware faults do.
-const FIRST_LOST_CODE: i32 = 700;
+/// These end a context: illegal addresses and hardware faults.
+const LOST_CODES: std::ops::RangeInclusive<i32> = 700..=719;

@@ -74,6 +74,11 @@ impl Ring {
         self.shared.freed.notify_all();
     }
 
+    /// Tells whether the ring was closed.
+    pub fn is_closed(&self) -> bool {
+        self.shared.lock().closed
+    }
+
     /// Tells whether every buffer is back.
     pub fn is_whole(&self) -> bool {
         self.shared.lock().free.len() == self.shared.layout.buffer_count() as usize
@@ -87,6 +92,12 @@ impl Ring {
     /// Returns the bytes of the most buffers that were ever out at once.
     pub fn peak_bytes(&self) -> u64 {
         u64::from(self.shared.lock().peak_taken) * self.shared.layout.buffer_len_bytes() as u64
+    }
+
+    /// Counts [`Ring::peak_bytes`] anew from what is out now.
+    pub fn reset_peak(&self) {
+        let mut state = self.shared.lock();
+        state.peak_taken = self.shared.layout.buffer_count() - state.free.len() as u32;
     }
 
     /// Returns the buffers' length and number.

@@ -33,6 +33,11 @@ impl Cancel {
         self.shared.cancelled.load(Ordering::Acquire)
     }
 
+    /// Forgets the ring: the load is over.
+    pub(crate) fn lets_go(&self) {
+        *self.shared.ring.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
     /// Closes this ring too when the load is cancelled.
     pub(crate) fn closes(&self, ring: &Ring) {
         *self.shared.ring.lock().unwrap_or_else(PoisonError::into_inner) = Some(ring.clone());

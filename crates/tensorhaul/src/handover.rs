@@ -2,8 +2,6 @@
 
 use std::sync::Arc;
 
-use tensorhaul_device::host::Host;
-use tensorhaul_device::Device;
 use tensorhaul_plan::{DeviceId, TensorRef};
 use tensorhaul_stage::Layout;
 
@@ -29,23 +27,12 @@ pub(crate) fn load(model: &Inner, options: &LoadOptions, cancel: &Cancel) -> Res
 
 /// Loads, and emits each tensor when it is ready.
 pub(crate) fn run(model: &Inner, options: &LoadOptions, cancel: &Cancel, emit: &mut Emit<'_>) -> Result<Report> {
-    let device = device(options.request.device)?;
     staging_layout(options)?;
     tracing::debug!(path = %model.path.display(), ?options, "loading");
     if is_mapped(model, options)? {
         mapped::run(model, options, cancel, emit)
     } else {
-        private::run(model, options, &*device, cancel, emit)
-    }
-}
-
-/// Returns the backend of a device.
-pub(crate) fn device(id: DeviceId) -> Result<Box<dyn Device>> {
-    match id {
-        DeviceId::Host => Ok(Box::new(Host)),
-        #[cfg(feature = "cuda")]
-        DeviceId::Cuda(ordinal) => Ok(Box::new(tensorhaul_cuda::open(ordinal)?)),
-        other => Err(Error::bad_request(format!("{other}: this build has no backend for it; host works"))),
+        private::run(model, options, cancel, emit)
     }
 }
 
@@ -60,6 +47,7 @@ fn is_mapped(model: &Inner, options: &LoadOptions) -> Result<bool> {
     let request = &options.request;
     let obstacle = match (options.engine, &model.source) {
         _ if request.device != DeviceId::Host => Some("the device is not the host"),
+        _ if !options.targets.is_empty() || options.allocator.is_some() => Some("memory is given for them"),
         _ if !request.slices.is_empty() => Some("parts of tensors are asked for"),
         _ if options.in_place != Preference::Preferred => Some("how reads land is asked for"),
         (EngineChoice::Pread | EngineChoice::IoUring, _) => Some("an engine that reads is asked for"),

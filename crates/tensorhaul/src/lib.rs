@@ -30,9 +30,12 @@ pub mod cast;
 mod checksum;
 pub mod convert;
 pub mod dlpack;
+mod devices;
 pub mod doctor;
 mod error;
+mod external;
 mod handover;
+mod lanes;
 mod loaded;
 mod locate;
 pub mod manifest;
@@ -41,6 +44,7 @@ mod model;
 mod options;
 mod pipeline;
 mod private;
+mod probed;
 mod progress;
 mod report;
 pub mod save;
@@ -50,7 +54,9 @@ mod tensor;
 
 #[cfg(feature = "tokio")]
 pub use asynchronous::{LoadFuture, ProgressStream};
+pub use devices::release_devices;
 pub use error::{Error, ErrorKind, Result};
+pub use external::{Allocator, ExternalMemory};
 pub use loaded::{IntoIter, Loaded, Tensors};
 pub use model::Model;
 pub use options::{EngineChoice, Handover, LoadOptions, Preference, STAGING_BYTES_DEFAULT};
@@ -59,6 +65,7 @@ pub use report::{Fallback, Phases, Report};
 pub use stream::TensorStream;
 pub use tensor::{Element, Tensor};
 
+pub use tensorhaul_device::Allocation;
 #[cfg(feature = "conformance")]
 pub use tensorhaul_device::conformance;
 pub use tensorhaul_io::memory::{FailsAt, Faults};

@@ -67,27 +67,23 @@ pub(crate) fn run(model: &Inner, options: &LoadOptions, cancel: &Cancel, emit: &
     let first_byte_seconds = touch.first_byte.map_or(0.0, |at| (at - start).as_secs_f64() - plan_seconds - prepare_seconds);
     let read_seconds = (seconds - plan_seconds - prepare_seconds - first_byte_seconds).max(0.0);
     Ok(Report {
-        bytes,
         tensors: wanted.len() as u64,
-        seconds,
-        gb_per_s: bytes as f64 / seconds / 1e9,
         device: options.request.device.to_string(),
         engine: "mmap".to_owned(),
         handover: "mapped",
         resident,
         bytes_hot,
         bytes_cold: if resident { bytes - bytes_hot } else { 0 },
-        bytes_direct: 0,
         bytes_in_place: bytes,
-        peak_staging_bytes: 0,
-        peak_host_bytes: 0,
-        promised: Promised { payload_bytes: bytes, read_bytes: bytes, in_place_bytes: bytes, ..Promised::default() },
-        reads: 0,
-        requests: 0,
-        system_calls: 0,
-        phases: Phases { probe_seconds: 0.0, plan_seconds, prepare_seconds, first_byte_seconds, read_seconds },
-        fallbacks: Vec::new(),
+        promised: Promised {
+            payload_bytes: bytes,
+            read_bytes: bytes,
+            in_place_bytes: bytes,
+            ..Promised::default()
+        },
+        phases: Phases { plan_seconds, prepare_seconds, first_byte_seconds, read_seconds, ..Phases::default() },
         checksums,
+        ..Report::of(seconds, bytes)
     })
 }
 

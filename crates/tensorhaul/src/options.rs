@@ -7,6 +7,7 @@ use std::sync::Arc;
 use tensorhaul_plan::Request;
 
 use crate::error::Error;
+use crate::external::{Allocator, ExternalMemory};
 use crate::progress::Progress;
 
 /// How to load. What to load is the [`Request`].
@@ -28,6 +29,9 @@ pub struct LoadOptions {
     #[cfg(feature = "io-uring")]
     pub(crate) io_uring_refusal: Option<i32>,
     pub(crate) thread_count: Option<u32>,
+    pub(crate) targets: Vec<(String, ExternalMemory)>,
+    pub(crate) allocator: Option<Arc<dyn Allocator>>,
+    pub(crate) stream: Option<u64>,
     pub(crate) progress: Option<Arc<dyn Fn(Progress) + Send + Sync>>,
 }
 
@@ -44,6 +48,9 @@ impl Default for LoadOptions {
             #[cfg(feature = "io-uring")]
             io_uring_refusal: None,
             thread_count: None,
+            targets: Vec::new(),
+            allocator: None,
+            stream: None,
             progress: None,
         }
     }
@@ -95,6 +102,27 @@ impl LoadOptions {
     /// 10 GB/s, so 16 pass what memory sustains.
     pub fn threads(self, thread_count: u32) -> Self {
         LoadOptions { thread_count: Some(thread_count.max(1)), ..self }
+    }
+
+    /// Memory of the caller's own for one tensor, exactly as long as the tensor's bytes (a mismatch is an error
+    /// before the first read). May be given for any number of tensors. Makes the load private.
+    pub fn target(mut self, tensor: impl Into<String>, memory: ExternalMemory) -> Self {
+        self.targets.push((tensor.into(), memory));
+        self
+    }
+
+    /// Where memory for the result comes from. Default: the device's own allocator, in stream order where it
+    /// has that. Makes the load private.
+    pub fn allocator(self, allocator: Arc<dyn Allocator>) -> Self {
+        LoadOptions { allocator: Some(allocator), ..self }
+    }
+
+    /// The stream that uses the tensors, as a raw handle of the device's driver (`cudaStream_t` and `CUstream` are the
+    /// same). Writes into the result's memory wait for what is queued on it before the load, and the
+    /// memory is freed behind what is queued on it at the last drop. It must outlive the tensors. Default: none; memory is
+    /// then freed behind the default stream.
+    pub fn stream(self, stream: u64) -> Self {
+        LoadOptions { stream: Some(stream), ..self }
     }
 
     /// Called from the loading thread after every read, with totals so far; keep it short.

@@ -6,7 +6,7 @@ use serde::Serialize;
 use tensorhaul_plan::Promised;
 
 /// What a load did.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Default, Serialize)]
 #[non_exhaustive]
 pub struct Report {
     /// Bytes of the tensors handed over.
@@ -54,7 +54,16 @@ pub struct Report {
     pub checksums: Option<BTreeMap<String, String>>,
 }
 
-/// Where the seconds of a load went, in order. Their sum is `seconds` but for rounding.
+impl Report {
+    /// Begins a report with what is the same for every load.
+    pub(crate) fn of(seconds: f64, bytes: u64) -> Report {
+        let gb_per_s = if seconds > 0.0 { bytes as f64 / seconds / 1e9 } else { 0.0 };
+        Report { seconds, gb_per_s, bytes, ..Report::default() }
+    }
+}
+
+/// Where the seconds of a load went. The first five follow each other and make up `seconds`; the last two
+/// are fixed costs that run beside them.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 #[non_exhaustive]
 pub struct Phases {
@@ -68,6 +77,10 @@ pub struct Phases {
     pub first_byte_seconds: f64,
     /// From the first byte to the last.
     pub read_seconds: f64,
+    /// Opening the device (a driver's context), beside the probe; about 0 when an earlier load left it open.
+    pub device_seconds: f64,
+    /// Pinning the staging ring, beside the allocation; about 0 when an earlier load left it.
+    pub pin_seconds: f64,
 }
 
 /// Something that could not be done as preferred.

@@ -336,6 +336,15 @@ impl<D: Driver> Device for Gpu<D> {
         waited.map_err(|error| shared.failed(error))
     }
 
+    fn follow(&self, stream: u64) -> Result<(), DeviceError> {
+        let shared = &*self.shared;
+        let _bound = shared.bind()?;
+        for ours in [shared.copy, shared.compute] {
+            shared.fence(StreamHandle(stream as usize), ours).map_err(|error| shared.failed(error))?;
+        }
+        Ok(())
+    }
+
     fn fallbacks(&self) -> Vec<(String, String)> {
         lock(&self.shared.fallbacks).clone()
     }

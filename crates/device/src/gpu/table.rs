@@ -41,6 +41,16 @@ impl fmt::Display for TableError {
 
 impl std::error::Error for TableError {}
 
+/// Returns what the loader said, which is the innermost of its errors.
+#[doc(hidden)]
+pub fn answer(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut innermost = error;
+    while let Some(source) = innermost.source() {
+        innermost = source;
+    }
+    innermost.to_string()
+}
+
 /// Declares a struct of function pointers and its loader: required functions, then optional ones, which
 /// older drivers lack and which are `None` there.
 ///
@@ -76,7 +86,7 @@ macro_rules! driver_table {
                     // loading it runs its initializers, which is what using a driver means.
                     match unsafe { libloading::Library::new(path) } {
                         Ok(library) => return $name::look_up(library, path),
-                        Err(error) => tried.push((path.clone(), error.to_string())),
+                        Err(error) => tried.push((path.clone(), $crate::gpu::table::answer(&error))),
                     }
                 }
                 Err($crate::gpu::table::TableError::NoLibrary { tried })

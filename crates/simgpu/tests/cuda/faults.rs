@@ -28,12 +28,14 @@ fn a_failed_call_is_a_typed_error_and_the_next_load_works() {
     for machine in ["", "pools=0"] {
         let sim = Sim::new(machine);
         drop(model.load(&options()).unwrap());
+        tensorhaul::release_devices();
         let counts = sim.report().calls;
         assert!(counts.len() > 15, "{counts:?}");
         for (call, count) in &counts {
             for nth in [1, 2, *count].into_iter().filter(|nth| nth <= count) {
                 let what = format!("{machine:?}: {call} fails at use {nth} of {count}");
                 let sim = &sim;
+                tensorhaul::release_devices(); // The load at hand opens and pins anew.
                 sim.fail(&format!("fail={call}:{nth}:1"));
                 let result = model.load(&options());
                 match result {

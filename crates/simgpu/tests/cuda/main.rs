@@ -4,6 +4,8 @@
 
 mod faults;
 mod load;
+mod memory;
+mod missing;
 mod sim;
 
 use sim::Sim;

@@ -19,6 +19,7 @@ impl Sim {
     pub(crate) fn new(config: &str) -> Sim {
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         library();
+        tensorhaul::release_devices(); // What the last test's machine left.
         let sim = Sim { _turn: turn };
         assert_eq!(call_with_text(b"simgpu_configure", config), 0, "{config}");
         sim
@@ -51,8 +52,9 @@ impl Sim {
         happened
     }
 
-    /// Asserts that nothing is left and nothing was done that a driver forbids.
+    /// Lets go of what loads keep, and asserts that nothing else is left and nothing was done that a driver forbids.
     pub(crate) fn assert_clean(&self, when: &str) {
+        tensorhaul::release_devices();
         let happened = self.report();
         assert!(happened.violations.is_empty(), "{when}: {:?}", happened.violations);
         let left: Vec<_> = happened.live.iter().filter(|(_, count)| **count > 0).collect();
@@ -66,6 +68,12 @@ pub(crate) struct Happened {
     pub(crate) calls: BTreeMap<String, u64>,
     pub(crate) live: BTreeMap<String, u64>,
     pub(crate) violations: Vec<String>,
+}
+
+impl Drop for Sim {
+    fn drop(&mut self) {
+        tensorhaul::release_devices();
+    }
 }
 
 impl Happened {

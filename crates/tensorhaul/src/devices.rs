@@ -1,0 +1,88 @@
+//! Devices that loads use, and the staging rings they leave for the next load.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use tensorhaul_device::Device;
+use tensorhaul_device::host::Host;
+use tensorhaul_plan::DeviceId;
+use tensorhaul_stage::{Layout, Ring};
+
+use crate::cancel::Cancel;
+use crate::error::{Error, Result};
+
+/// A device and the ring that the last load on it left.
+struct Kept {
+    device: Arc<dyn Device>,
+    ring: Option<Ring>,
+    /// Drivers do not survive a fork; what a parent kept is neither used nor freed in a child.
+    process: u32,
+}
+
+/// Opening a device takes tenths of a second and pinning half a second for each GB, so both are kept.
+static KEPT: Mutex<BTreeMap<DeviceId, Kept>> = Mutex::new(BTreeMap::new());
+
+/// Lets go of the devices and the pinned staging memory that loads of this process have kept. Loads under
+/// way and tensors handed over are not touched; the next load opens and pins anew.
+pub fn release_devices() {
+    let kept = std::mem::take(&mut *lock());
+    // Dropped without the lock: a driver may take its time.
+    drop(kept.into_values().filter(|kept| kept.process == std::process::id()).collect::<Vec<_>>());
+}
+
+/// Returns a device, open for work, and the seconds that opening took.
+pub(crate) fn open(id: DeviceId) -> Result<(Arc<dyn Device>, f64)> {
+    let start = Instant::now();
+    if let Some(kept) = lock().get(&id).filter(|kept| kept.process == std::process::id()) {
+        return Ok((Arc::clone(&kept.device), start.elapsed().as_secs_f64()));
+    }
+    let device: Arc<dyn Device> = match id {
+        DeviceId::Host => return Ok((Arc::new(Host), 0.0)),
+        #[cfg(feature = "cuda")]
+        DeviceId::Cuda(ordinal) => Arc::new(tensorhaul_cuda::open(ordinal)?),
+        other => {
+            return Err(Error::bad_request(format!("{other}: this build has no backend for it; host works")));
+        }
+    };
+    let kept = Kept { device: Arc::clone(&device), ring: None, process: std::process::id() };
+    if let Some(foreign) = lock().insert(id, kept).filter(|kept| kept.process != std::process::id()) {
+        std::mem::forget(foreign);
+    }
+    Ok((device, start.elapsed().as_secs_f64()))
+}
+
+/// Returns a staging ring of the device: the one kept, if it has this layout, or a new one; and the seconds it took.
+pub(crate) fn ring(device: &dyn Device, layout: Layout) -> Result<(Ring, f64)> {
+    let start = Instant::now();
+    let kept = lock().get_mut(&device.id()).and_then(|kept| kept.ring.take_if(|ring| ring.layout() == layout));
+    let ring = match kept {
+        Some(ring) => {
+            ring.reset_peak();
+            ring
+        }
+        None => Ring::from_boxed(device.staging_memory(layout.len_bytes())?, layout),
+    };
+    Ok((ring, start.elapsed().as_secs_f64()))
+}
+
+/// Keeps a ring for the next load on its device, if it came back whole from one that went well.
+pub(crate) fn keep(device: &dyn Device, ring: Ring, cancel: &Cancel) {
+    cancel.lets_go(); // A cancellation from now on is not of this ring's load.
+    if ring.is_whole()
+        && !ring.is_closed()
+        && let Some(kept) = lock().get_mut(&device.id())
+    {
+        kept.ring = Some(ring);
+    }
+}
+
+/// Forgets a device that failed: the next load opens it anew.
+pub(crate) fn forget(device: &dyn Device) {
+    let kept = lock().remove(&device.id());
+    drop(kept);
+}
+
+fn lock() -> MutexGuard<'static, BTreeMap<DeviceId, Kept>> {
+    KEPT.lock().unwrap_or_else(PoisonError::into_inner)
+}
