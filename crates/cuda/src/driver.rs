@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::ptr;
 
 use tensorhaul_device::gpu::{
-    CallError, Context, DeviceFacts, Driver, EventHandle, Meaning, Rows, StreamHandle,
+    BatchPiece, CallError, Context, DeviceFacts, Driver, EventHandle, Meaning, Rows, StreamHandle,
 };
 use tensorhaul_plan::DeviceId;
 
@@ -279,6 +279,32 @@ unsafe impl Driver for Cuda {
         // SAFETY: the caller's promise.
         let code = unsafe { (self.table.cuMemcpyHtoDAsync_v2)(target, source, len_bytes, pointer(stream.0)) };
         self.check("cuMemcpyHtoDAsync", code)
+    }
+
+    unsafe fn copy_in_batch(&self, pieces: &[BatchPiece], stream: StreamHandle) -> Option<Result<(), CallError>> {
+        let copy = self.table.cuMemcpyBatchAsync?;
+        let mut targets: Vec<u64> = pieces.iter().map(|piece| piece.target).collect();
+        // With unified addressing, which every 64-bit driver has, a host pointer is an address too.
+        let mut sources: Vec<u64> = pieces.iter().map(|piece| piece.source.expose_provenance() as u64).collect();
+        let mut lens: Vec<usize> = pieces.iter().map(|piece| piece.len_bytes).collect();
+        let mut attributes = sys::MemcpyAttributes { src_access_order: sys::ACCESS_ORDER_STREAM, ..Default::default() };
+        let (mut first_with_attributes, mut failed) = (0usize, usize::MAX);
+        // SAFETY: the ranges are the caller's promise; the arrays are as long as the count and read before the call
+        // returns; one set of attributes is for all pieces from number 0 on.
+        let code = unsafe {
+            copy(
+                targets.as_mut_ptr(),
+                sources.as_mut_ptr(),
+                lens.as_mut_ptr(),
+                pieces.len(),
+                &raw mut attributes,
+                &raw mut first_with_attributes,
+                1,
+                &raw mut failed,
+                pointer(stream.0),
+            )
+        };
+        Some(self.check("cuMemcpyBatchAsync", code))
     }
 
     unsafe fn copy_out(

@@ -2,7 +2,7 @@
 //!
 //! # Source
 //! CUDA Driver API reference, version 12.0: signatures, flags, attributes and status codes. All are in
-//! every driver since 11.2 but the optional ones.
+//! every driver since 11.2 but the optional ones: ordered allocation is of 11.2 itself, batched copies of 12.8.
 
 use std::ffi::{c_char, c_int, c_uint, c_void};
 
@@ -50,8 +50,26 @@ tensorhaul_device::driver_table! {
         optional:
         fn cuMemAllocAsync(*mut Address, usize, Stream);
         fn cuMemFreeAsync(Address, Stream);
+        fn cuMemcpyBatchAsync(
+            *mut Address, *mut Address, *mut usize, usize, *mut MemcpyAttributes, *mut usize, usize, *mut usize, Stream,
+        );
     }
 }
+
+/// `CUmemcpyAttributes` (CUDA 12.8).
+#[repr(C)]
+#[derive(Default)]
+pub(crate) struct MemcpyAttributes {
+    /// `CUmemcpySrcAccessOrder`.
+    pub(crate) src_access_order: c_uint,
+    /// Type and id of the locations that managed memory is near; unused for other memory.
+    pub(crate) location_hints: [c_int; 4],
+    pub(crate) flags: c_uint,
+}
+const _: () = assert!(size_of::<MemcpyAttributes>() == 24);
+
+/// `CU_MEMCPY_SRC_ACCESS_ORDER_STREAM`: sources are read in the order of the stream.
+pub(crate) const ACCESS_ORDER_STREAM: c_uint = 1;
 
 /// `CUDA_MEMCPY2D`.
 #[repr(C)]

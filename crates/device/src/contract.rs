@@ -59,6 +59,15 @@ pub trait Device: Send + Sync {
         stream: Stream,
     ) -> Result<(), DeviceError>;
 
+    /// Queues copies of several pieces of staging memory, in one call of the driver where it has one for that.
+    ///
+    /// # Errors
+    /// As for [`Device::copy`]; some of the pieces may then still be copied.
+    ///
+    /// # Safety
+    /// As for [`Device::copy`], for every piece.
+    unsafe fn copy_pieces(&self, source: &[u8], pieces: &[Piece<'_>], stream: Stream) -> Result<(), DeviceError>;
+
     /// Queues a copy of equal pieces at equal distances; see [`StridedCopy`].
     ///
     /// # Errors
@@ -120,6 +129,9 @@ pub trait Device: Send + Sync {
     /// [`DeviceError`] when the wait could not be queued.
     fn follow(&self, stream: u64) -> Result<(), DeviceError>;
 
+    /// Returns the processors whose memory is nearest to the device; empty when all are as near, or nobody knows.
+    fn near_processors(&self) -> Vec<u32>;
+
     /// Returns what could not be done as preferred so far: what was done instead, and why.
     fn fallbacks(&self) -> Vec<(String, String)>;
 }
@@ -166,6 +178,26 @@ pub enum Stream {
     Copy,
     /// Kernels.
     Compute,
+}
+
+/// One piece of staging memory and where it goes.
+#[derive(Clone, Copy)]
+pub struct Piece<'a> {
+    /// Distance from the start of the staging memory given.
+    pub source_offset_bytes: usize,
+    /// Number of bytes.
+    pub len_bytes: usize,
+    /// The allocation it goes to.
+    pub target: &'a Arc<dyn Allocation>,
+    /// Distance from the start of the allocation.
+    pub target_offset_bytes: u64,
+}
+
+impl Piece<'_> {
+    /// Returns the bytes to copy.
+    pub fn source<'s>(&self, memory: &'s [u8]) -> &'s [u8] {
+        &memory[self.source_offset_bytes..self.source_offset_bytes + self.len_bytes]
+    }
 }
 
 /// Equal pieces at equal distances, gathered or scattered: the part of a tensor's rows that a slice keeps.

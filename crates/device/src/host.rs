@@ -8,7 +8,7 @@ use tensorhaul_plan::DeviceId;
 use tensorhaul_stage::{HostMemory, StagingMemory};
 
 use crate::contract::{
-    Allocation, Capabilities, Device, DeviceError, Event, MemoryInfo, Stream, StridedCopy,
+    Allocation, Capabilities, Device, DeviceError, Event, MemoryInfo, Piece, Stream, StridedCopy,
 };
 
 /// The host. Every event is complete when it is recorded.
@@ -79,6 +79,14 @@ impl Device for Host {
         Ok(())
     }
 
+    unsafe fn copy_pieces(&self, source: &[u8], pieces: &[Piece<'_>], stream: Stream) -> Result<(), DeviceError> {
+        for piece in pieces {
+            // SAFETY: the caller's promise for every piece.
+            unsafe { self.copy(piece.source(source), piece.target, piece.target_offset_bytes, stream)? };
+        }
+        Ok(())
+    }
+
     unsafe fn copy_strided(
         &self,
         source: &[u8],
@@ -128,6 +136,10 @@ impl Device for Host {
 
     fn follow(&self, _stream: u64) -> Result<(), DeviceError> {
         Ok(())
+    }
+
+    fn near_processors(&self) -> Vec<u32> {
+        Vec::new()
     }
 
     fn fallbacks(&self) -> Vec<(String, String)> {

@@ -47,7 +47,7 @@ impl Engine for Mmap {
     }
 
     fn run(&self, feed: &dyn Feed, sink: &dyn Sink) -> Counts {
-        threads::run(self, self.thread_count, feed, sink)
+        threads::run(self, self.thread_count, &[], feed, sink)
     }
 }
 

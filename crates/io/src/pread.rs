@@ -11,12 +11,18 @@ use crate::threads::{self, ReadAt};
 pub struct Pread {
     files: Arc<[OpenFile]>,
     thread_count: u32,
+    processors: Vec<u32>,
 }
 
 impl Pread {
     /// Reads these files on `thread_count` threads (at least one).
     pub fn new(files: Arc<[OpenFile]>, thread_count: u32) -> Pread {
-        Pread { files, thread_count: thread_count.max(1) }
+        Pread { files, thread_count: thread_count.max(1), processors: Vec::new() }
+    }
+
+    /// Keeps the threads on these processors, those near the device that the bytes go to; empty means any.
+    pub fn near(self, processors: Vec<u32>) -> Pread {
+        Pread { processors, ..self }
     }
 }
 
@@ -26,7 +32,7 @@ impl Engine for Pread {
     }
 
     fn run(&self, feed: &dyn Feed, sink: &dyn Sink) -> Counts {
-        threads::run(self, self.thread_count, feed, sink)
+        threads::run(self, self.thread_count, &self.processors, feed, sink)
     }
 }
 

@@ -18,10 +18,19 @@ pub(crate) trait ReadAt: Sync {
 }
 
 /// Reads the feed's jobs on `thread_count` threads, all of which have ended when it returns.
-pub(crate) fn run(reader: &impl ReadAt, thread_count: u32, feed: &dyn Feed, sink: &dyn Sink) -> Counts {
+///
+/// The threads stay on the given processors, if there are any; the calling thread is one of them.
+pub(crate) fn run(
+    reader: &impl ReadAt,
+    thread_count: u32,
+    processors: &[u32],
+    feed: &dyn Feed,
+    sink: &dyn Sink,
+) -> Counts {
     let total = Mutex::new(Counts::default());
     let worker = || {
         let mut counts = Counts::default();
+        stay_on(processors);
         while let Next::Job(job) = feed.next(true) {
             sink.done(read(reader, job, &mut counts));
         }
@@ -36,6 +45,16 @@ pub(crate) fn run(reader: &impl ReadAt, thread_count: u32, feed: &dyn Feed, sink
         worker();
     });
     total.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// Keeps the calling thread on these processors. A system that refuses runs it anywhere, only slower.
+fn stay_on(processors: &[u32]) {
+    if !processors.is_empty() {
+        let mut set = rustix::thread::CpuSet::new();
+        let known = processors.iter().map(|processor| *processor as usize).filter(|processor| *processor < rustix::thread::CpuSet::MAX_CPU);
+        known.for_each(|processor| set.set(processor));
+        let _ = rustix::thread::sched_setaffinity(None, &set);
+    }
 }
 
 fn read(reader: &impl ReadAt, job: Job, counts: &mut Counts) -> Done {

@@ -17,6 +17,8 @@ pub(crate) struct Config {
     pub(crate) fails: Vec<Fail>,
     /// `pools=0`: the device has no stream-ordered allocator. Default: 1.
     pub(crate) pools: bool,
+    /// `batches=0`: the driver refuses batched copies. Default: 1.
+    pub(crate) batches: bool,
 }
 
 /// One call that fails.
@@ -29,7 +31,7 @@ pub(crate) struct Fail {
 
 impl Default for Config {
     fn default() -> Config {
-        Config { devices: 1, memory_bytes: 1 << 30, delay_us: 0, seed: 1, link_mb_per_s: 0, fails: Vec::new(), pools: true }
+        Config { devices: 1, memory_bytes: 1 << 30, delay_us: 0, seed: 1, link_mb_per_s: 0, fails: Vec::new(), pools: true, batches: true }
     }
 }
 
@@ -48,6 +50,7 @@ impl Config {
                 "seed" => config.seed = number()?,
                 "link_mb_per_s" => config.link_mb_per_s = number()?,
                 "pools" => config.pools = number()? != 0,
+                "batches" => config.batches = number()? != 0,
                 "fail" => {
                     let parts: Vec<&str> = value.split(':').collect();
                     let &[call, nth, code] = parts.as_slice() else { return Err(wrong()) };

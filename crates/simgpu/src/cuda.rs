@@ -162,6 +162,25 @@ calls! {
         let (source, target) = (source as usize, target.expose_provenance());
         copy(machine, stream, Rows { source, source_stride: 0, target, target_stride: 0, row_len: len, row_count: 1 })
     };
+    fn cuMemcpyBatchAsync(
+        targets: *mut u64, sources: *mut u64, lens: *mut usize, count: usize, _attributes: *mut c_void,
+        _first_with_attributes: *mut usize, attribute_count: usize, failed: *mut usize, stream: *mut c_void,
+    ) |machine| {
+        if !machine.config.batches { return Err(NOT_SUPPORTED) }
+        if count == 0 || attribute_count == 0 || stream.is_null() { return Err(INVALID_VALUE) }
+        for piece in 0..count {
+            // SAFETY: the caller passes arrays of `count` entries.
+            let (target, source, len) = unsafe { (*targets.add(piece), *sources.add(piece) as usize, *lens.add(piece)) };
+            if let Err(code) = machine.check_device_range(target, len as u64) {
+                write!(failed, piece)?;
+                return Err(code);
+            }
+            machine.check_pinned(source, len);
+            let target = target as usize;
+            copy(machine, stream, Rows { source, source_stride: 0, target, target_stride: 0, row_len: len, row_count: 1 })?;
+        }
+        Ok(())
+    };
     fn cuMemcpy2DAsync_v2(rows: *const Memcpy2d, stream: *mut c_void) |machine| {
         // SAFETY: the caller passes a struct that may be read.
         let rows = unsafe { &*rows };

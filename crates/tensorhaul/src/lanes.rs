@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::thread;
 
+use tensorhaul_device::Device;
 use tensorhaul_io::memory::Memory;
 use tensorhaul_io::mmap::Mmap;
 use tensorhaul_io::pread::Pread;
@@ -22,6 +23,7 @@ pub(crate) fn lanes(
     options: &LoadOptions,
     temperatures: &Temperatures,
     ring: Option<&Ring>,
+    device: &dyn Device,
     fallbacks: &mut Vec<Fallback>,
 ) -> Result<Vec<Lane>> {
     let cores = thread::available_parallelism().map_or(1, |cores| cores.get() as u32);
@@ -41,7 +43,10 @@ pub(crate) fn lanes(
             lanes.push(Lane { engine, reads });
         }
     };
-    let pread = |threads: u32, reads: &[u32]| Box::new(Pread::new(Arc::clone(files), threads.min(reads.len() as u32)));
+    let pread = |threads: u32, reads: &[u32]| {
+        let engine = Pread::new(Arc::clone(files), threads.min(reads.len() as u32));
+        Box::new(engine.near(device.near_processors()))
+    };
     match options.engine {
         EngineChoice::Mmap => {
             let mapped = Mmap::new(Arc::clone(files), copiers);

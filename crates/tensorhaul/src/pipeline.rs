@@ -9,7 +9,7 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use tensorhaul_device::{Allocation, Device, DeviceError, Event, Stream};
+use tensorhaul_device::{Allocation, Device, DeviceError, Event, Piece, Stream};
 use tensorhaul_io::{
     Access, Counts, Done, Engine, Feed, Job, JobMemory, Landing, Next, ReadCause, ReadError, Sink,
 };
@@ -279,15 +279,17 @@ impl<'a, 'e> Arrivals<'a, 'e> {
 
     fn queue_copies(&self, read: u32, buffer: &Copying) -> std::result::Result<Event, DeviceError> {
         let Transfer { plan, device, arenas, .. } = self.transfer;
-        for copy in plan.copies(&plan.reads()[read as usize]) {
-            let begin = copy.source_offset_bytes as usize;
-            let source = &buffer.bytes()[begin..begin + copy.len_bytes as usize];
-            let target = &arenas[copy.target.arena as usize];
-            // SAFETY: the buffer is of this device's staging memory, and goes back to the ring only when an event
-            // recorded after the copy is complete; the plan's copies are disjoint and inside their arenas,
-            // and a tensor is emitted only after the last of them.
-            unsafe { device.copy(source, target, copy.target.offset_bytes, Stream::Copy)? };
-        }
+        let piece = |copy: &tensorhaul_plan::Copy| Piece {
+            source_offset_bytes: copy.source_offset_bytes as usize,
+            len_bytes: copy.len_bytes as usize,
+            target: &arenas[copy.target.arena as usize],
+            target_offset_bytes: copy.target.offset_bytes,
+        };
+        let pieces: Vec<_> = plan.copies(&plan.reads()[read as usize]).iter().map(piece).collect();
+        // SAFETY: the buffer is of this device's staging memory, and goes back to the ring only when an event recorded
+        // after the copies is complete; the plan's copies are disjoint and inside their arenas, and a tensor is
+        // emitted only after the last of them.
+        unsafe { device.copy_pieces(buffer.bytes(), &pieces, Stream::Copy)? };
         device.record(Stream::Copy)
     }
 

@@ -59,7 +59,7 @@ pub(crate) fn run(model: &Inner, options: &LoadOptions, cancel: &Cancel, emit: &
     if let Some(ring) = &ring {
         cancel.closes(ring);
     }
-    let lanes = lanes(model, options, &temperatures, ring.as_ref(), &mut fallbacks)?;
+    let lanes = lanes(model, options, &temperatures, ring.as_ref(), &*device, &mut fallbacks)?;
     let prepared_at = Instant::now();
 
     let transfer = Transfer { model, plan: &plan, device: &*device, arenas, ring: ring.clone(), options, cancel };

@@ -166,6 +166,12 @@ pub unsafe trait Driver: Send + Sync + 'static {
     /// Both ranges are valid until the copy is done; the source is pinned.
     unsafe fn copy_in(&self, target: u64, source: *const c_void, len_bytes: usize, stream: StreamHandle) -> Result<(), CallError>;
 
+    /// Queues several copies to the device in one call; `None` when the driver has no such call.
+    ///
+    /// # Safety
+    /// As [`Driver::copy_in`], for every piece.
+    unsafe fn copy_in_batch(&self, pieces: &[BatchPiece], stream: StreamHandle) -> Option<Result<(), CallError>>;
+
     /// Queues a copy from the device.
     ///
     /// # Safety
@@ -190,6 +196,17 @@ pub struct StreamHandle(pub usize);
 /// A driver's event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EventHandle(pub usize);
+
+/// One copy of a batch, from host to device.
+#[derive(Clone, Copy, Debug)]
+pub struct BatchPiece {
+    /// Address on the device.
+    pub target: u64,
+    /// First byte on the host.
+    pub source: *const c_void,
+    /// Number of bytes.
+    pub len_bytes: usize,
+}
 
 /// Rows of equal length at equal distances, from host to device.
 #[derive(Clone, Copy, Debug)]

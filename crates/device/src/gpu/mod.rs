@@ -15,16 +15,18 @@ mod driver;
 mod memory;
 mod staging;
 pub mod table;
+pub mod topology;
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-pub use driver::{CallError, Context, DeviceFacts, Driver, EventHandle, Meaning, Rows, StreamHandle};
+pub use driver::{BatchPiece, CallError, Context, DeviceFacts, Driver, EventHandle, Meaning, Rows, StreamHandle};
 use memory::Memory;
 use tensorhaul_plan::DeviceId;
 use tensorhaul_stage::StagingMemory;
 
 use crate::contract::{
-    Allocation, Capabilities, Device, DeviceError, Event, MemoryInfo, Stream, StridedCopy,
+    Allocation, Capabilities, Device, DeviceError, Event, MemoryInfo, Piece, Stream, StridedCopy,
 };
 
 /// One device of a vendor. Clones are handles of the same one.
@@ -41,6 +43,8 @@ pub(crate) struct Shared<D: Driver> {
     facts: DeviceFacts,
     /// Events that nobody waits for any more.
     events: Mutex<Vec<EventHandle>>,
+    /// Whether the driver has batched copies, as far as is known.
+    batches: AtomicBool,
     /// What could not be done as preferred: what, why.
     fallbacks: Mutex<Vec<(String, String)>>,
     /// Drivers do not survive a fork.
@@ -75,6 +79,7 @@ impl<D: Driver> Gpu<D> {
             compute: StreamHandle(0),
             facts,
             events: Mutex::default(),
+            batches: AtomicBool::new(true),
             fallbacks: Mutex::default(),
             process: std::process::id(),
         };
@@ -261,6 +266,37 @@ impl<D: Driver> Device for Gpu<D> {
         queued.map_err(|error| shared.failed(error))
     }
 
+    unsafe fn copy_pieces(&self, source: &[u8], pieces: &[Piece<'_>], stream: Stream) -> Result<(), DeviceError> {
+        let shared = &*self.shared;
+        if pieces.len() >= BATCH_MIN && shared.batches.load(Ordering::Relaxed) {
+            let batch: Vec<_> = pieces
+                .iter()
+                .map(|piece| BatchPiece {
+                    target: within(piece.target, piece.target_offset_bytes, piece.len_bytes as u64),
+                    source: piece.source(source).as_ptr().cast(),
+                    len_bytes: piece.len_bytes,
+                })
+                .collect();
+            let _bound = shared.bind()?;
+            // SAFETY: the caller's promise for every piece.
+            match unsafe { shared.driver.copy_in_batch(&batch, shared.stream(stream)) } {
+                Some(Ok(())) => return Ok(()),
+                Some(Err(error)) if error.meaning != Meaning::Other => return Err(shared.failed(error)),
+                // Copying a piece twice is harmless; going on in batches that are refused is not.
+                Some(Err(error)) => {
+                    shared.batches.store(false, Ordering::Relaxed);
+                    shared.note("small tensors are copied one by one instead of in batches", error.to_string());
+                }
+                None => shared.batches.store(false, Ordering::Relaxed),
+            }
+        }
+        for piece in pieces {
+            // SAFETY: the caller's promise for every piece.
+            unsafe { self.copy(piece.source(source), piece.target, piece.target_offset_bytes, stream)? };
+        }
+        Ok(())
+    }
+
     unsafe fn copy_strided(
         &self,
         source: &[u8],
@@ -345,6 +381,10 @@ impl<D: Driver> Device for Gpu<D> {
         Ok(())
     }
 
+    fn near_processors(&self) -> Vec<u32> {
+        topology::near_processors(&self.shared.facts.pci_bus_id)
+    }
+
     fn fallbacks(&self) -> Vec<(String, String)> {
         lock(&self.shared.fallbacks).clone()
     }
@@ -365,6 +405,9 @@ fn within(allocation: &Arc<dyn Allocation>, offset_bytes: u64, len_bytes: u64) -
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+/// One copy is as cheap without a batch.
+const BATCH_MIN: usize = 2;
 
 /// Both vendors' allocators align to this at least.
 const ALIGN_BYTES: u64 = 256;

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use tensorhaul::{DeviceId, EngineChoice, LoadOptions, Loaded, Model, Request};
+use tensorhaul::{DeviceId, EngineChoice, LoadOptions, Loaded, Model, Request, Select};
 use tensorhaul_device::{Device, Stream};
 
 use crate::sim::Sim;
@@ -66,7 +66,7 @@ fn read_back(device: &dyn Device, tensor: &tensorhaul::Tensor, len: usize) -> Ve
 fn every_byte_arrives_whatever_the_engine_and_the_timing() {
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let model = Model::open(checkpoint(folder.path())).unwrap();
-    for config in ["", "delay_us=300", "delay_us=300;seed=9;pools=0"] {
+    for config in ["", "delay_us=300", "delay_us=300;seed=9;pools=0", "batches=0"] {
         for engine in [EngineChoice::Auto, EngineChoice::Pread, EngineChoice::IoUring] {
             let sim = Sim::new(config);
             let loaded = model.load(&options().engine(engine)).unwrap();
@@ -93,6 +93,25 @@ fn calls_are_one_copy_an_extent_and_nothing_waits_inside_the_loop() {
     assert_eq!(happened.calls("cuStreamSynchronize"), 0);
     assert!(happened.calls("cuEventSynchronize") <= promised.reads.min(16), "only the last buffers are waited for");
     assert_eq!(happened.calls("cuEventRecord"), happened.calls("cuStreamWaitEvent") + promised.reads);
+}
+
+#[test]
+fn pieces_of_one_buffer_go_in_one_call_where_the_driver_has_one() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let model = Model::open(checkpoint(folder.path())).unwrap();
+    let mut request = Request::of(Select::Globs(vec!["*.layers.[02].odd".to_owned(), "*.layers.[02].scale".to_owned()]));
+    request.device = DeviceId::Cuda(0);
+    for (config, batches) in [("", true), ("batches=0", false)] {
+        let sim = Sim::new(config);
+        let loaded = model.load(&options().request(request.clone())).unwrap();
+        let (happened, promised) = (sim.report(), loaded.report.promised);
+        assert!(promised.copies > promised.reads, "{promised:?}");
+        let single = happened.calls("cuMemcpyHtoDAsync_v2");
+        assert_eq!(single, if batches { 0 } else { promised.copies });
+        // A refusal is asked for once and then remembered.
+        assert_eq!(happened.calls("cuMemcpyBatchAsync"), if batches { promised.reads } else { 1 });
+        assert_eq!(loaded.report.fallbacks.iter().any(|told| told.what.contains("one by one")), !batches);
+    }
 }
 
 #[test]
