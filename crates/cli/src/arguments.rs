@@ -11,9 +11,9 @@ pub(crate) struct Selection {
     #[arg(long = "tensor", value_name = "GLOB")]
     tensors: Vec<String>,
 
-    /// Where the tensors go: `auto` is the best this build has, which is the host
-    #[arg(long, value_name = "host|auto", default_value = "auto", value_parser = parse_device)]
-    device: DeviceId,
+    /// Where the tensors go: `auto` is the GPU with the most memory, or the host where there is none
+    #[arg(long, value_name = "host|cuda:N|auto", default_value = "auto", value_parser = parse_device)]
+    device: Device,
 
     /// The most memory between storage and device: bytes, or with a unit such as 16MiB or 256MB [default: 256MiB]
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
@@ -31,7 +31,7 @@ impl Selection {
             globs => Select::Globs(globs.to_vec()),
         };
         let mut request = Request::of(select);
-        request.device = self.device;
+        request.device = self.device.id();
         let options = LoadOptions::default().request(request).in_place(self.in_place);
         match self.staging {
             Some(staging_bytes) => options.staging_bytes(staging_bytes),
@@ -56,10 +56,27 @@ fn preferences() -> impl TypedValueParser<Value = Preference> {
     PossibleValuesParser::new(["required", "preferred", "off"]).try_map(|name| name.parse::<Preference>())
 }
 
-fn parse_device(text: &str) -> Result<DeviceId, String> {
+/// A device by its name, or the one that is best.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Device {
+    Auto,
+    Named(DeviceId),
+}
+
+impl Device {
+    pub(crate) fn id(self) -> DeviceId {
+        match self {
+            Device::Auto => tensorhaul::default_device(),
+            Device::Named(id) => id,
+        }
+    }
+}
+
+/// Reads the name of a device.
+pub(crate) fn parse_device(text: &str) -> Result<Device, String> {
     match text {
-        "auto" => Ok(DeviceId::Host),
-        _ => text.parse::<DeviceId>().map_err(|error| error.to_string()),
+        "auto" => Ok(Device::Auto),
+        _ => text.parse().map(Device::Named).map_err(|error: tensorhaul::UnknownDevice| error.to_string()),
     }
 }
 
@@ -108,8 +125,8 @@ mod tests {
 
     #[test]
     fn devices_are_read_by_their_names() {
-        assert_eq!(parse_device("auto"), Ok(DeviceId::Host));
-        assert_eq!(parse_device("cuda:1"), Ok(DeviceId::Cuda(1)));
+        assert_eq!(parse_device("auto"), Ok(Device::Auto));
+        assert_eq!(parse_device("cuda:1"), Ok(Device::Named(DeviceId::Cuda(1))));
         assert!(parse_device("tpu").is_err());
     }
 }

@@ -3,17 +3,31 @@
 use std::fmt::Write as _;
 
 use clap::Args;
+use serde::Serialize;
 use tensorhaul::doctor::{Doctor, Feature, Folder};
+use tensorhaul::selftest::{self, Verdict};
 
-use crate::failure::Outcome;
+use crate::arguments::{Device, parse_device};
+use crate::failure::{Failure, Outcome};
 use crate::output::{bytes, print, print_json, printable};
 
 /// Show what this machine can do, what is in the way, and what to do about it
 #[derive(Args)]
 #[command(after_help = "Examples:
   tensorhaul doctor
+  tensorhaul doctor --selftest
+  tensorhaul doctor --selftest --device cuda:0 --json
   tensorhaul doctor --json | jq .advice")]
 pub(crate) struct Examine {
+    /// Try every device: the conformance suite, a load compared byte for byte, and the speed of copies. Exits with 3 if
+    /// one fails
+    #[arg(long)]
+    selftest: bool,
+
+    /// Try only this device
+    #[arg(long, value_name = "host|cuda:N|auto", requires = "selftest", value_parser = parse_device)]
+    device: Option<Device>,
+
     /// Print one JSON object: kernel, cores, memory, io_uring, limits, folders, devices, advice
     #[arg(long)]
     json: bool,
@@ -22,8 +36,50 @@ pub(crate) struct Examine {
 impl Examine {
     pub(crate) fn run(&self) -> Outcome {
         let doctor = Doctor::examine();
+        if self.selftest {
+            return self.try_devices(&doctor);
+        }
         if self.json { print_json(&doctor) } else { print(text(&doctor)) }
     }
+
+    fn try_devices(&self, doctor: &Doctor) -> Outcome {
+        let works = |device: &&tensorhaul::doctor::DeviceFact| device.works;
+        let all = || doctor.devices.iter().filter(works).filter_map(|device| device.name.parse().ok());
+        let devices = self.device.map_or_else(|| all().collect(), |device| vec![device.id()]);
+        let verdicts: Vec<_> = devices
+            .iter()
+            .map(|device| selftest::run(*device, &std::env::temp_dir()))
+            .collect::<Result<_, _>>()?;
+        if self.json {
+            print_json(&Tried { devices: &doctor.devices, verdicts: &verdicts })?;
+        } else {
+            print(verdicts.iter().map(verdict).collect::<String>())?;
+        }
+        match verdicts.iter().filter(|verdict| !verdict.passed).count() {
+            0 => Ok(()),
+            failed => Err(Failure::of_machine(format!("{failed} of {} devices failed", verdicts.len()))),
+        }
+    }
+}
+
+/// What `--selftest --json` prints.
+#[derive(Serialize)]
+struct Tried<'d> {
+    devices: &'d [tensorhaul::doctor::DeviceFact],
+    verdicts: &'d [Verdict],
+}
+
+fn verdict(verdict: &Verdict) -> String {
+    let Verdict { device, name, promises, copy_gb_per_s, .. } = verdict;
+    let word = if verdict.passed { "passed" } else { "FAILED" };
+    let compared = bytes(verdict.compared_bytes);
+    let mut text = format!(
+        "{device}: {word}: {name}, {promises} promises, {compared} compared, copies {copy_gb_per_s:.1} GB/s\n"
+    );
+    for failure in &verdict.failures {
+        let _ = writeln!(text, "  {}", printable(failure));
+    }
+    text
 }
 
 fn text(doctor: &Doctor) -> String {
@@ -60,7 +116,7 @@ fn text(doctor: &Doctor) -> String {
         line("folder", self::folder(folder));
     }
     for device in &doctor.devices {
-        line("device", format!("{}: {}", device.name, device.why.unwrap_or("works")));
+        line("device", format!("{}: {}", device.name, self::device(device)));
     }
     if doctor.advice.is_empty() {
         line("advice", "none: nothing is missing".to_owned());
@@ -98,6 +154,16 @@ fn folder(folder: &Folder) -> String {
         (None, None) => "no direct reads".to_owned(),
     };
     format!("{} ({}){filesystem}: {direct}", folder.path, folder.role)
+}
+
+fn device(device: &tensorhaul::doctor::DeviceFact) -> String {
+    if let Some(why) = &device.why {
+        return format!("does not work: {why}");
+    }
+    let memory = device.total_bytes.map(bytes);
+    let facts = [device.description.clone(), memory, device.link.clone(), device.driver.clone()];
+    let facts: Vec<_> = facts.into_iter().flatten().collect();
+    if facts.is_empty() { "works".to_owned() } else { format!("works: {}", facts.join(", ")) }
 }
 
 /// Powers of two lose their look in units of 1000.

@@ -21,7 +21,9 @@ impl Cuda {
     /// Loads the first of these libraries and initializes it; the error is a sentence with the likely cause.
     pub(crate) fn load(candidates: &[PathBuf]) -> Result<Cuda, String> {
         let table = Table::load(candidates).map_err(|error| {
-            format!("{error}; NVIDIA's driver is not installed, or not visible in this container (--gpus all)")
+            format!(
+                "{error}; NVIDIA's driver is not installed, or not visible in this container (--gpus all)"
+            )
         })?;
         let mut cuda = Cuda { table, version: 0 };
         let path = cuda.table.path.display().to_string();
@@ -111,9 +113,12 @@ unsafe impl Driver for Cuda {
         })?;
         let pci_bus_id = text(|buffer, len| {
             // SAFETY: as above.
-            self.check("cuDeviceGetPCIBusId", unsafe { (self.table.cuDeviceGetPCIBusId)(buffer, len, device) })
+            self.check("cuDeviceGetPCIBusId", unsafe {
+                (self.table.cuDeviceGetPCIBusId)(buffer, len, device)
+            })
         });
-        let (major, minor) = (self.attribute(sys::ATTRIBUTE_MAJOR, device)?, self.attribute(sys::ATTRIBUTE_MINOR, device)?);
+        let (major, minor) =
+            (self.attribute(sys::ATTRIBUTE_MAJOR, device)?, self.attribute(sys::ATTRIBUTE_MINOR, device)?);
         Ok(DeviceFacts {
             name,
             total_bytes: total as u64,
@@ -197,7 +202,9 @@ unsafe impl Driver for Cuda {
 
     unsafe fn event_record(&self, event: EventHandle, stream: StreamHandle) -> Result<(), CallError> {
         // SAFETY: the caller's promise.
-        self.check("cuEventRecord", unsafe { (self.table.cuEventRecord)(pointer(event.0), pointer(stream.0)) })
+        self.check("cuEventRecord", unsafe {
+            (self.table.cuEventRecord)(pointer(event.0), pointer(stream.0))
+        })
     }
 
     unsafe fn event_is_complete(&self, event: EventHandle) -> Result<bool, CallError> {
@@ -213,7 +220,11 @@ unsafe impl Driver for Cuda {
         self.check("cuEventSynchronize", unsafe { (self.table.cuEventSynchronize)(pointer(event.0)) })
     }
 
-    unsafe fn allocate_ordered(&self, len_bytes: u64, stream: StreamHandle) -> Option<Result<u64, CallError>> {
+    unsafe fn allocate_ordered(
+        &self,
+        len_bytes: u64,
+        stream: StreamHandle,
+    ) -> Option<Result<u64, CallError>> {
         let (Some(allocate), Some(_)) = (self.table.cuMemAllocAsync, self.table.cuMemFreeAsync) else {
             return None;
         };
@@ -236,7 +247,9 @@ unsafe impl Driver for Cuda {
     fn allocate(&self, len_bytes: u64) -> Result<u64, CallError> {
         let mut address = 0;
         // SAFETY: writes one integer.
-        self.check("cuMemAlloc", unsafe { (self.table.cuMemAlloc_v2)(&raw mut address, len_bytes as usize) })?;
+        self.check("cuMemAlloc", unsafe {
+            (self.table.cuMemAlloc_v2)(&raw mut address, len_bytes as usize)
+        })?;
         Ok(address)
     }
 
@@ -248,7 +261,8 @@ unsafe impl Driver for Cuda {
     fn host_allocate(&self, len_bytes: usize) -> Result<*mut c_void, CallError> {
         let mut start = ptr::null_mut();
         // SAFETY: writes one pointer.
-        let code = unsafe { (self.table.cuMemHostAlloc)(&raw mut start, len_bytes, sys::HOST_ALLOC_PORTABLE) };
+        let code =
+            unsafe { (self.table.cuMemHostAlloc)(&raw mut start, len_bytes, sys::HOST_ALLOC_PORTABLE) };
         self.check("cuMemHostAlloc", code)?;
         Ok(start)
     }
@@ -260,7 +274,8 @@ unsafe impl Driver for Cuda {
 
     unsafe fn host_register(&self, start: *mut c_void, len_bytes: usize) -> Result<(), CallError> {
         // SAFETY: the caller's promise.
-        let code = unsafe { (self.table.cuMemHostRegister_v2)(start, len_bytes, sys::HOST_REGISTER_PORTABLE) };
+        let code =
+            unsafe { (self.table.cuMemHostRegister_v2)(start, len_bytes, sys::HOST_REGISTER_PORTABLE) };
         self.check("cuMemHostRegister", code)
     }
 
@@ -281,13 +296,19 @@ unsafe impl Driver for Cuda {
         self.check("cuMemcpyHtoDAsync", code)
     }
 
-    unsafe fn copy_in_batch(&self, pieces: &[BatchPiece], stream: StreamHandle) -> Option<Result<(), CallError>> {
+    unsafe fn copy_in_batch(
+        &self,
+        pieces: &[BatchPiece],
+        stream: StreamHandle,
+    ) -> Option<Result<(), CallError>> {
         let copy = self.table.cuMemcpyBatchAsync?;
         let mut targets: Vec<u64> = pieces.iter().map(|piece| piece.target).collect();
         // With unified addressing, which every 64-bit driver has, a host pointer is an address too.
-        let mut sources: Vec<u64> = pieces.iter().map(|piece| piece.source.expose_provenance() as u64).collect();
+        let mut sources: Vec<u64> =
+            pieces.iter().map(|piece| piece.source.expose_provenance() as u64).collect();
         let mut lens: Vec<usize> = pieces.iter().map(|piece| piece.len_bytes).collect();
-        let mut attributes = sys::MemcpyAttributes { src_access_order: sys::ACCESS_ORDER_STREAM, ..Default::default() };
+        let mut attributes =
+            sys::MemcpyAttributes { src_access_order: sys::ACCESS_ORDER_STREAM, ..Default::default() };
         let (mut first_with_attributes, mut failed) = (0usize, usize::MAX);
         // SAFETY: the ranges are the caller's promise; the arrays are as long as the count and read before the call
         // returns; one set of attributes is for all pieces from number 0 on.
@@ -339,7 +360,9 @@ unsafe impl Driver for Cuda {
             height: rows.row_count,
         };
         // SAFETY: the caller's promise; the struct is read before the call returns.
-        self.check("cuMemcpy2DAsync", unsafe { (self.table.cuMemcpy2DAsync_v2)(&raw const copy, pointer(stream.0)) })
+        self.check("cuMemcpy2DAsync", unsafe {
+            (self.table.cuMemcpy2DAsync_v2)(&raw const copy, pointer(stream.0))
+        })
     }
 }
 

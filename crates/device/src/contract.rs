@@ -66,7 +66,12 @@ pub trait Device: Send + Sync {
     ///
     /// # Safety
     /// As for [`Device::copy`], for every piece.
-    unsafe fn copy_pieces(&self, source: &[u8], pieces: &[Piece<'_>], stream: Stream) -> Result<(), DeviceError>;
+    unsafe fn copy_pieces(
+        &self,
+        source: &[u8],
+        pieces: &[Piece<'_>],
+        stream: Stream,
+    ) -> Result<(), DeviceError>;
 
     /// Queues a copy of equal pieces at equal distances; see [`StridedCopy`].
     ///

@@ -79,7 +79,12 @@ impl Device for Host {
         Ok(())
     }
 
-    unsafe fn copy_pieces(&self, source: &[u8], pieces: &[Piece<'_>], stream: Stream) -> Result<(), DeviceError> {
+    unsafe fn copy_pieces(
+        &self,
+        source: &[u8],
+        pieces: &[Piece<'_>],
+        stream: Stream,
+    ) -> Result<(), DeviceError> {
         for piece in pieces {
             // SAFETY: the caller's promise for every piece.
             unsafe { self.copy(piece.source(source), piece.target, piece.target_offset_bytes, stream)? };

@@ -17,4 +17,6 @@ mod contract;
 pub mod gpu;
 pub mod host;
 
-pub use contract::{Allocation, Capabilities, Device, DeviceError, Event, MemoryInfo, Piece, Stream, StridedCopy};
+pub use contract::{
+    Allocation, Capabilities, Device, DeviceError, Event, MemoryInfo, Piece, Stream, StridedCopy,
+};

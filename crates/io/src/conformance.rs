@@ -101,7 +101,9 @@ fn tails_arrive(folder: &Path, make: &Make<'_>) -> Result<(), String> {
 fn long_jobs_arrive(folder: &Path, make: &Make<'_>) -> Result<(), String> {
     let scene = Scene::new(folder, RING_BUFFERS)?;
     let mut extents = Vec::new();
-    for (offset_bytes, len_bytes) in [(0, 1 << 20), (1, 1 << 20), (4095, (1 << 20) + 2), (0, LONG as u64), (5, LONG as u64 - 5)] {
+    for (offset_bytes, len_bytes) in
+        [(0, 1 << 20), (1, 1 << 20), (4095, (1 << 20) + 2), (0, LONG as u64), (5, LONG as u64 - 5)]
+    {
         extents.push(Extent { file: 0, offset_bytes, len_bytes });
     }
     let engine = make(&scene.files, &scene.ring);
@@ -187,7 +189,8 @@ fn row(count: u64) -> Vec<Extent> {
 
 /// The places, and their neighbours on both sides.
 fn around(places: &[u64]) -> Vec<u64> {
-    let mut values: Vec<u64> = places.iter().flat_map(|place| [place.saturating_sub(1), *place, place + 1]).collect();
+    let mut values: Vec<u64> =
+        places.iter().flat_map(|place| [place.saturating_sub(1), *place, place + 1]).collect();
     values.sort_unstable();
     values.dedup();
     values
@@ -282,7 +285,9 @@ impl Scene {
     fn check(&self, jobs: &[Wanted], answers: &[Vec<Answer>], given: usize) -> Result<(), String> {
         for (number, (job, answers)) in jobs.iter().zip(answers).enumerate() {
             let expected = usize::from(number < given);
-            expect(answers.len() == expected, || format!("{} answers to {job:?}, number {number}", answers.len()))?;
+            expect(answers.len() == expected, || {
+                format!("{} answers to {job:?}, number {number}", answers.len())
+            })?;
             for answer in answers {
                 self.check_answer(job, answer).map_err(|what| format!("{job:?}: {what}"))?;
             }
@@ -291,13 +296,16 @@ impl Scene {
     }
 
     fn check_answer(&self, job: &Wanted, answer: &Answer) -> Result<(), String> {
-        let ends = self.files.cut.filter(|(file, end)| *file == job.extent.file && *end < job.extent.end_bytes());
+        let ends =
+            self.files.cut.filter(|(file, end)| *file == job.extent.file && *end < job.extent.end_bytes());
         match (answer, ends) {
             (Answer::Filled, None) => Ok(()),
             (Answer::Failed(ReadError { extent, cause: ReadCause::End { at_bytes } }), Some((_, end))) => {
                 expect(*extent == job.extent, || format!("the error is about {extent:?}"))?;
                 let end = end.max(job.extent.offset_bytes);
-                expect(*at_bytes == end, || format!("the file ends at byte {at_bytes}, says the error, not {end}"))
+                expect(*at_bytes == end, || {
+                    format!("the file ends at byte {at_bytes}, says the error, not {end}")
+                })
             }
             (Answer::Filled, Some((_, end))) => Err(format!("filled, though the file ends at byte {end}")),
             (Answer::Failed(error), _) => Err(format!("{error}: {:?}", error.cause)),
@@ -379,7 +387,8 @@ impl Feed for Bench<'_> {
 impl Bench<'_> {
     /// Returns memory with a page of untouched bytes before and behind it.
     fn landing(&self, job: usize, len_bytes: usize) -> Landing {
-        let block = Arc::new(HostMemory::allocate(len_bytes + 2 * FENCE_LEN_BYTES).expect("a test has memory"));
+        let block =
+            Arc::new(HostMemory::allocate(len_bytes + 2 * FENCE_LEN_BYTES).expect("a test has memory"));
         // SAFETY: the block is new, initialized, and seen by nobody else yet.
         unsafe { block.as_ptr().write_bytes(UNTOUCHED, block.len_bytes()) };
         *lock(&self.blocks[job]) = Some(Arc::clone(&block));
@@ -408,7 +417,9 @@ impl Bench<'_> {
         }
         drop(memory);
         match lock(&self.blocks[read as usize]).take() {
-            Some(block) if !fences_are_whole(&block) => Answer::Wrong("bytes beside the memory were written".to_owned()),
+            Some(block) if !fences_are_whole(&block) => {
+                Answer::Wrong("bytes beside the memory were written".to_owned())
+            }
             _ => Answer::Filled,
         }
     }

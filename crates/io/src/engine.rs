@@ -192,10 +192,16 @@ impl fmt::Display for ReadError {
             ReadCause::Io(_) => write!(f, "reading bytes {begin}..{end} failed"),
             // Reads behind the end know only that it is somewhere before them.
             ReadCause::End { at_bytes } if *at_bytes == begin => {
-                write!(f, "reading bytes {begin}..{end}: the file ends before them; it was longer when it was opened")
+                write!(
+                    f,
+                    "reading bytes {begin}..{end}: the file ends before them; it was longer when it was opened"
+                )
             }
             ReadCause::End { at_bytes } => {
-                write!(f, "reading bytes {begin}..{end}: the file ends at byte {at_bytes}; it was longer when it was opened")
+                write!(
+                    f,
+                    "reading bytes {begin}..{end}: the file ends at byte {at_bytes}; it was longer when it was opened"
+                )
             }
         }
     }

@@ -37,10 +37,14 @@ impl OpenFile {
         let failed = |source: io::Error| OpenError { path: path.to_owned(), cause: OpenCause::Io(source) };
         // Without O_NONBLOCK, opening a FIFO waits for a writer. Regular files ignore the flag.
         let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
-        let cached = File::from(rustix::fs::open(path, flags, Mode::empty()).map_err(|errno| failed(errno.into()))?);
+        let cached =
+            File::from(rustix::fs::open(path, flags, Mode::empty()).map_err(|errno| failed(errno.into()))?);
         let metadata = cached.metadata().map_err(failed)?;
         if !metadata.is_file() {
-            return Err(OpenError { path: path.to_owned(), cause: OpenCause::NotAFile(describe(metadata.file_type())) });
+            return Err(OpenError {
+                path: path.to_owned(),
+                cause: OpenCause::NotAFile(describe(metadata.file_type())),
+            });
         }
         let seen = Seen::of(&metadata);
         Ok(OpenFile { path: path.to_owned(), cached, direct: OnceLock::new(), seen })
@@ -51,7 +55,8 @@ impl OpenFile {
     /// # Errors
     /// Why it cannot: the loader then reads it through the page cache and reports this reason.
     pub fn probe_direct(&self) -> Result<Direct, &DirectRefusal> {
-        let probed = self.direct.get_or_init(|| probe::open_direct(&self.path, &self.cached, self.seen.len_bytes));
+        let probed =
+            self.direct.get_or_init(|| probe::open_direct(&self.path, &self.cached, self.seen.len_bytes));
         probed.as_ref().map(|(_, direct)| *direct)
     }
 
@@ -145,7 +150,10 @@ impl fmt::Display for OpenError {
                 write!(f, "{path}: was written to while it was read ({now_bytes} bytes)")
             }
             OpenCause::Changed { then_bytes, now_bytes } => {
-                write!(f, "{path}: was written to while it was read: {then_bytes} bytes when it was opened, {now_bytes} now")
+                write!(
+                    f,
+                    "{path}: was written to while it was read: {then_bytes} bytes when it was opened, {now_bytes} now"
+                )
             }
         }
     }

@@ -28,6 +28,8 @@ mod threads;
 #[cfg(feature = "io-uring")]
 pub mod uring;
 
-pub use engine::{Access, Counts, Depth, Done, Engine, Feed, Job, JobMemory, Landing, Next, ReadCause, ReadError, Sink};
+pub use engine::{
+    Access, Counts, Depth, Done, Engine, Feed, Job, JobMemory, Landing, Next, ReadCause, ReadError, Sink,
+};
 pub use file::{OpenError, OpenFile};
 pub use probe::{Direct, DirectRefusal, Residency};

@@ -19,7 +19,13 @@ pub(crate) struct Pacer {
 
 impl Pacer {
     pub(crate) fn new(depth: u32, depth_max: u32) -> Pacer {
-        Pacer { depth: depth.min(depth_max), depth_max, settled: depth >= depth_max, rate_before: 0.0, window: None }
+        Pacer {
+            depth: depth.min(depth_max),
+            depth_max,
+            settled: depth >= depth_max,
+            rate_before: 0.0,
+            window: None,
+        }
     }
 
     /// Returns how many requests may be in flight now.

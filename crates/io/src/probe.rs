@@ -44,7 +44,10 @@ impl fmt::Display for DirectRefusal {
             DirectRefusal::InMemory { filesystem } => write!(f, "{filesystem} keeps its files in memory"),
             DirectRefusal::Open(error) => write!(f, "opening with O_DIRECT: {error}"),
             DirectRefusal::Alignment { needed_bytes } => {
-                write!(f, "direct reads need {needed_bytes}-byte alignment, staging buffers have {ALIGN_BYTES_MAX}")
+                write!(
+                    f,
+                    "direct reads need {needed_bytes}-byte alignment, staging buffers have {ALIGN_BYTES_MAX}"
+                )
             }
             DirectRefusal::Read(error) => write!(f, "a first direct read: {error}"),
             DirectRefusal::Mismatch => f.write_str("a first direct read differs from an ordinary one"),
@@ -53,7 +56,11 @@ impl fmt::Display for DirectRefusal {
 }
 
 /// Opens a file for direct reads and proves them on its first bytes.
-pub(crate) fn open_direct(path: &Path, cached: &File, len_bytes: u64) -> Result<(File, Direct), DirectRefusal> {
+pub(crate) fn open_direct(
+    path: &Path,
+    cached: &File,
+    len_bytes: u64,
+) -> Result<(File, Direct), DirectRefusal> {
     if let Some(filesystem @ ("tmpfs" | "ramfs" | "hugetlbfs")) = filesystem(cached) {
         return Err(DirectRefusal::InMemory { filesystem });
     }
@@ -64,7 +71,8 @@ pub(crate) fn open_direct(path: &Path, cached: &File, len_bytes: u64) -> Result<
     let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::DIRECT;
     // The path may name another file by now; /proc/self/fd names the one that is open.
     let same = format!("/proc/self/fd/{}", cached.as_raw_fd());
-    let open = rustix::fs::open(same.as_str(), flags, Mode::empty()).or_else(|_| rustix::fs::open(path, flags, Mode::empty()));
+    let open = rustix::fs::open(same.as_str(), flags, Mode::empty())
+        .or_else(|_| rustix::fs::open(path, flags, Mode::empty()));
     let direct = File::from(open.map_err(|errno| DirectRefusal::Open(errno.into()))?);
     prove(&direct, cached, len_bytes, align_bytes)?;
     Ok((direct, Direct { align_bytes }))
@@ -72,10 +80,12 @@ pub(crate) fn open_direct(path: &Path, cached: &File, len_bytes: u64) -> Result<
 
 /// Reads the first block both ways.
 fn prove(direct: &File, cached: &File, len_bytes: u64, align_bytes: u64) -> Result<(), DirectRefusal> {
-    let block = HostMemory::allocate(align_bytes as usize).map_err(|error| DirectRefusal::Read(io::Error::other(error)))?;
+    let block = HostMemory::allocate(align_bytes as usize)
+        .map_err(|error| DirectRefusal::Read(io::Error::other(error)))?;
     // SAFETY: the block is ours alone, initialized, and outlives the slice.
     let by_direct = unsafe { std::slice::from_raw_parts_mut(block.as_ptr().as_ptr(), block.len_bytes()) };
-    let read = rustix::io::pread(direct, &mut *by_direct, 0).map_err(|errno| DirectRefusal::Read(errno.into()))?;
+    let read =
+        rustix::io::pread(direct, &mut *by_direct, 0).map_err(|errno| DirectRefusal::Read(errno.into()))?;
     let expected = len_bytes.min(align_bytes) as usize;
     let mut by_cache = vec![0; expected];
     std::os::unix::fs::FileExt::read_exact_at(cached, &mut by_cache, 0).map_err(DirectRefusal::Read)?;
@@ -158,7 +168,13 @@ pub fn cached_bytes(file: &File, offset_bytes: u64, len_bytes: u64) -> Option<u6
     let (range, mut stat) = (Range { off: offset_bytes, len: len_bytes }, Stat::default());
     // SAFETY: both structs have the kernel's layout and live across the call, which writes only to `stat`.
     let result = unsafe {
-        libc::syscall(SYS_CACHESTAT, file.as_raw_fd(), std::ptr::from_ref(&range), std::ptr::from_mut(&mut stat), 0)
+        libc::syscall(
+            SYS_CACHESTAT,
+            file.as_raw_fd(),
+            std::ptr::from_ref(&range),
+            std::ptr::from_mut(&mut stat),
+            0,
+        )
     };
     let page_bytes = rustix::param::page_size() as u64;
     let pages = (offset_bytes + len_bytes).div_ceil(page_bytes) - offset_bytes / page_bytes;

@@ -51,7 +51,10 @@ pub(crate) fn run(
 fn stay_on(processors: &[u32]) {
     if !processors.is_empty() {
         let mut set = rustix::thread::CpuSet::new();
-        let known = processors.iter().map(|processor| *processor as usize).filter(|processor| *processor < rustix::thread::CpuSet::MAX_CPU);
+        let known = processors
+            .iter()
+            .map(|processor| *processor as usize)
+            .filter(|processor| *processor < rustix::thread::CpuSet::MAX_CPU);
         known.for_each(|processor| set.set(processor));
         let _ = rustix::thread::sched_setaffinity(None, &set);
     }

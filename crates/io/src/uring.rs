@@ -53,7 +53,9 @@ impl fmt::Display for BuffersRefused {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "registering staging buffers needs {} bytes of locked memory", self.needed_bytes)?;
         match self.limit_bytes {
-            Some(limit) => write!(f, ", the limit is {limit} ({}); raise RLIMIT_MEMLOCK or go on without", self.source),
+            Some(limit) => {
+                write!(f, ", the limit is {limit} ({}); raise RLIMIT_MEMLOCK or go on without", self.source)
+            }
             None => write!(f, " ({})", self.source),
         }
     }
@@ -181,7 +183,8 @@ impl Flight<'_> {
             if let Err(error) = self.submit_and_wait(ring) {
                 return self.abandon(error, sink);
             }
-            let completions: Vec<(u64, i32)> = ring.completion().map(|entry| (entry.user_data(), entry.result())).collect();
+            let completions: Vec<(u64, i32)> =
+                ring.completion().map(|entry| (entry.user_data(), entry.result())).collect();
             let now = Instant::now();
             for (tag, result) in completions {
                 self.pacer.arrived(result.max(0) as u64, now);
@@ -194,7 +197,13 @@ impl Flight<'_> {
     }
 
     /// Queues requests up to the depth; false once the feed has nothing more.
-    fn fill(&mut self, ring: &mut IoUring, sent: &mut [Option<Request>], tags: &mut Vec<u32>, feed: &dyn Feed) -> bool {
+    fn fill(
+        &mut self,
+        ring: &mut IoUring,
+        sent: &mut [Option<Request>],
+        tags: &mut Vec<u32>,
+        feed: &dyn Feed,
+    ) -> bool {
         while let Some(tag) = tags.last().copied().filter(|_| self.requests < self.pacer.depth()) {
             let request = match self.again.pop_front() {
                 Some(request) => request,
@@ -228,7 +237,12 @@ impl Flight<'_> {
         });
         let (len, step) = (job.extent.len_bytes as u32, self.engine.depth.request_len_bytes as u32);
         let access = job.access;
-        let pieces = (0..len).step_by(step as usize).map(|begin| Request { slot, begin, end: len.min(begin + step), access });
+        let pieces = (0..len).step_by(step as usize).map(|begin| Request {
+            slot,
+            begin,
+            end: len.min(begin + step),
+            access,
+        });
         let before = self.again.len();
         self.again.extend(pieces);
         let open = (self.again.len() - before) as u32;
@@ -237,7 +251,8 @@ impl Flight<'_> {
 
     fn entry(&mut self, request: Request) -> squeue::Entry {
         let engine = self.engine;
-        let Active { job, .. } = self.jobs[request.slot as usize].as_mut().expect("a request's job is in its slot");
+        let Active { job, .. } =
+            self.jobs[request.slot as usize].as_mut().expect("a request's job is in its slot");
         let file = &engine.files[job.extent.file as usize];
         let offset_bytes = job.extent.offset_bytes + u64::from(request.begin);
         let direct = file.direct().filter(|_| request.access == Access::Direct);
@@ -248,7 +263,9 @@ impl Flight<'_> {
         let memory = job.memory.bytes_mut();
         let ask = match direct {
             // A direct read asks for whole sectors, also of the last, partial one.
-            Some((_, direct)) => request.end.next_multiple_of(direct.align_bytes as u32).min(memory.len() as u32),
+            Some((_, direct)) => {
+                request.end.next_multiple_of(direct.align_bytes as u32).min(memory.len() as u32)
+            }
             None => request.end,
         };
         let target = memory[request.begin as usize..ask as usize].as_mut_ptr();
@@ -257,7 +274,9 @@ impl Flight<'_> {
         macro_rules! read {
             ($descriptor:expr) => {
                 match buffer {
-                    Some(buffer) => opcode::ReadFixed::new($descriptor, target, len, buffer).offset(offset_bytes).build(),
+                    Some(buffer) => {
+                        opcode::ReadFixed::new($descriptor, target, len, buffer).offset(offset_bytes).build()
+                    }
                     None => opcode::Read::new($descriptor, target, len).offset(offset_bytes).build(),
                 }
             };
@@ -288,7 +307,9 @@ impl Flight<'_> {
     fn complete(&mut self, request: Request, result: i32, sink: &dyn Sink) {
         let active = self.jobs[request.slot as usize].as_mut().expect("a request's job is in its slot");
         let at_bytes = active.job.extent.offset_bytes + u64::from(request.begin);
-        let align = self.engine.files[active.job.extent.file as usize].direct().map_or(1, |(_, direct)| direct.align_bytes as u32);
+        let align = self.engine.files[active.job.extent.file as usize]
+            .direct()
+            .map_or(1, |(_, direct)| direct.align_bytes as u32);
         let rest = match (-result, result) {
             (_, read) if read > 0 => {
                 let begin = request.begin + read as u32;

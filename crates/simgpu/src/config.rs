@@ -31,7 +31,16 @@ pub(crate) struct Fail {
 
 impl Default for Config {
     fn default() -> Config {
-        Config { devices: 1, memory_bytes: 1 << 30, delay_us: 0, seed: 1, link_mb_per_s: 0, fails: Vec::new(), pools: true, batches: true }
+        Config {
+            devices: 1,
+            memory_bytes: 1 << 30,
+            delay_us: 0,
+            seed: 1,
+            link_mb_per_s: 0,
+            fails: Vec::new(),
+            pools: true,
+            batches: true,
+        }
     }
 }
 

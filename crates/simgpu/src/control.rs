@@ -57,7 +57,8 @@ pub(crate) unsafe extern "C" fn simgpu_fail(text: *const c_char) -> i32 {
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn simgpu_report(text: *mut c_char, len: usize) -> usize {
     let report = core::with(|machine| {
-        let mut lines: Vec<String> = machine.calls.iter().map(|(name, count)| format!("call.{name} {count}")).collect();
+        let mut lines: Vec<String> =
+            machine.calls.iter().map(|(name, count)| format!("call.{name} {count}")).collect();
         let sum = |of: fn(&core::Device) -> u64| machine.devices.iter().map(of).sum::<u64>();
         lines.push(format!("live.allocations {}", sum(|device| device.allocations.len() as u64)));
         lines.push(format!("live.bytes {}", sum(|device| device.used_bytes)));
@@ -68,13 +69,7 @@ pub(crate) unsafe extern "C" fn simgpu_report(text: *mut c_char, len: usize) -> 
         lines.extend(machine.violations.iter().map(|violation| format!("violation {violation}")));
         lines.join("\n")
     });
-    let kept = report.len().min(len.saturating_sub(1));
-    // SAFETY: the caller's promise; `kept` and the terminator fit.
-    unsafe {
-        std::ptr::copy_nonoverlapping(report.as_ptr(), text.cast(), kept);
-        if len > 0 {
-            text.cast::<u8>().add(kept).write(0);
-        }
-    }
+    // SAFETY: the caller's promise.
+    unsafe { core::write_text(text, len, &report) };
     report.len() + 1
 }

@@ -147,11 +147,10 @@ impl Machine {
         let removed = self.devices.iter_mut().find_map(|device| device.allocations.remove(&address));
         let len_bytes = removed.ok_or(INVALID_VALUE)?;
         let start = std::ptr::with_exposed_provenance_mut::<u8>(address as usize);
-        // SAFETY: allocated above with this layout, and still the machine's own.
-        unsafe {
-            start.write_bytes(POISON_FREED, len_bytes as usize);
-            dealloc(start, layout(len_bytes));
-        }
+        // SAFETY: allocated above with this length, and still the machine's own.
+        unsafe { start.write_bytes(POISON_FREED, len_bytes as usize) };
+        // SAFETY: allocated above with this layout.
+        unsafe { dealloc(start, layout(len_bytes)) };
         Ok(())
     }
 
@@ -171,7 +170,7 @@ impl Machine {
     /// Checks that host memory of a copy is pinned.
     pub(crate) fn check_pinned(&mut self, start: usize, len_bytes: usize) {
         let before = self.pinned.range(..=start).next_back();
-        if !before.is_some_and(|(first, (len, _))| start + len_bytes <= first + len) {
+        if before.is_none_or(|(first, (len, _))| start + len_bytes > first + len) {
             self.violations.push(format!("{len_bytes} bytes of host memory at {start:#x} are not pinned"));
         }
     }
@@ -188,6 +187,19 @@ impl Machine {
 
     pub(crate) fn event(&self, handle: usize) -> Result<Arc<Event>, i32> {
         self.events.get(&handle).cloned().ok_or(INVALID_HANDLE)
+    }
+}
+
+/// Writes as much of a text as fits, with its terminator.
+///
+/// # Safety
+/// `target` is writable for `len` bytes.
+pub(crate) unsafe fn write_text(target: *mut std::ffi::c_char, len: usize, text: &str) {
+    // SAFETY: the caller's promise; any byte is initialized enough to be written over.
+    let target = unsafe { std::slice::from_raw_parts_mut(target.cast::<std::mem::MaybeUninit<u8>>(), len) };
+    let kept = text.len().min(len.saturating_sub(1));
+    for (byte, value) in target.iter_mut().zip(text.bytes().take(kept).chain([0])) {
+        byte.write(value);
     }
 }
 

@@ -11,8 +11,8 @@ use std::ptr;
 use std::sync::Arc;
 
 use crate::core::{
-    self, INVALID_CONTEXT, INVALID_DEVICE, INVALID_VALUE, Machine, NO_DEVICE, NOT_INITIALIZED, NOT_READY, NOT_SUPPORTED,
-    OUT_OF_MEMORY,
+    self, INVALID_CONTEXT, INVALID_DEVICE, INVALID_VALUE, Machine, NO_DEVICE, NOT_INITIALIZED, NOT_READY,
+    NOT_SUPPORTED, OUT_OF_MEMORY,
 };
 use crate::stream::{Event, Rows, Stream, Work};
 
@@ -168,9 +168,12 @@ calls! {
     ) |machine| {
         if !machine.config.batches { return Err(NOT_SUPPORTED) }
         if count == 0 || attribute_count == 0 || stream.is_null() { return Err(INVALID_VALUE) }
+        // SAFETY: the caller passes arrays of `count` entries.
+        let (targets, sources) = (unsafe { array(targets, count) }, unsafe { array(sources, count) });
+        // SAFETY: as above.
+        let lens = unsafe { array(lens, count) };
         for piece in 0..count {
-            // SAFETY: the caller passes arrays of `count` entries.
-            let (target, source, len) = unsafe { (*targets.add(piece), *sources.add(piece) as usize, *lens.add(piece)) };
+            let (target, source, len) = (targets[piece], sources[piece] as usize, lens[piece]);
             if let Err(code) = machine.check_device_range(target, len as u64) {
                 write!(failed, piece)?;
                 return Err(code);
@@ -298,13 +301,18 @@ fn wait(recorded: Option<(Arc<Event>, u64)>, code: c_int) -> c_int {
 }
 
 fn text(target: *mut c_char, len: c_int, text: &str) -> Result<(), i32> {
-    let kept = text.len().min(len.max(1) as usize - 1);
     // SAFETY: the caller passes `len` writable bytes.
-    unsafe {
-        ptr::copy_nonoverlapping(text.as_ptr(), target.cast(), kept);
-        target.cast::<u8>().add(kept).write(0);
-    }
+    unsafe { core::write_text(target, len.max(0) as usize, text) };
     Ok(())
+}
+
+/// Returns an array that a caller passes.
+///
+/// # Safety
+/// `start` points to `count` entries that may be read.
+unsafe fn array<'a, T>(start: *const T, count: usize) -> &'a [T] {
+    // SAFETY: the caller's promise.
+    unsafe { std::slice::from_raw_parts(start, count) }
 }
 
 /// `CUDA_MEMCPY2D`.

@@ -50,7 +50,10 @@ impl Stream {
                 work.run(link_mb_per_s);
             }
         };
-        let thread = thread::Builder::new().name("simgpu-stream".to_owned()).spawn(work).expect("a thread for a stream");
+        let thread = thread::Builder::new()
+            .name("simgpu-stream".to_owned())
+            .spawn(work)
+            .expect("a thread for a stream");
         Stream { sender: Mutex::new(Some(sender)), thread: Mutex::new(Some(thread)), tail: Arc::default() }
     }
 

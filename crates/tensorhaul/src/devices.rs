@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use tensorhaul_device::Device;
 use tensorhaul_device::host::Host;
+use tensorhaul_device::{Allocation, Device, Stream};
 use tensorhaul_plan::DeviceId;
 use tensorhaul_stage::{Layout, Ring};
 
@@ -31,6 +31,21 @@ pub fn release_devices() {
     drop(kept.into_values().filter(|kept| kept.process == std::process::id()).collect::<Vec<_>>());
 }
 
+/// Returns the device that `auto` means: the accelerator with the most memory, or the host where there is none.
+pub fn default_device() -> DeviceId {
+    #[cfg(feature = "cuda")]
+    if let Ok(driver) = tensorhaul_cuda::driver() {
+        use tensorhaul_device::gpu::Driver;
+        let memory = |ordinal: &u32| driver.describe(*ordinal).map_or(0, |facts| facts.total_bytes);
+        let count = driver.device_count().unwrap_or(0);
+        // Of equals the first, which is where people look.
+        if let Some(ordinal) = (0..count).rev().max_by_key(memory) {
+            return driver.device_id(ordinal);
+        }
+    }
+    DeviceId::Host
+}
+
 /// Returns a device, open for work, and the seconds that opening took.
 pub(crate) fn open(id: DeviceId) -> Result<(Arc<dyn Device>, f64)> {
     let start = Instant::now();
@@ -52,10 +67,17 @@ pub(crate) fn open(id: DeviceId) -> Result<(Arc<dyn Device>, f64)> {
     Ok((device, start.elapsed().as_secs_f64()))
 }
 
-/// Returns a staging ring of the device: the one kept, if it has this layout, or a new one; and the seconds it took.
+/// Returns a staging ring of the device: the one kept, if it has such buffers and enough of them, or a new one; and
+/// the seconds it took.
 pub(crate) fn ring(device: &dyn Device, layout: Layout) -> Result<(Ring, f64)> {
     let start = Instant::now();
-    let kept = lock().get_mut(&device.id()).and_then(|kept| kept.ring.take_if(|ring| ring.layout() == layout));
+    let kept = lock().get_mut(&device.id()).and_then(|kept| {
+        kept.ring.take_if(|ring| {
+            let kept = ring.layout();
+            kept.buffer_len_bytes() == layout.buffer_len_bytes()
+                && kept.buffer_count() >= layout.buffer_count()
+        })
+    });
     let ring = match kept {
         Some(ring) => {
             ring.reset_peak();
@@ -83,6 +105,35 @@ pub(crate) fn forget(device: &dyn Device) {
     drop(kept);
 }
 
+/// Copies a range of device memory to the host, through pinned memory of a few MiB.
+pub(crate) fn read_back(
+    id: DeviceId,
+    source: &Arc<dyn Allocation>,
+    offset_bytes: u64,
+    len_bytes: u64,
+) -> Result<Vec<u8>> {
+    let (device, _) = open(id)?;
+    let mut bytes = Vec::with_capacity(len_bytes as usize);
+    let memory = device.staging_memory(len_bytes.min(READ_BACK_LEN_BYTES) as usize)?;
+    while (bytes.len() as u64) < len_bytes {
+        let len = (len_bytes - bytes.len() as u64).min(READ_BACK_LEN_BYTES) as usize;
+        // SAFETY: staging memory is initialized, at least `len` long, and this function's alone.
+        let staged = unsafe { std::slice::from_raw_parts_mut(memory.as_ptr().as_ptr(), len) };
+        // SAFETY: both ranges live until the event was waited for; the tensor's bytes are written by nobody any more.
+        unsafe { device.copy_back(source, offset_bytes + bytes.len() as u64, staged, Stream::Copy) }?;
+        let queued = device.record(Stream::Copy)?;
+        if let Err(error) = device.wait(&queued) {
+            std::mem::forget(memory); // The device may still write to it.
+            return Err(error.into());
+        }
+        bytes.extend_from_slice(staged);
+    }
+    Ok(bytes)
+}
+
 fn lock() -> MutexGuard<'static, BTreeMap<DeviceId, Kept>> {
     KEPT.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+/// Long enough for the link's full speed, short enough to pin at once.
+const READ_BACK_LEN_BYTES: u64 = 4 << 20;

@@ -214,9 +214,9 @@ mod tests {
         assert_eq!(inside.dtype, DLDataType { code: 2, bits: 32, lanes: 1 });
         assert_eq!(inside.device, DLDevice { device_type: 1, device_id: 0 });
         // SAFETY: `ndim` entries, as the struct says.
-        let (shape, strides) = unsafe {
-            (std::slice::from_raw_parts(inside.shape, 3), std::slice::from_raw_parts(inside.strides, 3))
-        };
+        let shape = unsafe { std::slice::from_raw_parts(inside.shape, 3) };
+        // SAFETY: as above.
+        let strides = unsafe { std::slice::from_raw_parts(inside.strides, 3) };
         assert_eq!((shape, strides), (&[2i64, 3, 2][..], &[6i64, 2, 1][..]));
         // SAFETY: the tensor's 48 bytes, kept by the export though the tensor is gone.
         let bytes = unsafe { std::slice::from_raw_parts(inside.data.cast::<u8>(), 48) };
@@ -226,8 +226,10 @@ mod tests {
     #[test]
     fn a_consumer_that_takes_the_struct_deletes_it() {
         let raw = tensor(Dtype::Bf16, &[24]).to_dlpack().unwrap().into_raw();
-        // SAFETY: handed over just now, deleted once.
-        unsafe { raw.as_ref().deleter.unwrap()(raw.as_ptr()) };
+        // SAFETY: handed over just now.
+        let deleter = unsafe { raw.as_ref() }.deleter.unwrap();
+        // SAFETY: deleted once.
+        unsafe { deleter(raw.as_ptr()) };
     }
 
     #[test]

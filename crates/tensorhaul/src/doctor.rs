@@ -79,16 +79,35 @@ pub struct Folder {
     pub why: Option<String>,
 }
 
-/// A kind of device.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+/// A device, or a kind of device of which there is none.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
 pub struct DeviceFact {
     /// Its name, as in `--device`.
-    pub name: &'static str,
+    pub name: String,
     /// Whether tensors can be loaded onto it.
     pub works: bool,
-    /// Why not.
+    /// Why not, with the likely cause.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub why: Option<&'static str>,
+    pub why: Option<String>,
+    /// What it is called and its architecture.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub description: Option<String>,
+    /// Memory in all.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub total_bytes: Option<u64>,
+    /// Speed and width of its PCI Express link, now and at most.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub link: Option<String>,
+    /// The driver's library and version.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub driver: Option<String>,
+}
+
+impl DeviceFact {
+    fn new(name: impl Into<String>) -> DeviceFact {
+        DeviceFact { name: name.into(), ..DeviceFact::default() }
+    }
 }
 
 /// Something to do.
@@ -310,8 +329,51 @@ fn first_file(folder: &Path) -> Option<PathBuf> {
 }
 
 fn devices() -> Vec<DeviceFact> {
-    let missing = |name| DeviceFact { name, works: false, why: Some("not in this build") };
-    vec![DeviceFact { name: "host", works: true, why: None }, missing("cuda"), missing("rocm")]
+    let host = DeviceFact { works: true, ..DeviceFact::new("host") };
+    let rocm = DeviceFact { why: Some("not in this build".to_owned()), ..DeviceFact::new("rocm") };
+    [host].into_iter().chain(cuda_devices()).chain([rocm]).collect()
+}
+
+#[cfg(feature = "cuda")]
+fn cuda_devices() -> Vec<DeviceFact> {
+    use tensorhaul_device::gpu::{Driver, topology};
+    let fails = |why: String| vec![DeviceFact { why: Some(why), ..DeviceFact::new("cuda") }];
+    let driver = match tensorhaul_cuda::driver() {
+        Ok(driver) => driver,
+        Err(error) => return fails(error.to_string()),
+    };
+    let count = match driver.device_count() {
+        Ok(count) => count,
+        Err(error) => return fails(error.to_string()),
+    };
+    let describe = |ordinal| {
+        let name = driver.device_id(ordinal).to_string();
+        match driver.describe(ordinal) {
+            Ok(facts) => DeviceFact {
+                works: true,
+                description: Some(format!("{}, {}", facts.name, facts.architecture)),
+                total_bytes: Some(facts.total_bytes),
+                link: topology::link(&facts.pci_bus_id).map(|link| {
+                    format!(
+                        "{} x{} (at most {} x{})",
+                        link.speed_now, link.width_now, link.speed_max, link.width_max
+                    )
+                }),
+                driver: Some(driver.version()),
+                ..DeviceFact::new(name)
+            },
+            Err(error) => DeviceFact { why: Some(error.to_string()), ..DeviceFact::new(name) },
+        }
+    };
+    (0..count).map(describe).collect()
+}
+
+#[cfg(not(feature = "cuda"))]
+fn cuda_devices() -> Vec<DeviceFact> {
+    vec![DeviceFact {
+        why: Some("not in this build: the feature cuda is off".to_owned()),
+        ..DeviceFact::new("cuda")
+    }]
 }
 
 const IO_URING_DISABLED: &str = "/proc/sys/kernel/io_uring_disabled";

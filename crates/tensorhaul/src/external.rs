@@ -33,7 +33,11 @@ impl ExternalMemory {
     /// # Safety
     /// - The range is initialized, writable, and stays so while `owner` lives.
     /// - Until the tensor is handed over nobody reads or writes it; while tensors in it live, nobody writes it.
-    pub unsafe fn host(start: NonNull<u8>, len_bytes: u64, owner: Arc<dyn Any + Send + Sync>) -> ExternalMemory {
+    pub unsafe fn host(
+        start: NonNull<u8>,
+        len_bytes: u64,
+        owner: Arc<dyn Any + Send + Sync>,
+    ) -> ExternalMemory {
         ExternalMemory { address: start.addr().get() as u64, host_ptr: Some(start), len_bytes, _owner: owner }
     }
 }

@@ -26,7 +26,12 @@ pub(crate) fn load(model: &Inner, options: &LoadOptions, cancel: &Cancel) -> Res
 }
 
 /// Loads, and emits each tensor when it is ready.
-pub(crate) fn run(model: &Inner, options: &LoadOptions, cancel: &Cancel, emit: &mut Emit<'_>) -> Result<Report> {
+pub(crate) fn run(
+    model: &Inner,
+    options: &LoadOptions,
+    cancel: &Cancel,
+    emit: &mut Emit<'_>,
+) -> Result<Report> {
     staging_layout(options)?;
     tracing::debug!(path = %model.path.display(), ?options, "loading");
     if is_mapped(model, options)? {

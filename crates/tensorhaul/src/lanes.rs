@@ -50,7 +50,8 @@ pub(crate) fn lanes(
     match options.engine {
         EngineChoice::Mmap => {
             let mapped = Mmap::new(Arc::clone(files), copiers);
-            let mapped = mapped.map_err(|(file, error)| Error::io("mapping it", files[file as usize].path(), error))?;
+            let mapped = mapped
+                .map_err(|(file, error)| Error::io("mapping it", files[file as usize].path(), error))?;
             add(Box::new(mapped), all());
         }
         EngineChoice::IoUring => match uring(files, options, ring, fallbacks) {
@@ -112,7 +113,10 @@ fn uring(
     _ring: Option<&Ring>,
     fallbacks: &mut Vec<Fallback>,
 ) -> Option<Box<dyn Engine>> {
-    fallbacks.push(Fallback::new("pread threads read instead of io_uring", "this build is without the io-uring feature"));
+    fallbacks.push(Fallback::new(
+        "pread threads read instead of io_uring",
+        "this build is without the io-uring feature",
+    ));
     None
 }
 

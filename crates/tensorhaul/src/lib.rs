@@ -29,8 +29,8 @@ mod cancel;
 pub mod cast;
 mod checksum;
 pub mod convert;
-pub mod dlpack;
 mod devices;
+pub mod dlpack;
 pub mod doctor;
 mod error;
 mod external;
@@ -48,13 +48,15 @@ mod probed;
 mod progress;
 mod report;
 pub mod save;
+#[cfg(feature = "conformance")]
+pub mod selftest;
 mod sidecar;
 mod stream;
 mod tensor;
 
 #[cfg(feature = "tokio")]
 pub use asynchronous::{LoadFuture, ProgressStream};
-pub use devices::release_devices;
+pub use devices::{default_device, release_devices};
 pub use error::{Error, ErrorKind, Result};
 pub use external::{Allocator, ExternalMemory};
 pub use loaded::{IntoIter, Loaded, Tensors};
@@ -69,6 +71,8 @@ pub use tensorhaul_device::Allocation;
 #[cfg(feature = "conformance")]
 pub use tensorhaul_device::conformance;
 pub use tensorhaul_io::memory::{FailsAt, Faults};
+pub use tensorhaul_plan::placement::UnknownDevice;
 pub use tensorhaul_plan::{
-    Checkpoint, DeviceId, Dtype, DtypeKind, File, Plan, Promised, Request, Select, Slice, TensorInfo, TensorRef,
+    Checkpoint, DeviceId, Dtype, DtypeKind, File, Plan, Promised, Request, Select, Slice, TensorInfo,
+    TensorRef,
 };

@@ -70,7 +70,11 @@ fn in_folder(folder: &Path) -> Result<Located> {
         ([only], None) => by_index(only),
         (several, None) => {
             let names: Vec<_> = several.iter().map(|path| path.display().to_string()).collect();
-            Err(Error::bad_request(format!("the folder has several indexes; name one of {}", names.join(", "))).in_file(folder))
+            Err(Error::bad_request(format!(
+                "the folder has several indexes; name one of {}",
+                names.join(", ")
+            ))
+            .in_file(folder))
         }
     }
 }
@@ -78,7 +82,8 @@ fn in_folder(folder: &Path) -> Result<Located> {
 /// An index names plain files beside it.
 fn by_index(path: &Path) -> Result<Located> {
     let folder = folder_of(path);
-    let index = Index::parse(&read_limited(path, INDEX_LEN_BYTES_MAX)?).map_err(|error| Error::index(error, path))?;
+    let index =
+        Index::parse(&read_limited(path, INDEX_LEN_BYTES_MAX)?).map_err(|error| Error::index(error, path))?;
     let mut files = Vec::with_capacity(index.files().len());
     for name in index.files() {
         check_file_name(name).map_err(|error| Error::index(error, path))?;
@@ -98,7 +103,8 @@ fn by_index(path: &Path) -> Result<Located> {
 pub(crate) fn check_inside(file: &Path, folder: &Path) -> Result<()> {
     let real = |path: &Path| fs::canonicalize(path).map_err(|error| Error::io("resolving it", path, error));
     let (real_file, real_folder) = (real(file)?, real(folder)?);
-    let model = real_folder.parent().filter(|snapshots| snapshots.ends_with("snapshots")).and_then(Path::parent);
+    let model =
+        real_folder.parent().filter(|snapshots| snapshots.ends_with("snapshots")).and_then(Path::parent);
     let blobs = model.map(|model| model.join("blobs"));
     if real_file.starts_with(&real_folder) || blobs.is_some_and(|blobs| real_file.starts_with(blobs)) {
         return Ok(());
@@ -138,7 +144,8 @@ fn cached_model(id: &Path) -> Result<Option<PathBuf>> {
     if snapshot.is_dir() {
         return Ok(Some(snapshot));
     }
-    Err(Error::new(ErrorKind::NotFound, "the cached revision has no snapshot; download the model again").in_file(snapshot))
+    Err(Error::new(ErrorKind::NotFound, "the cached revision has no snapshot; download the model again")
+        .in_file(snapshot))
 }
 
 /// Returns where the Hugging Face cache is, by the variables its own tools obey.

@@ -26,7 +26,12 @@ struct Run {
     last: usize,
 }
 
-pub(crate) fn run(model: &Inner, options: &LoadOptions, cancel: &Cancel, emit: &mut Emit<'_>) -> Result<Report> {
+pub(crate) fn run(
+    model: &Inner,
+    options: &LoadOptions,
+    cancel: &Cancel,
+    emit: &mut Emit<'_>,
+) -> Result<Report> {
     let start = Instant::now();
     let wanted = options.request.tensors(&model.checkpoint)?;
     let runs = runs(model, &wanted);
@@ -34,7 +39,8 @@ pub(crate) fn run(model: &Inner, options: &LoadOptions, cancel: &Cancel, emit: &
 
     let resident = options.resident || options.checksums;
     let bytes: u64 = wanted.iter().map(|id| model.checkpoint.tensor(*id).info.len_bytes()).sum();
-    let bytes_hot = if resident { runs.iter().map(|run| hot_bytes(model, run)).sum::<u64>().min(bytes) } else { 0 };
+    let bytes_hot =
+        if resident { runs.iter().map(|run| hot_bytes(model, run)).sum::<u64>().min(bytes) } else { 0 };
     let mut touch = Touch { options, cancel, progress: Progress::default(), first_byte: None };
     touch.progress.total_bytes = if resident { bytes } else { 0 };
     touch.progress.total_tensors = wanted.len() as u64;
@@ -64,7 +70,8 @@ pub(crate) fn run(model: &Inner, options: &LoadOptions, cancel: &Cancel, emit: &
         model.check_unchanged()?;
     }
 
-    let first_byte_seconds = touch.first_byte.map_or(0.0, |at| (at - start).as_secs_f64() - plan_seconds - prepare_seconds);
+    let first_byte_seconds =
+        touch.first_byte.map_or(0.0, |at| (at - start).as_secs_f64() - plan_seconds - prepare_seconds);
     let read_seconds = (seconds - plan_seconds - prepare_seconds - first_byte_seconds).max(0.0);
     Ok(Report {
         tensors: wanted.len() as u64,
@@ -81,7 +88,13 @@ pub(crate) fn run(model: &Inner, options: &LoadOptions, cancel: &Cancel, emit: &
             in_place_bytes: bytes,
             ..Promised::default()
         },
-        phases: Phases { plan_seconds, prepare_seconds, first_byte_seconds, read_seconds, ..Phases::default() },
+        phases: Phases {
+            plan_seconds,
+            prepare_seconds,
+            first_byte_seconds,
+            read_seconds,
+            ..Phases::default()
+        },
         checksums,
         ..Report::of(seconds, bytes)
     })
@@ -172,4 +185,3 @@ fn populate(map: &Mmap, begin: usize, len: usize) -> std::io::Result<()> {
 
 /// Between two looks at the caller's wishes: 8 MiB take about 3 ms from a disk.
 const STEP_LEN_BYTES: u64 = 8 << 20;
-

@@ -63,7 +63,8 @@ impl Model {
         if let Some((path, index)) = &index {
             index.check_against(&headers).map_err(|error| Error::index(error, path))?;
         }
-        let files_of_checkpoint = entries.into_iter().zip(headers).map(|(name, header)| File::new(name, header));
+        let files_of_checkpoint =
+            entries.into_iter().zip(headers).map(|(name, header)| File::new(name, header));
         let checkpoint = Checkpoint::new(files_of_checkpoint.collect())
             .map_err(|error| Error::from(error).in_file(path.as_ref()))?;
         Ok(Model::new(path.as_ref().to_owned(), folder, Source::Files(files.into()), checkpoint))
@@ -81,7 +82,11 @@ impl Model {
                 let begin = (offset as usize).min(bytes.len());
                 let end = (begin + target.len()).min(bytes.len());
                 target[..end - begin].copy_from_slice(&bytes[begin..end]);
-                if end - begin == target.len() { Ok(()) } else { Err(std::io::ErrorKind::UnexpectedEof.into()) }
+                if end - begin == target.len() {
+                    Ok(())
+                } else {
+                    Err(std::io::ErrorKind::UnexpectedEof.into())
+                }
             })?;
             entries.push(File::new(name, header));
             contents.push(bytes);
@@ -183,13 +188,15 @@ impl Model {
         let mut request = Request::of(Select::Names(vec![name.to_owned()]));
         request.slices = slice.map(|slice| (name.to_owned(), slice.clone())).into_iter().collect();
         let options = LoadOptions::default().request(request).handover(Handover::Private);
-        let (_, tensor) = self.load(&options)?.tensors.into_iter().next().expect("one name selects one tensor");
+        let (_, tensor) =
+            self.load(&options)?.tensors.into_iter().next().expect("one name selects one tensor");
         Ok(tensor)
     }
 
     fn find(&self, name: &str) -> Result<TensorRef<'_>> {
         self.checkpoint().find(name).ok_or_else(|| {
-            let what = format!("no tensor is named {name:?} (the checkpoint has {})", self.checkpoint().len());
+            let what =
+                format!("no tensor is named {name:?} (the checkpoint has {})", self.checkpoint().len());
             Error::bad_request(what).about_tensor(name)
         })
     }
@@ -198,7 +205,13 @@ impl Model {
 impl std::fmt::Debug for Model {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let checkpoint = self.checkpoint();
-        write!(f, "Model({}, {} files, {} tensors)", self.path().display(), checkpoint.files().len(), checkpoint.len())
+        write!(
+            f,
+            "Model({}, {} files, {} tensors)",
+            self.path().display(),
+            checkpoint.files().len(),
+            checkpoint.len()
+        )
     }
 }
 
@@ -224,10 +237,13 @@ impl Inner {
             return Ok(Arc::clone(map));
         }
         let Some(open) = self.files().get(file) else {
-            return Err(Error::bad_request("files that are bytes in memory cannot be mapped; load them privately"));
+            return Err(Error::bad_request(
+                "files that are bytes in memory cannot be mapped; load them privately",
+            ));
         };
         open.check_unchanged()?;
-        let map = tensorhaul_io::mmap::map(open).map_err(|error| Error::io("mapping it", open.path(), error))?;
+        let map =
+            tensorhaul_io::mmap::map(open).map_err(|error| Error::io("mapping it", open.path(), error))?;
         Ok(Arc::clone(self.mappings[file].get_or_init(|| Arc::new(map))))
     }
 
@@ -253,14 +269,16 @@ fn open_all(paths: &[PathBuf]) -> Result<Vec<(OpenFile, Header)>> {
     thread::scope(|scope| {
         let open = |chunk: &'_ [PathBuf]| chunk.iter().map(|path| open_one(path)).collect::<Vec<_>>();
         let threads: Vec<_> = paths.chunks(stride).map(|chunk| scope.spawn(move || open(chunk))).collect();
-        let opened = threads.into_iter().flat_map(|thread| thread.join().expect("opening a file does not panic"));
+        let opened =
+            threads.into_iter().flat_map(|thread| thread.join().expect("opening a file does not panic"));
         opened.collect()
     })
 }
 
 fn open_one(path: &Path) -> Result<(OpenFile, Header)> {
     let file = OpenFile::open(path)?;
-    let header = parse_header(path, file.len_bytes(), |target, offset| file.cached().read_exact_at(target, offset))?;
+    let header =
+        parse_header(path, file.len_bytes(), |target, offset| file.cached().read_exact_at(target, offset))?;
     Ok((file, header))
 }
 

@@ -193,7 +193,9 @@ impl FromStr for EngineChoice {
             "mmap" => Ok(EngineChoice::Mmap),
             "pread" => Ok(EngineChoice::Pread),
             "io-uring" => Ok(EngineChoice::IoUring),
-            _ => Err(Error::bad_request(format!("{text:?} is no engine; auto, mmap, pread and io-uring are"))),
+            _ => {
+                Err(Error::bad_request(format!("{text:?} is no engine; auto, mmap, pread and io-uring are")))
+            }
         }
     }
 }
@@ -218,7 +220,9 @@ impl FromStr for Preference {
             "required" => Ok(Preference::Required),
             "preferred" => Ok(Preference::Preferred),
             "off" => Ok(Preference::Off),
-            _ => Err(Error::bad_request(format!("{text:?} is no preference; required, preferred and off are"))),
+            _ => {
+                Err(Error::bad_request(format!("{text:?} is no preference; required, preferred and off are")))
+            }
         }
     }
 }

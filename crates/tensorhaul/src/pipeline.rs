@@ -66,7 +66,8 @@ impl Transfer<'_> {
                 for lane in lanes {
                     let sender = sender.clone();
                     let run = move || {
-                        let queue = Queue { transfer: self, access, reads: &lane.reads, next: AtomicUsize::new(0) };
+                        let queue =
+                            Queue { transfer: self, access, reads: &lane.reads, next: AtomicUsize::new(0) };
                         let counts = lane.engine.run(&queue, &Answers(sender.clone()));
                         // The receiver outlives every lane.
                         let _ = sender.send(Message::Ended(counts));
@@ -120,10 +121,12 @@ impl Feed for Queue<'_> {
         }
         match (&self.transfer.ring, wait) {
             // An engine that does not wait is the only one at its lane, so the read at hand stays its own.
-            (Some(ring), false) if self.peek().is_some_and(|read| self.is_staged(read)) => match ring.try_take() {
-                Some(filling) => self.take(|_| Some(JobMemory::Staging(filling))),
-                None => Next::Busy,
-            },
+            (Some(ring), false) if self.peek().is_some_and(|read| self.is_staged(read)) => {
+                match ring.try_take() {
+                    Some(filling) => self.take(|_| Some(JobMemory::Staging(filling))),
+                    None => Next::Busy,
+                }
+            }
             (ring, _) => self.take(|read| match (&self.transfer.plan.reads()[read as usize], ring) {
                 (tensorhaul_plan::Read { target: Target::InPlace(place), extent, .. }, _) => {
                     Some(JobMemory::InPlace(self.transfer.landing(*place, extent.len_bytes)))
@@ -366,7 +369,13 @@ impl<'a, 'e> Arrivals<'a, 'e> {
         let placed = &plan.tensors()[tensor];
         let arena = Arc::clone(&arenas[placed.place.arena as usize]);
         let storage = Storage::Arena(device.id(), arena);
-        let tensor = Tensor::new(placed.dtype, plan.shape(placed), storage, placed.place.offset_bytes, placed.len_bytes);
+        let tensor = Tensor::new(
+            placed.dtype,
+            plan.shape(placed),
+            storage,
+            placed.place.offset_bytes,
+            placed.len_bytes,
+        );
         let stored = plan.checkpoint().tensor(placed.id);
         self.progress.ready_tensors += 1;
         self.hashing.add(stored, &tensor);
@@ -381,10 +390,11 @@ impl<'a, 'e> Arrivals<'a, 'e> {
             _ => read.extent.offset_bytes,
         };
         // The first tensor of the read that the file's end, or the failed read, leaves incomplete.
-        let incomplete = plan.tensors()[read.tensors.start as usize..read.tensors.end as usize].iter().find(|tensor| {
-            let stored = plan.checkpoint().tensor(tensor.id);
-            stored.file_offset_bytes + stored.info.len_bytes() > at_bytes
-        });
+        let incomplete =
+            plan.tensors()[read.tensors.start as usize..read.tensors.end as usize].iter().find(|tensor| {
+                let stored = plan.checkpoint().tensor(tensor.id);
+                stored.file_offset_bytes + stored.info.len_bytes() > at_bytes
+            });
         let tensor = incomplete.map(|tensor| plan.name(tensor));
         self.fail(Error::read(error, &model.file_path(read.extent.file as usize), tensor));
     }

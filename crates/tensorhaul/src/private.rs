@@ -10,6 +10,7 @@ use tensorhaul_plan::{Arena, DeviceId, Plan, Request};
 use tensorhaul_stage::Ring;
 
 use crate::cancel::Cancel;
+use crate::devices;
 use crate::error::{Error, ErrorKind, Result};
 use crate::handover::{Emit, staging_layout};
 use crate::lanes::lanes;
@@ -18,7 +19,6 @@ use crate::options::{LoadOptions, Preference};
 use crate::pipeline::{Lane, Transfer, Transferred};
 use crate::probed::{Probed, Temperatures};
 use crate::report::{Fallback, Phases, Report};
-use crate::devices;
 
 /// Plans a private load and does nothing else.
 pub(crate) fn plan(model: &Inner, options: &LoadOptions) -> Result<Plan> {
@@ -32,7 +32,12 @@ pub(crate) fn plan(model: &Inner, options: &LoadOptions) -> Result<Plan> {
 ///
 /// Opening a device and pinning its ring take longest and wait for nobody, so each runs beside what
 /// does not need it; the report shows them apart.
-pub(crate) fn run(model: &Inner, options: &LoadOptions, cancel: &Cancel, emit: &mut Emit<'_>) -> Result<Report> {
+pub(crate) fn run(
+    model: &Inner,
+    options: &LoadOptions,
+    cancel: &Cancel,
+    emit: &mut Emit<'_>,
+) -> Result<Report> {
     let start = Instant::now();
     let (mut probed, opened) = thread::scope(|scope| {
         let opening = scope.spawn(|| devices::open(options.request.device));
@@ -56,13 +61,18 @@ pub(crate) fn run(model: &Inner, options: &LoadOptions, cancel: &Cancel, emit: &
         (pinning.join().expect("pinning does not panic"), temperatures, arenas)
     });
     let (arenas, (ring, pin_seconds)) = (arenas?, ring?);
+    let is_own =
+        |(arena, memory): &(&Arena, &Arc<dyn Allocation>)| !arena.is_external && memory.host_ptr().is_some();
+    let on_host: u64 =
+        plan.arenas().iter().zip(&arenas).filter(is_own).map(|(_, memory)| memory.len_bytes()).sum();
     if let Some(ring) = &ring {
         cancel.closes(ring);
     }
     let lanes = lanes(model, options, &temperatures, ring.as_ref(), &*device, &mut fallbacks)?;
     let prepared_at = Instant::now();
 
-    let transfer = Transfer { model, plan: &plan, device: &*device, arenas, ring: ring.clone(), options, cancel };
+    let transfer =
+        Transfer { model, plan: &plan, device: &*device, arenas, ring: ring.clone(), options, cancel };
     let done = match transfer.run(&lanes, &temperatures.access, emit) {
         Ok(done) => done,
         Err(error) => {
@@ -79,7 +89,6 @@ pub(crate) fn run(model: &Inner, options: &LoadOptions, cancel: &Cancel, emit: &
     fallbacks.extend(late_fallbacks(&done, &*device));
     let first_byte_at = done.first_byte.unwrap_or(prepared_at);
     let promised = *plan.promised();
-    let on_host = promised.peak_host_bytes - promised.peak_staging_bytes;
     let report = Report {
         bytes: promised.payload_bytes,
         tensors: plan.tensors().len() as u64,
@@ -92,7 +101,7 @@ pub(crate) fn run(model: &Inner, options: &LoadOptions, cancel: &Cancel, emit: &
         bytes_direct: temperatures.direct_bytes,
         bytes_in_place: promised.in_place_bytes,
         peak_staging_bytes: ring.as_ref().map_or(0, Ring::peak_bytes),
-        peak_host_bytes: on_host + ring.as_ref().map_or(0, |ring| ring.layout().len_bytes() as u64),
+        peak_host_bytes: on_host + ring.as_ref().map_or(0, Ring::peak_bytes),
         promised,
         reads: promised.reads,
         requests: done.counts.requests,
@@ -130,7 +139,10 @@ fn machine(options: &LoadOptions, able: bool, probed: &Probed) -> Result<Machine
         Preference::Preferred => able,
         Preference::Required if able => true,
         Preference::Required => {
-            return Err(Error::bad_request(format!("{}: storage cannot write into its memory", options.request.device)));
+            return Err(Error::bad_request(format!(
+                "{}: storage cannot write into its memory",
+                options.request.device
+            )));
         }
     };
     Ok(Machine {
@@ -185,7 +197,8 @@ fn allocate(plan: &Plan, options: &LoadOptions, device: &dyn Device) -> Result<V
         let refused = |error| Error::new(ErrorKind::OutOfMemory, error);
         let memory = allocator.allocate(arena.device, arena.len_bytes).map_err(refused)?;
         if memory.len_bytes() < arena.len_bytes {
-            let what = format!("the allocator gave {} bytes instead of {}", memory.len_bytes(), arena.len_bytes);
+            let what =
+                format!("the allocator gave {} bytes instead of {}", memory.len_bytes(), arena.len_bytes);
             return Err(Error::bad_request(what));
         }
         Ok(memory)
@@ -198,18 +211,13 @@ fn allocate(plan: &Plan, options: &LoadOptions, device: &dyn Device) -> Result<V
     Ok(arenas)
 }
 
-/// Makes a ring for the plan's staged reads; none when nothing is staged. Returns the seconds it took.
-///
-/// On the host it is no larger than those reads can use. Pinned rings are kept for the next load, which
-/// may be a larger one, so they have the size of the budget.
+/// Makes a ring no larger than the plan's staged reads can use; none when nothing is staged. Returns the seconds it took.
 fn ring(plan: &Plan, options: &LoadOptions, device: &dyn Device) -> Result<(Option<Ring>, f64)> {
     let staged = plan.reads().iter().filter(|read| matches!(read.target, Target::Staged { .. })).count();
-    let layout = match device.id() {
-        _ if staged == 0 => return Ok((None, 0.0)),
-        DeviceId::Host => staging_layout(options)?.at_most(staged as u64),
-        _ => staging_layout(options)?,
-    };
-    let (ring, seconds) = devices::ring(device, layout)?;
+    if staged == 0 {
+        return Ok((None, 0.0));
+    }
+    let (ring, seconds) = devices::ring(device, staging_layout(options)?.at_most(staged as u64))?;
     Ok((Some(ring), seconds))
 }
 
@@ -222,10 +230,12 @@ fn engine_name(lanes: &[Lane]) -> String {
 
 /// What turned out while reading.
 fn late_fallbacks(done: &Transferred, device: &dyn Device) -> Vec<Fallback> {
-    let mut fallbacks: Vec<_> = device.fallbacks().into_iter().map(|(what, why)| Fallback::new(what, why)).collect();
+    let mut fallbacks: Vec<_> =
+        device.fallbacks().into_iter().map(|(what, why)| Fallback::new(what, why)).collect();
     if done.counts.direct_refused > 0 {
         let what = format!("{} direct reads were done through the page cache", done.counts.direct_refused);
-        fallbacks.push(Fallback::new(what, "the system refused them (EINVAL) though the probe's read worked"));
+        fallbacks
+            .push(Fallback::new(what, "the system refused them (EINVAL) though the probe's read worked"));
     }
     fallbacks
 }

@@ -52,7 +52,8 @@ pub(crate) struct Temperatures {
 
 impl Temperatures {
     pub(crate) fn new(model: &Inner, plan: &Plan, probed: &Probed) -> Temperatures {
-        let mut temperatures = Temperatures { access: Vec::with_capacity(plan.reads().len()), hot_bytes: 0, direct_bytes: 0 };
+        let mut temperatures =
+            Temperatures { access: Vec::with_capacity(plan.reads().len()), hot_bytes: 0, direct_bytes: 0 };
         for read in plan.reads() {
             let extent = read.extent;
             let file = model.files().get(extent.file as usize);
@@ -64,7 +65,8 @@ impl Temperatures {
                 _ => true, // Bytes in memory.
             };
             // Direct reads need the covers that only a plan with an alignment has.
-            let able = plan.machine().direct_align_bytes > 1 && file.is_some_and(|file| file.direct().is_some());
+            let able =
+                plan.machine().direct_align_bytes > 1 && file.is_some_and(|file| file.direct().is_some());
             let is_direct = !is_hot && able;
             temperatures.hot_bytes += if is_hot { plan.payload_bytes(read) } else { 0 };
             temperatures.direct_bytes += if is_direct { extent.len_bytes } else { 0 };
@@ -78,4 +80,3 @@ impl Temperatures {
         (0..self.access.len() as u32).filter(|read| self.access[*read as usize] == access).collect()
     }
 }
-

@@ -35,7 +35,7 @@ pub struct Report {
     pub bytes_in_place: u64,
     /// The most staging memory that was in use.
     pub peak_staging_bytes: u64,
-    /// Host memory the load took: the result where it is on the host, and the staging ring.
+    /// Host memory the load took: the result where it is on the host, and the staging buffers that were in use.
     pub peak_host_bytes: u64,
     /// What the plan promised; a mapped load promises its payload and no memory of its own.
     pub promised: Promised,

@@ -66,7 +66,9 @@ fn is_sidecar(name: &str) -> bool {
 fn obstacle(path: &Path, folder: &Path) -> Option<&'static str> {
     match fs::metadata(path) {
         Ok(metadata) if !metadata.is_file() => Some("it is no regular file"),
-        Ok(_) if check_inside(path, folder).is_err() => Some("it is a symbolic link that leaves the model's folder"),
+        Ok(_) if check_inside(path, folder).is_err() => {
+            Some("it is a symbolic link that leaves the model's folder")
+        }
         Ok(_) => None,
         Err(_) => Some("it is a symbolic link to nothing"),
     }

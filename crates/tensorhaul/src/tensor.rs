@@ -7,6 +7,7 @@ use half::{bf16, f16};
 use tensorhaul_device::Allocation;
 use tensorhaul_plan::{DeviceId, Dtype};
 
+use crate::devices;
 use crate::error::{Error, ErrorKind, Result};
 
 /// A tensor: element type, shape, and the memory it lives in, row-major and without gaps.
@@ -33,7 +34,13 @@ pub(crate) enum Storage {
 
 impl Tensor {
     /// The storage's range must be inside it, written by nobody any more, and hold `dtype` and `shape`.
-    pub(crate) fn new(dtype: Dtype, shape: &[u64], storage: Storage, offset_bytes: u64, len_bytes: u64) -> Tensor {
+    pub(crate) fn new(
+        dtype: Dtype,
+        shape: &[u64],
+        storage: Storage,
+        offset_bytes: u64,
+        len_bytes: u64,
+    ) -> Tensor {
         let end = offset_bytes + len_bytes;
         assert!(len_bytes == 0 || end <= storage.len_bytes(), "a tensor lies inside its storage");
         Tensor { dtype, shape: shape.into(), storage, offset_bytes, len_bytes }
@@ -120,6 +127,19 @@ impl Tensor {
                 // live as long as `self`, and are written by nobody once their tensors are handed over.
                 Ok(unsafe { std::slice::from_raw_parts(self.data_ptr(), len) })
             }
+        }
+    }
+
+    /// Copies the bytes to the host, wherever they are.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Device`](crate::ErrorKind::Device) when the device does not give them.
+    pub fn to_host(&self) -> Result<Vec<u8>> {
+        match &self.storage {
+            Storage::Arena(device, arena) if arena.host_ptr().is_none() => {
+                devices::read_back(*device, arena, self.offset_bytes, self.len_bytes)
+            }
+            _ => Ok(self.bytes()?.to_vec()),
         }
     }
 

@@ -116,7 +116,8 @@ pub unsafe trait Driver: Send + Sync + 'static {
     ///
     /// # Safety
     /// The stream is of this context and alive.
-    unsafe fn allocate_ordered(&self, len_bytes: u64, stream: StreamHandle) -> Option<Result<u64, CallError>>;
+    unsafe fn allocate_ordered(&self, len_bytes: u64, stream: StreamHandle)
+    -> Option<Result<u64, CallError>>;
 
     /// Frees in the order of a stream what [`Driver::allocate_ordered`] gave.
     ///
@@ -164,19 +165,35 @@ pub unsafe trait Driver: Send + Sync + 'static {
     ///
     /// # Safety
     /// Both ranges are valid until the copy is done; the source is pinned.
-    unsafe fn copy_in(&self, target: u64, source: *const c_void, len_bytes: usize, stream: StreamHandle) -> Result<(), CallError>;
+    unsafe fn copy_in(
+        &self,
+        target: u64,
+        source: *const c_void,
+        len_bytes: usize,
+        stream: StreamHandle,
+    ) -> Result<(), CallError>;
 
     /// Queues several copies to the device in one call; `None` when the driver has no such call.
     ///
     /// # Safety
     /// As [`Driver::copy_in`], for every piece.
-    unsafe fn copy_in_batch(&self, pieces: &[BatchPiece], stream: StreamHandle) -> Option<Result<(), CallError>>;
+    unsafe fn copy_in_batch(
+        &self,
+        pieces: &[BatchPiece],
+        stream: StreamHandle,
+    ) -> Option<Result<(), CallError>>;
 
     /// Queues a copy from the device.
     ///
     /// # Safety
     /// Both ranges are valid until the copy is done; the target is pinned.
-    unsafe fn copy_out(&self, target: *mut c_void, source: u64, len_bytes: usize, stream: StreamHandle) -> Result<(), CallError>;
+    unsafe fn copy_out(
+        &self,
+        target: *mut c_void,
+        source: u64,
+        len_bytes: usize,
+        stream: StreamHandle,
+    ) -> Result<(), CallError>;
 
     /// Queues a copy of rows to the device.
     ///

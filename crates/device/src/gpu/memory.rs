@@ -41,11 +41,15 @@ impl<D: Driver> Memory<D> {
         // SAFETY: the stream is this device's, and alive.
         match unsafe { shared.driver.allocate_ordered(len_bytes, shared.copy) } {
             Some(address) => {
-                (memory.address, memory.len_bytes, memory.is_ordered) = (address.map_err(failed)?, len_bytes, true);
+                (memory.address, memory.len_bytes, memory.is_ordered) =
+                    (address.map_err(failed)?, len_bytes, true);
                 // The compute stream may write it too, but not before it exists there. On error `memory` frees it.
                 shared.fence(shared.copy, shared.compute).map_err(|error| shared.failed(error))?;
             }
-            None => (memory.address, memory.len_bytes) = (shared.driver.allocate(len_bytes).map_err(failed)?, len_bytes),
+            None => {
+                (memory.address, memory.len_bytes) =
+                    (shared.driver.allocate(len_bytes).map_err(failed)?, len_bytes)
+            }
         }
         Ok(memory)
     }

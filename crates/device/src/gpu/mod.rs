@@ -20,7 +20,9 @@ pub mod topology;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-pub use driver::{BatchPiece, CallError, Context, DeviceFacts, Driver, EventHandle, Meaning, Rows, StreamHandle};
+pub use driver::{
+    BatchPiece, CallError, Context, DeviceFacts, Driver, EventHandle, Meaning, Rows, StreamHandle,
+};
 use memory::Memory;
 use tensorhaul_plan::DeviceId;
 use tensorhaul_stage::StagingMemory;
@@ -239,7 +241,8 @@ impl<D: Driver> Device for Gpu<D> {
 
     fn memory(&self) -> Result<MemoryInfo, DeviceError> {
         let _bound = self.shared.bind()?;
-        let (free_bytes, total_bytes) = self.shared.driver.memory().map_err(|error| self.shared.failed(error))?;
+        let (free_bytes, total_bytes) =
+            self.shared.driver.memory().map_err(|error| self.shared.failed(error))?;
         Ok(MemoryInfo { free_bytes, total_bytes })
     }
 
@@ -262,11 +265,18 @@ impl<D: Driver> Device for Gpu<D> {
         let address = within(target, target_offset_bytes, source.len() as u64);
         let _bound = shared.bind()?;
         // SAFETY: the caller keeps both ranges until an event behind this copy; the source is our staging memory.
-        let queued = unsafe { shared.driver.copy_in(address, source.as_ptr().cast(), source.len(), shared.stream(stream)) };
+        let queued = unsafe {
+            shared.driver.copy_in(address, source.as_ptr().cast(), source.len(), shared.stream(stream))
+        };
         queued.map_err(|error| shared.failed(error))
     }
 
-    unsafe fn copy_pieces(&self, source: &[u8], pieces: &[Piece<'_>], stream: Stream) -> Result<(), DeviceError> {
+    unsafe fn copy_pieces(
+        &self,
+        source: &[u8],
+        pieces: &[Piece<'_>],
+        stream: Stream,
+    ) -> Result<(), DeviceError> {
         let shared = &*self.shared;
         if pieces.len() >= BATCH_MIN && shared.batches.load(Ordering::Relaxed) {
             let batch: Vec<_> = pieces
@@ -285,7 +295,8 @@ impl<D: Driver> Device for Gpu<D> {
                 // Copying a piece twice is harmless; going on in batches that are refused is not.
                 Some(Err(error)) => {
                     shared.batches.store(false, Ordering::Relaxed);
-                    shared.note("small tensors are copied one by one instead of in batches", error.to_string());
+                    shared
+                        .note("small tensors are copied one by one instead of in batches", error.to_string());
                 }
                 None => shared.batches.store(false, Ordering::Relaxed),
             }
@@ -309,7 +320,10 @@ impl<D: Driver> Device for Gpu<D> {
         if count == 0 || piece == 0 {
             return Ok(());
         }
-        assert!(((count - 1) * copy.source_stride_bytes + piece) <= source.len() as u64, "pieces lie inside their source");
+        assert!(
+            ((count - 1) * copy.source_stride_bytes + piece) <= source.len() as u64,
+            "pieces lie inside their source"
+        );
         let reach_bytes = (count - 1) * copy.target_stride_bytes + piece;
         let rows = Rows {
             source: source.as_ptr().cast(),
@@ -336,14 +350,16 @@ impl<D: Driver> Device for Gpu<D> {
         let address = within(source, source_offset_bytes, target.len() as u64);
         let _bound = shared.bind()?;
         // SAFETY: as for `copy`, with source and target exchanged.
-        let queued =
-            unsafe { shared.driver.copy_out(target.as_mut_ptr().cast(), address, target.len(), shared.stream(stream)) };
+        let queued = unsafe {
+            shared.driver.copy_out(target.as_mut_ptr().cast(), address, target.len(), shared.stream(stream))
+        };
         queued.map_err(|error| shared.failed(error))
     }
 
     fn record(&self, stream: Stream) -> Result<Event, DeviceError> {
         let _bound = self.shared.bind()?;
-        let event = self.shared.record(self.shared.stream(stream)).map_err(|error| self.shared.failed(error))?;
+        let event =
+            self.shared.record(self.shared.stream(stream)).map_err(|error| self.shared.failed(error))?;
         Ok(Event::new(Recorded { shared: Arc::clone(&self.shared), event }))
     }
 

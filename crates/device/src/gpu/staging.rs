@@ -34,7 +34,9 @@ pub(super) fn allocate<D: Driver>(
             unsafe { start.write_bytes(0, len_bytes) };
             Ok(Box::new(Allocated { shared: Arc::clone(shared), start, len_bytes }))
         }
-        Err(error) => Err(DeviceError::OutOfHostMemory { needed_bytes: len_bytes as u64, source: error.into() }),
+        Err(error) => {
+            Err(DeviceError::OutOfHostMemory { needed_bytes: len_bytes as u64, source: error.into() })
+        }
     }
 }
 
@@ -50,7 +52,8 @@ fn register<D: Driver>(
     let memory = HostMemory::allocate(len_bytes.max(1)).map_err(out_of_memory)?;
     let _bound = shared.bind()?;
     // SAFETY: the memory is mapped and page-aligned, and `Registered` unregisters it before it is unmapped.
-    let registered = unsafe { shared.driver.host_register(memory.as_ptr().as_ptr().cast(), memory.len_bytes()) };
+    let registered =
+        unsafe { shared.driver.host_register(memory.as_ptr().as_ptr().cast(), memory.len_bytes()) };
     Ok(registered.map(|()| Registered {
         shared: Arc::clone(shared),
         memory: ManuallyDrop::new(memory),
@@ -102,7 +105,8 @@ impl<D: Driver> Drop for Registered<D> {
     fn drop(&mut self) {
         if let Ok(_bound) = self.shared.bind() {
             // SAFETY: registered above; the ring gives memory up only when no copy from it is queued.
-            let unregistered = unsafe { self.shared.driver.host_unregister(self.memory.as_ptr().as_ptr().cast()) };
+            let unregistered =
+                unsafe { self.shared.driver.host_unregister(self.memory.as_ptr().as_ptr().cast()) };
             if unregistered.is_ok() {
                 // SAFETY: dropped here and nowhere else.
                 unsafe { ManuallyDrop::drop(&mut self.memory) };

@@ -33,7 +33,11 @@ impl fmt::Display for TableError {
                 }
             }
             TableError::MissingSymbol { library, symbol } => {
-                write!(f, "{} lacks {symbol}; the driver is too old, or the library is broken", library.display())
+                write!(
+                    f,
+                    "{} lacks {symbol}; the driver is too old, or the library is broken",
+                    library.display()
+                )
             }
         }
     }

@@ -20,7 +20,8 @@ pub struct Link {
 /// # Source
 /// Linux, Documentation/ABI/testing/sysfs-bus-pci: `local_cpulist`.
 pub fn near_processors(pci_bus_id: &str) -> Vec<u32> {
-    let (near, all) = (attribute(pci_bus_id, "local_cpulist"), fs::read_to_string("/sys/devices/system/cpu/online"));
+    let (near, all) =
+        (attribute(pci_bus_id, "local_cpulist"), fs::read_to_string("/sys/devices/system/cpu/online"));
     match (near, all) {
         (Some(near), Ok(all)) if near != all.trim() => parse_list(&near),
         _ => Vec::new(),

@@ -38,7 +38,8 @@ fn every_named_case_has_the_verdict_of_the_reference_and_the_exact_error() {
 #[test]
 fn every_listed_difference_has_a_case() {
     let listed = Difference::NameTwice; // The only one.
-    let shows = |case: &Case| matches!(case.expected, Expected::Differs(difference, _) if difference == listed);
+    let shows =
+        |case: &Case| matches!(case.expected, Expected::Differs(difference, _) if difference == listed);
     assert!(CASES.iter().any(shows), "{listed:?}");
 }
 

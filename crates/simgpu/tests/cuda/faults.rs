@@ -41,18 +41,29 @@ fn a_failed_call_is_a_typed_error_and_the_next_load_works() {
                 match result {
                     Ok(loaded) => {
                         // The failure was of a call after the last byte, or of one that has an alternative.
-                        assert!(SURVIVED.contains(&call.as_str()) || sim.report().calls(call) < nth || is_of_the_end(call), "{what}");
+                        assert!(
+                            SURVIVED.contains(&call.as_str())
+                                || sim.report().calls(call) < nth
+                                || is_of_the_end(call),
+                            "{what}"
+                        );
                         sim.fail("");
                         assert_same_bytes(&model, &loaded);
                     }
                     Err(error) => {
                         assert_eq!(error.kind(), ErrorKind::Device, "{what}: {}", error.one_line());
                         let text = error.one_line();
-                        assert!(text.starts_with("cuda:0: cu") && text.contains("failed with 1 (CUDA_ERROR_INVALID_VALUE)"), "{what}: {text}");
+                        assert!(
+                            text.starts_with("cuda:0: cu")
+                                && text.contains("failed with 1 (CUDA_ERROR_INVALID_VALUE)"),
+                            "{what}: {text}"
+                        );
                     }
                 }
                 sim.fail("");
-                let again = model.load(&options()).unwrap_or_else(|error| panic!("{what}: the next load: {}", error.one_line()));
+                let again = model
+                    .load(&options())
+                    .unwrap_or_else(|error| panic!("{what}: the next load: {}", error.one_line()));
                 assert_same_bytes(&model, &again);
                 drop(again);
                 assert!(sim.report().violations.is_empty(), "{what}: {:?}", sim.report().violations);
@@ -63,7 +74,15 @@ fn a_failed_call_is_a_typed_error_and_the_next_load_works() {
 
 /// Calls that also run when memory is let go, where there is nobody to tell.
 fn is_of_the_end(call: &str) -> bool {
-    ["cuCtxGetCurrent", "cuCtxSetCurrent", "cuEventRecord", "cuStreamWaitEvent", "cuDeviceGet", "cuEventCreate"].contains(&call)
+    [
+        "cuCtxGetCurrent",
+        "cuCtxSetCurrent",
+        "cuEventRecord",
+        "cuStreamWaitEvent",
+        "cuDeviceGet",
+        "cuEventCreate",
+    ]
+    .contains(&call)
 }
 
 #[test]

@@ -10,7 +10,9 @@ use crate::sim::Sim;
 /// A checkpoint with tensors of every alignment, several files' worth of staging buffers.
 pub(crate) fn checkpoint(folder: &Path) -> PathBuf {
     use safetensors::tensor::{Dtype, TensorView, serialize_to_file};
-    let bytes = |len: usize, salt: usize| (0..len).map(|at| ((at + salt) * 2_654_435_761 >> 11) as u8).collect::<Vec<_>>();
+    let bytes = |len: usize, salt: usize| {
+        (0..len).map(|at| (((at + salt) * 2_654_435_761) >> 11) as u8).collect::<Vec<_>>()
+    };
     for file in 0..2usize {
         let mut data: Vec<(String, Dtype, Vec<usize>, Vec<u8>)> = Vec::new();
         for layer in 0..3 {
@@ -21,7 +23,9 @@ pub(crate) fn checkpoint(folder: &Path) -> PathBuf {
             data.push((format!("f{file}.layers.{layer}.scale"), Dtype::F32, vec![], bytes(4, layer)));
         }
         data.push((format!("f{file}.none"), Dtype::F32, vec![0, 4], Vec::new()));
-        let views = data.iter().map(|(name, dtype, shape, bytes)| (name.as_str(), TensorView::new(*dtype, shape.clone(), bytes).unwrap()));
+        let views = data.iter().map(|(name, dtype, shape, bytes)| {
+            (name.as_str(), TensorView::new(*dtype, shape.clone(), bytes).unwrap())
+        });
         serialize_to_file(views, None, &folder.join(format!("part-{file}.safetensors"))).unwrap();
     }
     folder.to_owned()
@@ -91,7 +95,10 @@ fn calls_are_one_copy_an_extent_and_nothing_waits_inside_the_loop() {
     let runs = model.checkpoint().len() as u64;
     assert!(promised.copies <= promised.reads + runs, "{promised:?}");
     assert_eq!(happened.calls("cuStreamSynchronize"), 0);
-    assert!(happened.calls("cuEventSynchronize") <= promised.reads.min(16), "only the last buffers are waited for");
+    assert!(
+        happened.calls("cuEventSynchronize") <= promised.reads.min(16),
+        "only the last buffers are waited for"
+    );
     assert_eq!(happened.calls("cuEventRecord"), happened.calls("cuStreamWaitEvent") + promised.reads);
 }
 
@@ -99,7 +106,8 @@ fn calls_are_one_copy_an_extent_and_nothing_waits_inside_the_loop() {
 fn pieces_of_one_buffer_go_in_one_call_where_the_driver_has_one() {
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let model = Model::open(checkpoint(folder.path())).unwrap();
-    let mut request = Request::of(Select::Globs(vec!["*.layers.[02].odd".to_owned(), "*.layers.[02].scale".to_owned()]));
+    let mut request =
+        Request::of(Select::Globs(vec!["*.layers.[02].odd".to_owned(), "*.layers.[02].scale".to_owned()]));
     request.device = DeviceId::Cuda(0);
     for (config, batches) in [("", true), ("batches=0", false)] {
         let sim = Sim::new(config);

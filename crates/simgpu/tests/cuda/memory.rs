@@ -54,7 +54,11 @@ fn memory_of_another_length_is_an_error_before_the_first_read() {
     let memory = device.allocate(1000).unwrap();
     let error = model.load(&options().target("f0.layers.1.odd", external(&memory, 1000))).unwrap_err();
     assert_eq!((error.kind(), error.tensor()), (ErrorKind::BadRequest, Some("f0.layers.1.odd")));
-    assert!(error.one_line().contains("the memory given has 1000 bytes, the tensor 1001"), "{}", error.one_line());
+    assert!(
+        error.one_line().contains("the memory given has 1000 bytes, the tensor 1001"),
+        "{}",
+        error.one_line()
+    );
     assert_eq!(sim.report().calls("cuMemcpyHtoDAsync_v2"), 0);
     let error = model.load(&options().target("nobody", external(&memory, 1000))).unwrap_err();
     assert_eq!(error.tensor(), Some("nobody"));
@@ -91,7 +95,10 @@ fn memory_comes_from_the_callers_allocator_and_its_refusal_is_passed_on() {
     assert_eq!(allocator.len_bytes.load(Ordering::Relaxed), loaded.report.promised.target_bytes);
     allocator.len_bytes.store(2 << 20, Ordering::Relaxed);
     let error = model.load(&options().allocator(allocator.clone())).unwrap_err();
-    assert_eq!((error.kind(), error.one_line()), (ErrorKind::OutOfMemory, "the framework's pool is full".to_owned()));
+    assert_eq!(
+        (error.kind(), error.one_line()),
+        (ErrorKind::OutOfMemory, "the framework's pool is full".to_owned())
+    );
     drop((allocator, loaded));
     sim.assert_clean("after the allocator");
 }
@@ -140,7 +147,8 @@ fn refused_registration_falls_back_to_the_drivers_own_memory_and_says_so() {
     let sim = Sim::new("");
     sim.fail("fail=cuMemHostRegister_v2:1:801");
     let loaded = model.load(&options()).unwrap();
-    let told = loaded.report.fallbacks.iter().find(|fallback| fallback.what.contains("staging memory")).unwrap();
+    let told =
+        loaded.report.fallbacks.iter().find(|fallback| fallback.what.contains("staging memory")).unwrap();
     assert_eq!(told.why, "cuMemHostRegister failed with 801 (CUDA_ERROR_NOT_SUPPORTED)");
     assert_same_bytes(&model, &loaded);
     drop(loaded);

@@ -14,7 +14,10 @@ fn probe(library: &str, simgpu: &str) -> String {
         .unwrap();
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
-    text.lines().find_map(|line| line.split_once("probe: ")).map(|(_, line)| line.to_owned()).expect("the probe prints a line")
+    text.lines()
+        .find_map(|line| line.split_once("probe: "))
+        .map(|(_, line)| line.to_owned())
+        .expect("the probe prints a line")
 }
 
 #[test]
@@ -29,7 +32,12 @@ fn probe_in_a_process_of_its_own() {
 #[test]
 fn a_machine_without_a_driver_says_what_was_tried() {
     let error = probe("/nowhere/libcuda.so.1", "");
-    assert!(error.starts_with("cuda:0: no driver library found (tried /nowhere/libcuda.so.1); NVIDIA's driver is not installed"), "{error}");
+    assert!(
+        error.starts_with(
+            "cuda:0: no driver library found (tried /nowhere/libcuda.so.1); NVIDIA's driver is not installed"
+        ),
+        "{error}"
+    );
 }
 
 #[test]
@@ -41,7 +49,10 @@ fn a_library_that_is_no_driver_is_named_with_the_symbol_it_lacks() {
 #[test]
 fn a_file_that_is_no_library_is_named_with_the_loaders_answer() {
     let error = probe("/etc/passwd", "");
-    assert!(error.contains("/etc/passwd: invalid ELF header") || error.contains("/etc/passwd: file too short"), "{error}");
+    assert!(
+        error.contains("/etc/passwd: invalid ELF header") || error.contains("/etc/passwd: file too short"),
+        "{error}"
+    );
 }
 
 #[test]

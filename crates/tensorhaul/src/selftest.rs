@@ -1,0 +1,146 @@
+//! Does every device do what the loader relies on? The conformance suite, a load compared byte for byte, a bandwidth.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use serde::Serialize;
+use tensorhaul_device::{Allocation, Device, Stream, conformance};
+use tensorhaul_plan::header::{NewTensor, encode};
+use tensorhaul_plan::{DeviceId, Dtype, Request};
+use tensorhaul_stage::StagingMemory;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::options::{EngineChoice, Handover, LoadOptions};
+use crate::{Model, devices};
+
+/// How a device did.
+#[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
+pub struct Verdict {
+    /// Which device.
+    pub device: String,
+    /// The name people know it by.
+    pub name: String,
+    /// Whether everything held.
+    pub passed: bool,
+    /// Promises of the contract that were tried, and kept.
+    pub promises: usize,
+    /// Bytes of the load that was compared.
+    pub compared_bytes: u64,
+    /// Speed of copies from pinned memory; on the host, of copies in memory.
+    pub copy_gb_per_s: f64,
+    /// What did not hold.
+    pub failures: Vec<String>,
+}
+
+/// Tries a device. `folder` is for a checkpoint of a few MB, removed again.
+///
+/// # Errors
+/// When the device cannot be opened or the checkpoint not be written; what does not hold is in the verdict.
+pub fn run(id: DeviceId, folder: &Path) -> Result<Verdict> {
+    let (device, _) = devices::open(id)?;
+    let promises = conformance::run(&*device);
+    let mut failures: Vec<String> = promises
+        .iter()
+        .filter_map(|promise| Some(format!("{}: {}", promise.promise, promise.result.as_ref().err()?)))
+        .collect();
+    let compared_bytes = match compare(id, folder) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Err(error),
+        Err(error) => {
+            failures.push(format!("a load compared byte for byte: {}", error.one_line()));
+            0
+        }
+    };
+    let copy_gb_per_s = bandwidth(&*device).unwrap_or_else(|error| {
+        failures.push(format!("copies from pinned memory: {}", error.one_line()));
+        0.0
+    });
+    Ok(Verdict {
+        device: id.to_string(),
+        name: device.name(),
+        passed: failures.is_empty(),
+        promises: promises.len(),
+        compared_bytes,
+        copy_gb_per_s,
+        failures,
+    })
+}
+
+/// Loads a checkpoint with tensors of every alignment by every engine, and compares what arrived.
+fn compare(id: DeviceId, folder: &Path) -> Result<u64> {
+    let path = folder.join(format!(".tensorhaul-selftest-{}.safetensors", std::process::id()));
+    let written = std::fs::write(&path, checkpoint())
+        .map_err(|error| Error::io("writing the checkpoint", &path, error));
+    let result = written.and_then(|()| compare_engines(id, &path));
+    // Whatever happened, nothing is left behind; a file that was not written need not be removed.
+    let _ = std::fs::remove_file(&path);
+    result
+}
+
+fn compare_engines(id: DeviceId, path: &Path) -> Result<u64> {
+    let model = Model::open(path)?;
+    let mut request = Request::all();
+    request.device = id;
+    let mut compared = 0;
+    for engine in [EngineChoice::Auto, EngineChoice::Pread, EngineChoice::IoUring] {
+        // A ring of 1 MiB goes round several times.
+        let options = LoadOptions::default().request(request.clone()).handover(Handover::Private);
+        let loaded = model.load(&options.engine(engine).staging_bytes(1 << 20))?;
+        for (name, tensor) in loaded.tensors.iter() {
+            let (arrived, stored) = (tensor.to_host()?, model.tensor(name)?);
+            if arrived != stored.bytes()? {
+                return Err(Error::new(ErrorKind::Device, "other bytes arrived").about_tensor(name));
+            }
+            compared += arrived.len() as u64;
+        }
+    }
+    Ok(compared)
+}
+
+fn checkpoint() -> Vec<u8> {
+    let shapes: [(&str, Dtype, &[u64]); 6] = [
+        ("scale", Dtype::F32, &[]),
+        ("model.layers.0.w", Dtype::Bf16, &[1024, 1100]),
+        ("model.layers.1.w", Dtype::Bf16, &[1024, 1100]),
+        ("odd", Dtype::U8, &[1001]),
+        ("misaligned", Dtype::F32, &[333, 7]),
+        ("none", Dtype::F32, &[0, 4]),
+    ];
+    let tensors = shapes.map(|(name, dtype, shape)| NewTensor { name, dtype, shape });
+    let mut file = encode(&tensors, &Default::default(), 8).expect("these tensors have a header");
+    let len: u64 =
+        shapes.iter().filter_map(|(_, dtype, shape)| dtype.len_bytes(shape.iter().product())).sum();
+    file.extend((0..len).map(|at| (at.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8));
+    file
+}
+
+/// Copies pinned memory to the device for a while, a staging buffer at a time.
+fn bandwidth(device: &dyn Device) -> Result<f64> {
+    let memory = device.staging_memory(COPY_LEN_BYTES)?;
+    let target = device.allocate(COPY_LEN_BYTES as u64)?;
+    copy_once(device, &*memory, &target)?; // The first touch of both.
+    let start = Instant::now();
+    for _ in 0..COPIES {
+        copy_once(device, &*memory, &target)?;
+    }
+    Ok((COPY_LEN_BYTES * COPIES) as f64 / start.elapsed().as_secs_f64() / 1e9)
+}
+
+fn copy_once(device: &dyn Device, memory: &dyn StagingMemory, target: &Arc<dyn Allocation>) -> Result<()> {
+    // SAFETY: staging memory is initialized and this long; nobody writes to it.
+    let source = unsafe { std::slice::from_raw_parts(memory.as_ptr().as_ptr(), COPY_LEN_BYTES) };
+    for begin in (0..COPY_LEN_BYTES).step_by(BUFFER_LEN_BYTES) {
+        let piece = &source[begin..begin + BUFFER_LEN_BYTES];
+        // SAFETY: both live until the event below was waited for, and the target is this function's alone.
+        unsafe { device.copy(piece, target, begin as u64, Stream::Copy) }?;
+    }
+    let queued = device.record(Stream::Copy)?;
+    Ok(device.wait(&queued)?)
+}
+
+/// 256 MiB take 5 ms on the fastest link there is, so a few of them are timed.
+const COPY_LEN_BYTES: usize = 64 << 20;
+const COPIES: usize = 16;
+const BUFFER_LEN_BYTES: usize = 4 << 20;
