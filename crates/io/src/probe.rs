@@ -165,6 +165,9 @@ pub fn cached_bytes(file: &File, offset_bytes: u64, len_bytes: u64) -> Option<u6
     if len_bytes == 0 {
         return Some(0); // The system would take a length of 0 as "to the end".
     }
+    if filesystem(file) == Some("overlayfs") {
+        return None; // It answers for the overlay's own pages; those of the file are the lower filesystem's.
+    }
     let (range, mut stat) = (Range { off: offset_bytes, len: len_bytes }, Stat::default());
     // SAFETY: both structs have the kernel's layout and live across the call, which writes only to `stat`.
     let result = unsafe {

@@ -12,7 +12,7 @@ use crate::cancel::Cancel;
 use crate::checksum::{self, Hashing};
 use crate::error::{Error, Result};
 use crate::handover::Emit;
-use crate::model::Inner;
+use crate::model::{Inner, mapped};
 use crate::options::LoadOptions;
 use crate::progress::Progress;
 use crate::report::{Phases, Report};
@@ -56,7 +56,7 @@ pub(crate) fn run(
             }
             for id in &wanted[next..run.last] {
                 let stored = model.checkpoint.tensor(*id);
-                let tensor = model.mapped(stored)?;
+                let tensor = mapped(stored, &map);
                 hashing.add(stored, &tensor);
                 emit(stored, tensor);
             }

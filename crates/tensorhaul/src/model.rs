@@ -160,7 +160,7 @@ impl Model {
     pub fn tensor(&self, name: &str) -> Result<Tensor> {
         let found = self.find(name)?;
         match self.inner.source {
-            Source::Files(_) => self.inner.mapped(found),
+            Source::Files(_) => Ok(mapped(found, &self.inner.mapping(found.file as usize)?)),
             Source::Memory { .. } => self.load_one(name, None),
         }
     }
@@ -231,33 +231,32 @@ impl Inner {
         }
     }
 
-    /// Returns the mapping of a file, made at the first call.
+    /// Returns the mapping of a file, made at the first call. Each call checks that the file is as it was.
     pub(crate) fn mapping(&self, file: usize) -> Result<Arc<Mmap>> {
-        if let Some(map) = self.mappings[file].get() {
-            return Ok(Arc::clone(map));
-        }
         let Some(open) = self.files().get(file) else {
             return Err(Error::bad_request(
                 "files that are bytes in memory cannot be mapped; load them privately",
             ));
         };
         open.check_unchanged()?;
+        if let Some(map) = self.mappings[file].get() {
+            return Ok(Arc::clone(map));
+        }
         let map =
             tensorhaul_io::mmap::map(open).map_err(|error| Error::io("mapping it", open.path(), error))?;
         Ok(Arc::clone(self.mappings[file].get_or_init(|| Arc::new(map))))
-    }
-
-    /// Returns a whole tensor, mapped.
-    pub(crate) fn mapped(&self, tensor: TensorRef<'_>) -> Result<Tensor> {
-        let map = Storage::Mapped(self.mapping(tensor.file as usize)?);
-        let info = tensor.info;
-        Ok(Tensor::new(info.dtype, info.shape, map, tensor.file_offset_bytes, info.len_bytes()))
     }
 
     /// Checks that nobody wrote to the files since they were opened.
     pub(crate) fn check_unchanged(&self) -> Result<()> {
         Ok(self.files().iter().try_for_each(OpenFile::check_unchanged)?)
     }
+}
+
+/// Returns a whole tensor in the mapping of its file.
+pub(crate) fn mapped(tensor: TensorRef<'_>, map: &Arc<Mmap>) -> Tensor {
+    let (info, map) = (tensor.info, Storage::Mapped(Arc::clone(map)));
+    Tensor::new(info.dtype, info.shape, map, tensor.file_offset_bytes, info.len_bytes())
 }
 
 /// Opens files and parses their headers, several at once: on network storage each costs a round trip.
