@@ -8,7 +8,9 @@ use tensorhaul::{EngineChoice, Handover, LoadOptions, Model};
 
 fn main() -> Result<(), Box<dyn Error>> {
     let mut arguments = std::env::args().skip(1);
-    let path = arguments.next().unwrap_or_else(|| concat!(env!("CARGO_MANIFEST_DIR"), "/models/tiny-llama").to_owned());
+    let path = arguments
+        .next()
+        .unwrap_or_else(|| concat!(env!("CARGO_MANIFEST_DIR"), "/models/tiny-llama").to_owned());
     let engine: EngineChoice = arguments.next().as_deref().unwrap_or("auto").parse()?;
 
     let model = Model::open(path)?;
