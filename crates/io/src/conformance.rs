@@ -182,6 +182,18 @@ fn a_cut_file_is_an_error(folder: &Path, make: &Make<'_>) -> Result<(), String> 
     Ok(())
 }
 
+/// Returns a layout whose buffers hold at least `len_bytes`; how a budget becomes buffers is the layout's to decide.
+fn ring_layout(len_bytes: usize) -> Result<Layout, String> {
+    let mut budget_bytes = len_bytes;
+    loop {
+        let layout = Layout::new(budget_bytes, 4096).map_err(text)?;
+        if layout.buffer_len_bytes() >= len_bytes {
+            return Ok(layout);
+        }
+        budget_bytes *= 2;
+    }
+}
+
 /// Small extents one behind the other.
 fn row(count: u64) -> Vec<Extent> {
     (0..count).map(|index| Extent { file: 0, offset_bytes: index * 3001, len_bytes: 4000 }).collect()
@@ -205,7 +217,7 @@ struct Scene {
 
 impl Scene {
     fn new(folder: &Path, buffer_count: usize) -> Result<Scene, String> {
-        let layout = Layout::new(16 * BUFFER_LEN_BYTES, 4096).map_err(text)?.at_most(buffer_count as u64);
+        let layout = ring_layout(BUFFER_LEN_BYTES)?.at_most(buffer_count as u64);
         let ring = Ring::new(HostMemory::allocate(layout.len_bytes()).map_err(text)?, layout);
         let (mut paths, mut bytes, mut open) = (Vec::new(), Vec::new(), Vec::new());
         let scene = SCENES.fetch_add(1, Ordering::Relaxed);

@@ -70,10 +70,10 @@ impl fmt::Display for LayoutError {
 
 impl std::error::Error for LayoutError {}
 
-/// Who can hold a buffer at once, with two each so that nobody waits for the next: the storage queue,
-/// eight workers that fill from the page cache, the pipeline, the device's copy queue. Sixteen buffers
-/// keep all of them busy for any budget; a larger budget makes buffers longer before it makes them more.
-const HOLDERS: usize = 16;
+/// Who can hold a buffer at once: sixteen requests that keep storage busy, eight workers that fill from the
+/// page cache, the pipeline and the device's copy queue with four each. A larger budget makes buffers
+/// longer before it makes them more.
+const HOLDERS: usize = 16 + 8 + 4 + 4;
 
 /// One page of direct I/O. A smaller buffer could not be filled by any direct read.
 pub const BUFFER_LEN_BYTES_MIN: usize = 4096;
@@ -93,8 +93,8 @@ mod tests {
             (layout.buffer_len_bytes(), layout.buffer_count())
         };
         assert_eq!(shape(256 << 20), (4 << 20, 64));
-        assert_eq!(shape(16 << 20), (1 << 20, 16));
-        assert_eq!(shape(1 << 20), (64 << 10, 16));
+        assert_eq!(shape(16 << 20), (512 << 10, 32));
+        assert_eq!(shape(1 << 20), (32 << 10, 32));
         assert_eq!(shape(10_000), (4096, 2));
         assert_eq!(shape(4096), (4096, 1));
     }

