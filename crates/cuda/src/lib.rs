@@ -26,17 +26,17 @@ use tensorhaul_plan::DeviceId;
 /// [`DeviceError::Unavailable`] when there is no driver or no such device, with the likely cause;
 /// [`DeviceError::Driver`] when a call failed.
 pub fn open(ordinal: u32) -> Result<Gpu<Cuda>, DeviceError> {
-    Gpu::open(driver()?, ordinal)
+    let unavailable = |why| DeviceError::Unavailable { device: DeviceId::Cuda(ordinal), why };
+    Gpu::open(driver().map_err(unavailable)?, ordinal)
 }
 
 /// Loads and initializes the driver, once a process.
 ///
 /// # Errors
-/// [`DeviceError::Unavailable`] with the likely cause.
-pub fn driver() -> Result<Arc<Cuda>, DeviceError> {
+/// A sentence with the likely cause.
+pub fn driver() -> Result<Arc<Cuda>, String> {
     static DRIVER: OnceLock<Result<Arc<Cuda>, String>> = OnceLock::new();
-    let loaded = DRIVER.get_or_init(|| Cuda::load(&candidates()).map(Arc::new));
-    loaded.clone().map_err(|why| DeviceError::Unavailable { device: DeviceId::Cuda(0), why })
+    DRIVER.get_or_init(|| Cuda::load(&candidates()).map(Arc::new)).clone()
 }
 
 /// The names to try: the user's own, or what the driver installs.

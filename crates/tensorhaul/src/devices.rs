@@ -52,19 +52,23 @@ pub(crate) fn open(id: DeviceId) -> Result<(Arc<dyn Device>, f64)> {
     if let Some(kept) = lock().get(&id).filter(|kept| kept.process == std::process::id()) {
         return Ok((Arc::clone(&kept.device), start.elapsed().as_secs_f64()));
     }
-    let device: Arc<dyn Device> = match id {
-        DeviceId::Host => return Ok((Arc::new(Host), 0.0)),
-        #[cfg(feature = "cuda")]
-        DeviceId::Cuda(ordinal) => Arc::new(tensorhaul_cuda::open(ordinal)?),
-        other => {
-            return Err(Error::bad_request(format!("{other}: this build has no backend for it; host works")));
-        }
-    };
-    let kept = Kept { device: Arc::clone(&device), ring: None, process: std::process::id() };
-    if let Some(foreign) = lock().insert(id, kept).filter(|kept| kept.process != std::process::id()) {
-        std::mem::forget(foreign);
+    let device = backend(id)?;
+    if id != DeviceId::Host {
+        let kept = Kept { device: Arc::clone(&device), ring: None, process: std::process::id() };
+        let before = lock().insert(id, kept);
+        // What a parent of this process kept is not this process's to free.
+        std::mem::forget(before.filter(|before| before.process != std::process::id()));
     }
     Ok((device, start.elapsed().as_secs_f64()))
+}
+
+fn backend(id: DeviceId) -> Result<Arc<dyn Device>> {
+    match id {
+        DeviceId::Host => Ok(Arc::new(Host)),
+        #[cfg(feature = "cuda")]
+        DeviceId::Cuda(ordinal) => Ok(Arc::new(tensorhaul_cuda::open(ordinal)?)),
+        other => Err(Error::bad_request(format!("{other}: this build has no backend for it; host works"))),
+    }
 }
 
 /// Returns a staging ring of the device: the one kept, if it has such buffers and enough of them, or a new one; and

@@ -340,7 +340,7 @@ fn cuda_devices() -> Vec<DeviceFact> {
     let fails = |why: String| vec![DeviceFact { why: Some(why), ..DeviceFact::new("cuda") }];
     let driver = match tensorhaul_cuda::driver() {
         Ok(driver) => driver,
-        Err(error) => return fails(error.to_string()),
+        Err(why) => return fails(why),
     };
     let count = match driver.device_count() {
         Ok(count) => count,

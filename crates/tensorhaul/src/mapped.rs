@@ -67,7 +67,7 @@ pub(crate) fn run(
     })?;
     let seconds = (finished - start).as_secs_f64();
     if resident {
-        model.check_unchanged()?;
+        model.check_unchanged(runs.iter().map(|run| run.file))?;
     }
 
     let first_byte_seconds =
@@ -143,7 +143,7 @@ impl Touch<'_> {
             populate(map, begin as usize, len as usize).map_err(|source| {
                 let path = model.file_path(run.file as usize);
                 // The page is behind the end of a file that was longer before, or storage failed.
-                let gone = model.check_unchanged().err();
+                let gone = model.check_unchanged([run.file].into_iter()).err();
                 gone.unwrap_or_else(|| Error::io("reading it through its mapping", &path, source))
             })?;
             self.first_byte.get_or_insert_with(Instant::now);

@@ -82,7 +82,7 @@ pub(crate) fn run(
             return Err(error);
         }
     };
-    model.check_unchanged()?;
+    model.check_unchanged(plan.reads().iter().map(|read| read.extent.file))?;
 
     let engine = engine_name(&lanes);
     drop((transfer, lanes)); // Whoever still holds the ring lets go of it.
