@@ -10,7 +10,7 @@
 //! | `TENSORHAUL_BENCH_MODEL` | a folder with safetensors files, instead of the one of few large tensors | generated |
 //! | `TENSORHAUL_BENCH_DIR` | where checkpoints are generated; on the disk that is to be measured | cargo's target folder |
 //! | `TENSORHAUL_BENCH_ROUNDS` | timed rounds | 7; 1 with `--test` |
-//! | `TENSORHAUL_BENCH_QUIET` | cores: a run during which others kept more busy is repeated, a few times | do not look |
+//! | `TENSORHAUL_BENCH_QUIET` | cores: a run during which others kept more busy is repeated, and does not count | do not look |
 //! | `TENSORHAUL_BENCH_OUT` | a file for the results as JSON | none |
 //!
 //! This is no criterion bench. A cold run is worth something only right after the page cache was emptied and that was
@@ -202,6 +202,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             (Err(error), Work::Load(_)) => return Err(format!("{}: {error}", row.name).into()),
         }
     }
+    let machine = Machine::of(&checkpoints.few_large.folder);
     for round in 0..settings.rounds {
         // Forth and back, so that no row always follows the same other one.
         let count = measured.len();
@@ -213,21 +214,25 @@ fn main() -> Result<(), Box<dyn Error>> {
             );
         }
         eprintln!("round {} of {}", round + 1, settings.rounds);
-    }
-
-    let mut summaries = Vec::new();
-    for measured in &measured {
-        let summary = Summary::new(measured, &summaries);
-        summaries.push(summary);
-    }
-    println!("{}", table(&summaries));
-    let machine = Machine::of(&checkpoints.few_large.folder);
-    println!("{machine:?}");
-    if let Some(path) = &settings.out {
-        let document = Document { machine, rounds: settings.rounds, rows: summaries };
-        fs::write(path, serde_json::to_string_pretty(&document)? + "\n")?;
+        let summaries = summarize(&measured, settings.quiet_cores);
+        if let Some(path) = &settings.out {
+            let document = Document { machine: &machine, rounds: round + 1, rows: &summaries };
+            fs::write(path, serde_json::to_string_pretty(&document)? + "\n")?;
+        }
+        if round + 1 == settings.rounds {
+            println!("{}\n{machine:?}", table(&summaries));
+        }
     }
     Ok(())
+}
+
+fn summarize<'c>(measured: &'c [Measured<'_>], quiet_cores: f64) -> Vec<Summary<'c>> {
+    let mut summaries = Vec::new();
+    for measured in measured {
+        let summary = Summary::new(measured, quiet_cores, &summaries);
+        summaries.push(summary);
+    }
+    summaries
 }
 
 struct Settings {
@@ -396,7 +401,10 @@ const PRIMED_BYTES_MIN: u64 = 100_000_000;
 const PRIMED_BESIDE_BYTES: u64 = 512 << 20;
 
 /// More than any disturbance that passes by itself takes.
-const ATTEMPTS_MAX: u32 = 5;
+const ATTEMPTS_MAX: u32 = 3;
+
+/// Fewer quiet runs have no median worth more than that of all.
+const QUIET_RUNS_MIN: usize = 3;
 
 /// The longest read-ahead of any kernel's defaults, and of this bench's records.
 const READ_AHEAD_BYTES_MAX: u64 = 8 << 20;
@@ -421,6 +429,8 @@ struct Summary<'c> {
     system_calls: f64,
     /// Peak memory of a load beyond its result.
     beside_result_bytes: Option<f64>,
+    /// Runs that the figures above are of.
+    counted_runs: usize,
     ceiling: Option<&'static str>,
     ceiling_fraction: Option<f64>,
     asked_fraction: Option<f64>,
@@ -429,17 +439,19 @@ struct Summary<'c> {
 
 impl<'c> Summary<'c> {
     /// `before` are the rows above it, its ceilings among them.
-    fn new(measured: &'c Measured<'_>, before: &[Summary<'_>]) -> Summary<'c> {
+    fn new(measured: &'c Measured<'_>, quiet_cores: f64, before: &[Summary<'_>]) -> Summary<'c> {
         let Measured { row, checkpoint, runs } = measured;
+        let quiet: Vec<&Run> = runs.iter().filter(|run| run.cost.others_cores <= quiet_cores).collect();
+        let counted = if quiet.len() >= QUIET_RUNS_MIN { quiet } else { runs.iter().collect() };
         let bytes = match row.work {
             Work::Ceiling(_) => checkpoint.file_bytes,
             Work::Load(_) => checkpoint.payload_bytes,
         };
-        let rates = || runs.iter().map(|run| bytes as f64 / run.cost.seconds / 1e9);
+        let rates = || counted.iter().map(|run| bytes as f64 / run.cost.seconds / 1e9);
         let gb_per_s = median(rates());
         let ceilings = before.iter().filter(|other| row.ceilings.contains(&other.name));
         let ceiling = ceilings.max_by(|one, other| one.gb_per_s.total_cmp(&other.gb_per_s));
-        let beside = |run: &Run| run.cost.peak_bytes as f64 - bytes as f64;
+        let beside = |run: &&Run| run.cost.peak_bytes as f64 - bytes as f64;
         Summary {
             name: row.name,
             cache: row.cache,
@@ -448,9 +460,11 @@ impl<'c> Summary<'c> {
             gb_per_s,
             gb_per_s_min: rates().fold(f64::INFINITY, f64::min),
             gb_per_s_max: rates().fold(0.0, f64::max),
-            cpu_seconds_per_gb: median(runs.iter().map(|run| run.cost.cpu_seconds * 1e9 / bytes as f64)),
-            system_calls: median(runs.iter().map(|run| run.system_calls as f64)),
-            beside_result_bytes: matches!(row.work, Work::Load(_)).then(|| median(runs.iter().map(beside))),
+            cpu_seconds_per_gb: median(counted.iter().map(|run| run.cost.cpu_seconds * 1e9 / bytes as f64)),
+            system_calls: median(counted.iter().map(|run| run.system_calls as f64)),
+            beside_result_bytes: matches!(row.work, Work::Load(_))
+                .then(|| median(counted.iter().map(beside))),
+            counted_runs: counted.len(),
             ceiling: ceiling.map(|ceiling| ceiling.name),
             ceiling_fraction: ceiling.map(|ceiling| gb_per_s / ceiling.gb_per_s),
             asked_fraction: row.asked,
@@ -488,7 +502,7 @@ fn table(summaries: &[Summary<'_>]) -> Table {
 
 #[derive(Serialize)]
 struct Document<'c> {
-    machine: Machine,
+    machine: &'c Machine,
     rounds: usize,
-    rows: Vec<Summary<'c>>,
+    rows: &'c [Summary<'c>],
 }

@@ -143,7 +143,11 @@ pub trait Device: Send + Sync {
 
 /// Memory of a device. Dropping the last handle frees it; whoever queued work on it keeps a handle until
 /// that work is done.
-pub trait Allocation: Any + Send + Sync {
+///
+/// # Safety
+/// For the life of the value the `len_bytes` bytes at `address` are memory of its device that nobody else uses. Where
+/// `host_ptr` is given it is the same memory, initialized, and readable and writable by the host.
+pub unsafe trait Allocation: Any + Send + Sync {
     /// Returns the address of the first byte, in the device's own address space.
     fn address(&self) -> u64;
 

@@ -49,7 +49,8 @@ impl Device for Host {
         let out_of_memory = || DeviceError::OutOfMemory {
             device: DeviceId::Host,
             needed_bytes: len_bytes,
-            free_bytes: self.memory().ok().map(|memory| memory.free_bytes),
+            // Memory that is free and still refused is behind a limit of the process; saying "free" would mislead.
+            free_bytes: self.memory().ok().map(|memory| memory.free_bytes).filter(|free| *free < len_bytes),
         };
         let len = usize::try_from(len_bytes).map_err(|_| out_of_memory())?;
         let memory = HostMemory::allocate(len).map_err(|_| out_of_memory())?;
@@ -152,7 +153,8 @@ impl Device for Host {
     }
 }
 
-impl Allocation for Arena {
+// SAFETY: private memory, zeroed by the system, that this value alone frees.
+unsafe impl Allocation for Arena {
     fn address(&self) -> u64 {
         self.0.as_ptr().as_ptr().addr() as u64
     }

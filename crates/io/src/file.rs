@@ -55,8 +55,7 @@ impl OpenFile {
     /// # Errors
     /// Why it cannot: the loader then reads it through the page cache and reports this reason.
     pub fn probe_direct(&self) -> Result<Direct, &DirectRefusal> {
-        let probed =
-            self.direct.get_or_init(|| probe::open_direct(&self.path, &self.cached, self.seen.len_bytes));
+        let probed = self.direct.get_or_init(|| probe::open_direct(&self.cached, self.seen.len_bytes));
         probed.as_ref().map(|(_, direct)| *direct)
     }
 

@@ -4,7 +4,6 @@ use std::fmt;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
-use std::path::Path;
 
 use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags};
 use tensorhaul_stage::{HostMemory, StagingMemory};
@@ -56,11 +55,7 @@ impl fmt::Display for DirectRefusal {
 }
 
 /// Opens a file for direct reads and proves them on its first bytes.
-pub(crate) fn open_direct(
-    path: &Path,
-    cached: &File,
-    len_bytes: u64,
-) -> Result<(File, Direct), DirectRefusal> {
+pub(crate) fn open_direct(cached: &File, len_bytes: u64) -> Result<(File, Direct), DirectRefusal> {
     if let Some(filesystem @ ("tmpfs" | "ramfs" | "hugetlbfs")) = filesystem(cached) {
         return Err(DirectRefusal::InMemory { filesystem });
     }
@@ -71,8 +66,7 @@ pub(crate) fn open_direct(
     let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::DIRECT;
     // The path may name another file by now; /proc/self/fd names the one that is open.
     let same = format!("/proc/self/fd/{}", cached.as_raw_fd());
-    let open = rustix::fs::open(same.as_str(), flags, Mode::empty())
-        .or_else(|_| rustix::fs::open(path, flags, Mode::empty()));
+    let open = rustix::fs::open(same.as_str(), flags, Mode::empty());
     let direct = File::from(open.map_err(|errno| DirectRefusal::Open(errno.into()))?);
     prove(&direct, cached, len_bytes, align_bytes)?;
     Ok((direct, Direct { align_bytes }))
@@ -290,7 +284,7 @@ mod tests {
     fn files_in_memory_are_not_read_directly() {
         let mut file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
         file.write_all(&[1; 10_000]).unwrap();
-        let refusal = open_direct(file.path(), file.as_file(), 10_000).unwrap_err();
+        let refusal = open_direct(file.as_file(), 10_000).unwrap_err();
         assert_eq!(refusal.to_string(), "tmpfs keeps its files in memory");
     }
 }

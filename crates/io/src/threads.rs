@@ -94,7 +94,10 @@ fn fill(
             Ok(0) => return Err(ReadError { extent, cause: ReadCause::End { at_bytes: offset_bytes } }),
             Ok(read) => have += read,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(error) if access == Access::Direct && error.raw_os_error() == Some(libc::EINVAL) => {
+            Err(error)
+                if access == Access::Direct
+                    && matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP)) =>
+            {
                 counts.direct_refused += 1;
                 access = Access::Cached;
             }

@@ -326,7 +326,7 @@ impl Flight<'_> {
                 None
             }
             (libc::EINTR | libc::EAGAIN, _) => Some(request),
-            (libc::EINVAL, _) if request.access == Access::Direct => {
+            (libc::EINVAL | libc::EOPNOTSUPP, _) if request.access == Access::Direct => {
                 self.counts.direct_refused += 1;
                 Some(Request { access: Access::Cached, ..request })
             }

@@ -49,7 +49,11 @@ impl Slice {
             }
             kept[dim] = range.end - range.start;
         }
-        Pieces::new(dtype, shape, kept, &self.ranges)
+        let pieces = Pieces::new(dtype, shape, kept, &self.ranges)?;
+        if pieces.count > PIECE_COUNT_MAX {
+            return Err(SliceError::TooManyPieces { found: pieces.count, max: PIECE_COUNT_MAX });
+        }
+        Ok(pieces)
     }
 }
 
@@ -156,6 +160,13 @@ pub enum SliceError {
         /// Elements the dimension has.
         len: u64,
     },
+    /// More pieces than a plan can hold.
+    TooManyPieces {
+        /// Pieces that the slice keeps.
+        found: u64,
+        /// The limit.
+        max: u64,
+    },
     /// Packed elements cut at an address inside a byte.
     InsideByte {
         /// The packed element type.
@@ -179,6 +190,9 @@ impl fmt::Display for SliceError {
             SliceError::OutOfRange { dim, range, len } => {
                 write!(f, "{}..{} leaves dimension {dim}, which has {len} elements", range.start, range.end)
             }
+            SliceError::TooManyPieces { found, max } => {
+                write!(f, "the slice is {found} pieces, a plan holds {max}; slice fewer rows at a time")
+            }
             SliceError::InsideByte { dtype } => {
                 write!(
                     f,
@@ -191,6 +205,10 @@ impl fmt::Display for SliceError {
 }
 
 impl std::error::Error for SliceError {}
+
+/// The most pieces of one slice: each is planned as a copy of its own, of about 80 bytes, so that this many take 20 MiB.
+/// The longest inner slice of a known model is a vocabulary's, with 262,144 rows.
+pub const PIECE_COUNT_MAX: u64 = 1 << 18;
 
 /// Greatest common divisor with 8 of a width below 8 bits.
 fn gcd(bits: u64) -> u64 {
@@ -226,6 +244,16 @@ mod tests {
         assert_eq!(error(&[backwards]), "5..3 of dimension 0 is backwards (it has 4 elements)");
         assert_eq!(error(&[0..4, 0..7]), "0..7 leaves dimension 1, which has 6 elements");
         assert_eq!(error(&[0..1, 0..1, 0..1]), "the slice has 3 dimensions, the tensor 2");
+    }
+
+    #[test]
+    fn a_slice_of_too_many_pieces_says_so_before_it_takes_memory() {
+        let column = Slice::new([0..PIECE_COUNT_MAX + 1, 0..1]);
+        let error = column.pieces(Dtype::U8, &[1 << 40, 2]).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "the slice is 262145 pieces, a plan holds 262144; slice fewer rows at a time"
+        );
     }
 
     #[test]

@@ -299,13 +299,13 @@ impl<'m> Quantized<'m> {
 
     /// Returns why a floating-point tensor cannot be cast by itself, if it cannot.
     fn why_kept(&self, tensor: &TensorInfo<'_>) -> Option<String> {
+        if tensor.dtype.bits() < 8 {
+            return Some("codes of less than a byte are numbers only with their scale".to_owned());
+        }
         let (module, _) = split(tensor.name);
         if is_scale(tensor.name) {
             let codes = self.codes.get(module)?;
             return Some(format!("it belongs to {codes:?}, which is quantized"));
-        }
-        if tensor.dtype.bits() < 8 {
-            return Some("codes of less than a byte are numbers only with their scale".to_owned());
         }
         let scale = self.scales.get(module).or_else(|| self.scales.get(tensor.name));
         let scale = scale.filter(|_| is_code(tensor.dtype))?;

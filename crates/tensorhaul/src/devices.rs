@@ -71,18 +71,12 @@ fn backend(id: DeviceId) -> Result<Arc<dyn Device>> {
     }
 }
 
-/// Returns a staging ring of the device: the one kept, if it has such buffers and enough of them, or a new one; and
-/// the seconds it took.
+/// Returns a staging ring of the device and the seconds it took: the one kept, if it has this layout, or a new one.
+/// One of another layout is let go first: budgets hold for what is kept, too.
 pub(crate) fn ring(device: &dyn Device, layout: Layout) -> Result<(Ring, f64)> {
     let start = Instant::now();
-    let kept = lock().get_mut(&device.id()).and_then(|kept| {
-        kept.ring.take_if(|ring| {
-            let kept = ring.layout();
-            kept.buffer_len_bytes() == layout.buffer_len_bytes()
-                && kept.buffer_count() >= layout.buffer_count()
-        })
-    });
-    let ring = match kept {
+    let kept = lock().get_mut(&device.id()).and_then(|kept| kept.ring.take());
+    let ring = match kept.filter(|ring| ring.layout() == layout) {
         Some(ring) => {
             ring.reset_peak();
             ring
@@ -104,8 +98,8 @@ pub(crate) fn keep(device: &dyn Device, ring: Ring, cancel: &Cancel) {
 }
 
 /// Forgets a device that failed: the next load opens it anew.
-pub(crate) fn forget(device: &dyn Device) {
-    let kept = lock().remove(&device.id());
+pub(crate) fn forget(id: DeviceId) {
+    let kept = lock().remove(&id);
     drop(kept);
 }
 
@@ -125,8 +119,7 @@ pub(crate) fn read_back(
         let staged = unsafe { std::slice::from_raw_parts_mut(memory.as_ptr().as_ptr(), len) };
         // SAFETY: both ranges live until the event was waited for; the tensor's bytes are written by nobody any more.
         unsafe { device.copy_back(source, offset_bytes + bytes.len() as u64, staged, Stream::Copy) }?;
-        let queued = device.record(Stream::Copy)?;
-        if let Err(error) = device.wait(&queued) {
+        if let Err(error) = device.record(Stream::Copy).and_then(|queued| device.wait(&queued)) {
             std::mem::forget(memory); // The device may still write to it.
             return Err(error.into());
         }

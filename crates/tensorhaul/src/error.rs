@@ -149,7 +149,7 @@ impl fmt::Display for Error {
             write!(f, "{}: ", file.display())?;
         }
         // Not every link can know its tensor; those that do say so themselves.
-        if let Some(tensor) = self.tensor().filter(|tensor| !what.contains(*tensor)) {
+        if let Some(tensor) = self.tensor().filter(|tensor| !what.contains(&format!("{tensor:?}"))) {
             write!(f, "tensor {tensor:?}: ")?;
         }
         f.write_str(&what)

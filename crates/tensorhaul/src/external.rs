@@ -48,7 +48,8 @@ unsafe impl Send for ExternalMemory {}
 // SAFETY: as above; the value itself never changes.
 unsafe impl Sync for ExternalMemory {}
 
-impl Allocation for ExternalMemory {
+// SAFETY: the conditions of the constructors, kept by the owner.
+unsafe impl Allocation for ExternalMemory {
     fn address(&self) -> u64 {
         self.address
     }
@@ -66,11 +67,12 @@ impl Allocation for ExternalMemory {
 }
 
 /// Gives memory for the result, such as a framework's caching allocator.
-pub trait Allocator: Send + Sync {
-    /// Allocates memory of a device that starts on a multiple of 256 and, on the host, is initialized.
-    ///
-    /// Memory that work queued earlier may still use is right only if that work is on the stream given with
-    /// [`LoadOptions::stream`](crate::LoadOptions::stream).
+///
+/// # Safety
+/// Each allocation is memory that nobody else uses until it is dropped, but work queued on the stream given with
+/// [`LoadOptions::stream`](crate::LoadOptions::stream) before the load.
+pub unsafe trait Allocator: Send + Sync {
+    /// Allocates memory of a device that starts on a multiple of 256.
     ///
     /// # Errors
     /// Whatever the allocator has to say; the load fails with it as out of memory.

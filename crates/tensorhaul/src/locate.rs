@@ -1,5 +1,6 @@
 //! From what the user names to the files of a checkpoint: a file, a folder, an index, a cached model.
 
+use std::collections::BTreeMap;
 use std::env;
 use std::fs;
 use std::io::Read;
@@ -61,6 +62,7 @@ fn in_folder(folder: &Path) -> Result<Located> {
             Err(Error::new(ErrorKind::NotFound, what).in_file(folder))
         }
         ([], _) => {
+            check_complete(&files, folder)?;
             for file in &files {
                 check_inside(file, folder)?;
             }
@@ -79,11 +81,36 @@ fn in_folder(folder: &Path) -> Result<Located> {
     }
 }
 
+/// Files named `…-00002-of-00005.safetensors` are a checkpoint only together. With an index that is its affair.
+fn check_complete(files: &[PathBuf], folder: &Path) -> Result<()> {
+    let mut counts: BTreeMap<(String, u32), u32> = BTreeMap::new();
+    for file in files {
+        let stem = file.file_stem().unwrap_or_default().to_string_lossy();
+        let parts = stem.rsplit_once("-of-").and_then(|(front, of)| Some((front.rsplit_once('-')?, of)));
+        if let Some(((prefix, number), of)) = parts
+            && let (Ok(_), Ok(of)) = (number.parse::<u32>(), of.parse::<u32>())
+        {
+            *counts.entry((prefix.to_owned(), of)).or_default() += 1;
+        }
+    }
+    match counts.into_iter().find(|((_, of), count)| count != of) {
+        Some(((prefix, of), count)) => {
+            let what =
+                format!("holds {count} of the {of} files of {prefix:?}, and no index; download the rest");
+            Err(Error::new(ErrorKind::Malformed, what).in_file(folder))
+        }
+        None => Ok(()),
+    }
+}
+
 /// An index names plain files beside it.
 fn by_index(path: &Path) -> Result<Located> {
     let folder = folder_of(path);
     let index =
         Index::parse(&read_limited(path, INDEX_LEN_BYTES_MAX)?).map_err(|error| Error::index(error, path))?;
+    if index.files().is_empty() {
+        return Err(Error::new(ErrorKind::Malformed, "lists no tensor").in_file(path));
+    }
     let mut files = Vec::with_capacity(index.files().len());
     for name in index.files() {
         check_file_name(name).map_err(|error| Error::index(error, path))?;
@@ -113,7 +140,7 @@ pub(crate) fn check_inside(file: &Path, folder: &Path) -> Result<()> {
     Err(Error::new(ErrorKind::Malformed, what).in_file(file))
 }
 
-/// Finds `org/name` in the local Hugging Face cache; nothing is ever downloaded.
+/// Finds `org/name`, or a `name` of old without one, in the local Hugging Face cache; nothing is ever downloaded.
 ///
 /// # Source
 /// huggingface_hub, "Understand caching": `models--{org}--{name}/refs/main` holds the revision whose
@@ -126,13 +153,15 @@ fn cached_model(id: &Path) -> Result<Option<PathBuf>> {
             _ => None,
         })
         .collect();
-    let Some([org, name]) = parts.as_deref() else {
-        return Ok(None);
+    let folder = match parts.as_deref() {
+        Some([org, name]) => format!("models--{org}--{name}"),
+        Some([name]) => format!("models--{name}"),
+        _ => return Ok(None),
     };
     let Some(cache) = cache_folder() else {
         return Ok(None);
     };
-    let model = cache.join(format!("models--{org}--{name}"));
+    let model = cache.join(folder);
     if !model.is_dir() {
         return Ok(None);
     }

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use memmap2::Mmap;
 use rustix::mm::{Advice, madvise};
-use tensorhaul_io::probe;
+use tensorhaul_io::{Residency, probe};
 use tensorhaul_plan::{Promised, TensorId};
 
 use crate::cancel::Cancel;
@@ -15,7 +15,7 @@ use crate::handover::Emit;
 use crate::model::{Inner, mapped};
 use crate::options::LoadOptions;
 use crate::progress::Progress;
-use crate::report::{Phases, Report};
+use crate::report::{Fallback, Phases, Report};
 
 /// Tensors that lie back to back in one file.
 struct Run {
@@ -39,8 +39,9 @@ pub(crate) fn run(
 
     let resident = options.resident || options.checksums;
     let bytes: u64 = wanted.iter().map(|id| model.checkpoint.tensor(*id).info.len_bytes()).sum();
-    let bytes_hot =
-        if resident { runs.iter().map(|run| hot_bytes(model, run)).sum::<u64>().min(bytes) } else { 0 };
+    let hot: Vec<_> = runs.iter().filter(|_| resident).map(|run| hot_bytes(model, run)).collect();
+    let bytes_hot = hot.iter().flatten().sum::<u64>().min(bytes);
+    let untold = hot.iter().any(Option::is_none);
     let mut touch = Touch { options, cancel, progress: Progress::default(), first_byte: None };
     touch.progress.total_bytes = if resident { bytes } else { 0 };
     touch.progress.total_tensors = wanted.len() as u64;
@@ -88,6 +89,7 @@ pub(crate) fn run(
             in_place_bytes: bytes,
             ..Promised::default()
         },
+        fallbacks: if untold { vec![untold_residency()] } else { Vec::new() },
         phases: Phases {
             plan_seconds,
             prepare_seconds,
@@ -117,9 +119,19 @@ fn runs(model: &Inner, wanted: &[TensorId]) -> Vec<Run> {
     runs
 }
 
-fn hot_bytes(model: &Inner, run: &Run) -> u64 {
-    let file = model.files()[run.file as usize].cached();
-    probe::cached_bytes(file, run.begin, run.end - run.begin).unwrap_or(0)
+/// Counts what the page cache holds of a run; `None` where the system does not tell.
+fn hot_bytes(model: &Inner, run: &Run) -> Option<u64> {
+    let (file, len) = (model.files()[run.file as usize].cached(), run.end - run.begin);
+    probe::cached_bytes(file, run.begin, len).or_else(|| match probe::residency(file, run.begin, len) {
+        Residency::Hot => Some(len),
+        Residency::Cold => Some(0),
+        _ => None,
+    })
+}
+
+fn untold_residency() -> Fallback {
+    let why = "the system does not tell it of files that one may not write, nor on an overlay";
+    Fallback::new("bytes of which the page cache's share is unknown count as cold", why)
 }
 
 /// Brings pages in, and counts them.

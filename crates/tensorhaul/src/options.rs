@@ -119,9 +119,12 @@ impl LoadOptions {
 
     /// The stream that uses the tensors, as a raw handle of the device's driver (`cudaStream_t` and `CUstream` are the
     /// same). Writes into the result's memory wait for what is queued on it before the load, and the
-    /// memory is freed behind what is queued on it at the last drop. It must outlive the tensors. Default: none; memory is
-    /// then freed behind the default stream.
-    pub fn stream(self, stream: u64) -> Self {
+    /// memory is freed behind what is queued on it at the last drop. Default: none; memory is then freed behind the
+    /// default stream.
+    ///
+    /// # Safety
+    /// The handle is a stream of the device the load is for, and outlives the load and every tensor of it.
+    pub unsafe fn stream(self, stream: u64) -> Self {
         LoadOptions { stream: Some(stream), ..self }
     }
 

@@ -62,6 +62,7 @@ impl Transfer<'_> {
         transferred.checksums = checksum::with_pool(self.options.checksums, |hashing| {
             let (sender, messages) = mpsc::channel();
             thread::scope(|scope| {
+                let _guard = StopLanes(self.cancel);
                 let mut arrivals = Arrivals::new(self, hashing, emit);
                 for lane in lanes {
                     let sender = sender.clone();
@@ -103,6 +104,18 @@ impl Transfer<'_> {
         // SAFETY: arenas are initialized and kept alive by `owner`; the plan's reads are disjoint in the
         // arena, each is taken once, and a tensor is emitted only after the last read that covers it.
         unsafe { Landing::new(start, len, owner) }
+    }
+}
+
+/// Stops the lanes when a callback of the caller's panics: they would wait for staging buffers for ever, and the
+/// panic for them.
+struct StopLanes<'c>(&'c Cancel);
+
+impl Drop for StopLanes<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.cancel();
+        }
     }
 }
 

@@ -28,16 +28,25 @@ pub(crate) fn plan(model: &Inner, options: &LoadOptions) -> Result<Plan> {
     Ok(Plan::new(&model.checkpoint, &request(options), &machine)?)
 }
 
-/// Probes, plans, allocates, and reads.
-///
-/// Opening a device and pinning its ring take longest and wait for nobody, so each runs beside what
-/// does not need it; the report shows them apart.
+/// Loads; forgets a device that failed, so that the next load opens it anew.
 pub(crate) fn run(
     model: &Inner,
     options: &LoadOptions,
     cancel: &Cancel,
     emit: &mut Emit<'_>,
 ) -> Result<Report> {
+    let result = attempt(model, options, cancel, emit);
+    if result.as_ref().is_err_and(|error| error.kind() == ErrorKind::Device) {
+        devices::forget(options.request.device);
+    }
+    result
+}
+
+/// Probes, plans, allocates, and reads.
+///
+/// Opening a device and pinning its ring take longest and wait for nobody, so each runs beside what
+/// does not need it; the report shows them apart.
+fn attempt(model: &Inner, options: &LoadOptions, cancel: &Cancel, emit: &mut Emit<'_>) -> Result<Report> {
     let start = Instant::now();
     let (mut probed, opened) = thread::scope(|scope| {
         let opening = scope.spawn(|| devices::open(options.request.device));
@@ -73,15 +82,7 @@ pub(crate) fn run(
 
     let transfer =
         Transfer { model, plan: &plan, device: &*device, arenas, ring: ring.clone(), options, cancel };
-    let done = match transfer.run(&lanes, &temperatures.access, emit) {
-        Ok(done) => done,
-        Err(error) => {
-            if error.kind() == ErrorKind::Device {
-                devices::forget(&*device);
-            }
-            return Err(error);
-        }
-    };
+    let done = transfer.run(&lanes, &temperatures.access, emit)?;
     model.check_unchanged(plan.reads().iter().map(|read| read.extent.file))?;
 
     let engine = engine_name(&lanes);

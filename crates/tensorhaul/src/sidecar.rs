@@ -27,14 +27,21 @@ pub(crate) fn copy(
         return Ok(Vec::new());
     }
     let listing = |error| Error::io("listing it", source, error);
-    let mut names = Vec::new();
+    let (mut names, mut strangers) = (Vec::new(), Vec::new());
     for entry in fs::read_dir(source).map_err(listing)? {
         // A name that is no UTF-8 is none of these.
         if let Ok(name) = entry.map_err(listing)?.file_name().into_string() {
-            names.extend(is_sidecar(&name).then_some(name));
+            if is_sidecar(&name) {
+                names.push(name);
+            } else if !is_weights(&name) {
+                strangers.push(name);
+            }
         }
     }
     names.sort();
+    strangers.sort();
+    let why = "it is no configuration or tokenizer file";
+    left_out.extend(strangers.into_iter().map(|what| LeftOut { what, why: why.to_owned() }));
     let mut files = Vec::new();
     for name in names {
         let path = source.join(&name);
@@ -60,6 +67,11 @@ fn is_sidecar(name: &str) -> bool {
     let is_text =
         matches!(extension, "json" | "txt" | "model" | "jinja" | "tiktoken") || name.starts_with("tokenizer");
     is_text && !name.starts_with('.') && !name.ends_with(".index.json") && !name.ends_with(".safetensors")
+}
+
+/// Tells whether a file is what was converted, or the list of it.
+fn is_weights(name: &str) -> bool {
+    name.ends_with(".safetensors") || name.ends_with(".index.json")
 }
 
 /// Returns why a file is not copied, if it is not.

@@ -84,7 +84,8 @@ impl<D: Driver> Drop for Memory<D> {
     }
 }
 
-impl<D: Driver> Allocation for Memory<D> {
+// SAFETY: the driver gave this memory to this value alone, which frees it behind all use.
+unsafe impl<D: Driver> Allocation for Memory<D> {
     fn address(&self) -> u64 {
         self.address
     }

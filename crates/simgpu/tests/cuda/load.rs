@@ -96,7 +96,7 @@ fn calls_are_one_copy_an_extent_and_nothing_waits_inside_the_loop() {
     assert!(promised.copies <= promised.reads + runs, "{promised:?}");
     assert_eq!(happened.calls("cuStreamSynchronize"), 0);
     assert!(
-        happened.calls("cuEventSynchronize") <= promised.reads.min(16),
+        happened.calls("cuEventSynchronize") <= promised.reads.min(32),
         "only the last buffers are waited for"
     );
     assert_eq!(happened.calls("cuEventRecord"), happened.calls("cuStreamWaitEvent") + promised.reads);

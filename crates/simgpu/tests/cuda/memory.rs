@@ -69,7 +69,8 @@ struct Counting {
     len_bytes: AtomicU64,
 }
 
-impl Allocator for Counting {
+// SAFETY: the device's own allocations, each given once.
+unsafe impl Allocator for Counting {
     fn allocate(
         &self,
         device: DeviceId,
@@ -114,7 +115,9 @@ fn memory_is_freed_behind_the_consumers_stream() {
     let stream = driver.stream_create().unwrap();
     driver.make_current(before).unwrap();
 
-    let loaded = model.load(&options().stream(stream.0 as u64)).unwrap();
+    // SAFETY: the stream lives until after the tensors are dropped below.
+    let options = unsafe { options().stream(stream.0 as u64) };
+    let loaded = model.load(&options).unwrap();
     let waits = sim.report().calls("cuStreamWaitEvent");
     let arenas = sim.report().live["live.allocations"];
     drop(loaded);
@@ -139,6 +142,18 @@ fn the_second_load_finds_the_device_open_and_the_ring_pinned() {
         assert_eq!(first.calls(call), second.calls(call), "{call}");
     }
     sim.assert_clean("after the devices were released");
+}
+
+#[test]
+fn a_smaller_budget_holds_also_when_a_larger_ring_was_kept() {
+    let (_folder, model) = model();
+    let sim = Sim::new("");
+    for budget in [4 << 20, 64 << 10, 1 << 20] {
+        let report = model.load(&options().staging_bytes(budget)).unwrap().report;
+        assert!(report.peak_staging_bytes <= report.promised.peak_staging_bytes, "{budget}: {report:?}");
+        assert!(report.promised.peak_staging_bytes <= budget, "{budget}: {report:?}");
+        assert_eq!(sim.report().live["live.pinned"], 1, "one ring is kept, and no other");
+    }
 }
 
 #[test]

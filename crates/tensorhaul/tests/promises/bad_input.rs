@@ -39,6 +39,33 @@ fn what_is_no_regular_file_is_refused_at_once() {
 }
 
 #[test]
+fn a_folder_with_some_of_the_files_of_a_checkpoint_is_not_loaded_as_if_they_were_all() {
+    let folder = Folder::on_disk();
+    for number in [1, 3] {
+        let file = encode(&[stored(&format!("w{number}"), Dtype::U8, &[4])], 0);
+        folder.write(&format!("model-0000{number}-of-00003.safetensors"), &file);
+    }
+    let error = refused(folder.path(), ErrorKind::Malformed);
+    assert!(error.one_line().contains("holds 2 of the 3 files of \"model\", and no index"), "{error:?}");
+    folder.write("model-00002-of-00003.safetensors", &encode(&[stored("w2", Dtype::U8, &[4])], 0));
+    assert_eq!(Model::open(folder.path()).unwrap().checkpoint().len(), 3);
+
+    folder.write("model.safetensors.index.json", br#"{"weight_map":{}}"#);
+    let error = refused(folder.path(), ErrorKind::Malformed);
+    assert!(error.one_line().ends_with("index.json: lists no tensor"), "{error:?}");
+}
+
+#[test]
+fn errors_name_the_tensor_also_when_its_name_is_a_letter() {
+    let folder = Folder::on_disk();
+    let path = folder.write("cut.safetensors", &encode(&[stored("a", Dtype::U8, &[100_000])], 0));
+    let model = Model::open(&path).unwrap();
+    resize(&path, 5000);
+    let error = model.load(&LoadOptions::default().engine(EngineChoice::Pread)).map(drop).unwrap_err();
+    assert!(error.one_line().contains("tensor \"a\": "), "{error:?}");
+}
+
+#[test]
 fn a_fifo_is_refused_and_never_waited_for() {
     let folder = Folder::on_disk();
     for name in ["pipe.safetensors", "model.safetensors.index.json"] {

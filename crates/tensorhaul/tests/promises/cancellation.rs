@@ -2,10 +2,11 @@
 
 use std::time::Duration;
 
-use tensorhaul::{EngineChoice, Faults, Handover, LoadOptions, Model, Preference};
+use tensorhaul::{Dtype, EngineChoice, Faults, Handover, LoadOptions, Model, Preference};
 
 use crate::common::{
-    Census, Dice, Folder, assert_same, awkward, in_memory_files, in_own_process, memory_bytes, reference,
+    Census, Dice, Folder, assert_same, awkward, encode, in_memory_files, in_own_process, memory_bytes,
+    reference, stored,
 };
 
 #[test]
@@ -29,6 +30,18 @@ fn a_dropped_stream_leaves_nothing() {
         let loaded = Model::open(folder.path()).unwrap().load(&LoadOptions::default()).unwrap();
         assert_same(loaded.tensors.iter(), &expected, "after 60 dropped streams");
     });
+}
+
+#[test]
+fn a_panic_in_the_callers_progress_ends_the_load_and_hangs_nothing() {
+    let bytes = encode(&[stored("w", Dtype::U8, &[4 << 20])], 1);
+    let model =
+        Model::from_memory(vec![("m.safetensors".to_owned(), bytes.into())], Faults::default()).unwrap();
+    let options = LoadOptions::default().in_place(Preference::Off).staging_bytes(64 << 10);
+    let panicking = options.clone().on_progress(|_| panic!("the caller's own"));
+    let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| model.load(&panicking).map(drop)));
+    assert_eq!(caught.unwrap_err().downcast_ref::<&str>(), Some(&"the caller's own"));
+    model.load(&options).unwrap();
 }
 
 #[test]
