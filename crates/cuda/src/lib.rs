@@ -1,7 +1,7 @@
 //! The CUDA backend: NVIDIA's driver, loaded at run time.
 //!
 //! Nothing of CUDA is needed to build this crate, and a machine without a driver gets an error value that
-//! says so. [`sys`] is the table of driver functions, [`driver`] maps them to
+//! says so. `sys` is the table of driver functions, `driver` maps them to
 //! [`tensorhaul_device::gpu::Driver`], and [`tensorhaul_device::gpu::Gpu`] does the rest.
 //!
 //! The table is the project's own instead of a binding crate's: those panic on a missing library or symbol,
