@@ -103,15 +103,18 @@ def evict(paths):
 
 
 def warm(paths):
-    for path in paths:
-        if cached_bytes(path) < path.stat().st_size:
+    """Reads what the page cache lacks. Some systems give idle pages back at once, so it is tried a few times."""
+    for _ in range(8):
+        cold = [path for path in paths if cached_bytes(path) < path.stat().st_size]
+        if not cold:
+            return
+        for path in cold:
             with open(path, "rb", buffering=0) as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
                 buffer = bytearray(4 << 20)
                 while file.readinto(buffer):
                     pass
-        if cached_bytes(path) < path.stat().st_size:
-            raise OSError(f"the page cache does not keep {path}")
+    raise OSError(f"the page cache does not keep {cold[0]}")
 
 
 def prime(len_bytes):

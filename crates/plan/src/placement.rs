@@ -110,7 +110,7 @@ pub fn lifetime_groups(name: &str) -> impl Iterator<Item = &str> {
 }
 
 /// Layer, expert: deeper numbers (a list inside an expert) do not make groups of their own.
-const GROUP_DEPTH_MAX: usize = 2;
+pub(crate) const GROUP_DEPTH_MAX: usize = 2;
 
 /// A group smaller than this shares the arena of the group around it: allocators of devices hand
 /// out 2 MiB pages, and the host's huge pages are as large.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::checkpoint::{Checkpoint, TensorId};
 use crate::extent::{Extent, align_up};
-use crate::placement::{ARENA_LEN_BYTES_MIN, Arena, Place, lifetime_groups};
+use crate::placement::{ARENA_LEN_BYTES_MIN, Arena, GROUP_DEPTH_MAX, Place, lifetime_groups};
 use crate::plan::{Copy, Machine, PlacedTensor, Plan, PlanError, Promised, Read, Target};
 use crate::request::Request;
 use crate::slice::{Pieces, Slice};
@@ -84,13 +84,23 @@ struct Groups {
 impl Groups {
     fn new(checkpoint: &Checkpoint, wanted: &[Wanted]) -> Groups {
         let mut len_bytes: HashMap<&str, u64> = HashMap::new();
+        // Neighbours mostly share their groups: sums stay here until a name leaves them, which spares most look-ups.
+        let mut open = [("", 0); GROUP_DEPTH_MAX];
         for wanted in wanted.iter().filter(|wanted| !wanted.is_external) {
             let info = checkpoint.tensor(wanted.id).info;
-            for group in lifetime_groups(info.name) {
-                *len_bytes.entry(group).or_default() += info.len_bytes();
+            for (open, group) in open.iter_mut().zip(lifetime_groups(info.name)) {
+                if open.0 != group {
+                    *len_bytes.entry(open.0).or_default() += open.1;
+                    *open = (group, 0);
+                }
+                open.1 += info.len_bytes();
             }
         }
+        for (group, len) in open {
+            *len_bytes.entry(group).or_default() += len;
+        }
         let mut numbers: HashMap<&str, u32> = HashMap::new();
+        let mut last: Option<(&str, u32)> = None;
         let mut arenas: Vec<(String, bool)> = Vec::new();
         let mut add = |name: &str, is_external| {
             arenas.push((name.to_owned(), is_external));
@@ -101,9 +111,15 @@ impl Groups {
             if wanted.is_external {
                 return add(name, true);
             }
+            let smallest = lifetime_groups(name).next().unwrap_or("");
+            if let Some((_, arena)) = last.filter(|(group, _)| *group == smallest) {
+                return arena;
+            }
             let worth_one = |group: &&str| len_bytes[*group] >= ARENA_LEN_BYTES_MIN;
             let group = lifetime_groups(name).find(worth_one).unwrap_or("");
-            *numbers.entry(group).or_insert_with(|| add(group, false))
+            let arena = *numbers.entry(group).or_insert_with(|| add(group, false));
+            last = Some((smallest, arena));
+            arena
         };
         let of_wanted = wanted.iter().map(arena).collect();
         Groups { arenas, of_wanted }
