@@ -33,6 +33,7 @@ pub mod header;
 pub mod index;
 pub mod placement;
 pub mod plan;
+pub mod quant;
 pub mod request;
 mod schedule;
 pub mod slice;

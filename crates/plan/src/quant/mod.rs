@@ -1,0 +1,63 @@
+//! Quantized checkpoints: which tensors belong together, and how their bytes become numbers.
+
+mod recipe;
+
+pub use recipe::{Codes, Element, Global, Grid, Number, Recipe, Role, Scale, ZeroOffset, ZeroPoint};
+
+use serde::Serialize;
+
+use crate::checkpoint::TensorId;
+
+/// A quantized tensor: the stored tensors that make it up, and what they become.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Group {
+    /// The name of the result, such as `model.layers.0.mlp.up_proj.weight`.
+    pub name: String,
+    /// The shape of the result.
+    pub shape: Vec<u64>,
+    /// What people call the format.
+    pub family: Family,
+    /// Bits of a code.
+    pub bits: u8,
+    /// Columns that share a scale; `None` where a scale is for a row, a block of rows and columns, or the whole tensor.
+    pub group_size: Option<u32>,
+    /// Whether zero-points are constant; `None` where the element is a float.
+    pub is_symmetric: Option<bool>,
+    /// The stored tensors, each once; exactly one is the payload.
+    pub members: Vec<(Role, TensorId)>,
+    /// How their bytes become numbers.
+    pub recipe: Recipe,
+}
+
+/// A family of formats, as people call it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Family {
+    /// GPTQ, any version.
+    Gptq,
+    /// AWQ, any version.
+    Awq,
+    /// FP8 with scales for tensors, channels or blocks.
+    Fp8,
+    /// compressed-tensors' integers.
+    CompressedTensors,
+    /// bitsandbytes' 4-bit and 8-bit formats.
+    Bitsandbytes,
+    /// OCP microscaling: MXFP4, MXFP6, MXFP8.
+    Mx,
+    /// NVFP4.
+    Nvfp4,
+    /// ModelOpt's integers.
+    Modelopt,
+    /// Quark's integers.
+    Quark,
+    /// torchao's integers.
+    Torchao,
+    /// HQQ.
+    Hqq,
+    /// MLX.
+    Mlx,
+    /// A tensor of a dtype below 16 bits, without scales: a cast.
+    Plain,
+}
