@@ -4,6 +4,7 @@ use std::fmt;
 use std::hash::{BuildHasher, RandomState};
 
 use hashbrown::HashTable;
+use serde::Serialize;
 
 use crate::header::{Header, TensorInfo};
 
@@ -37,7 +38,7 @@ impl File {
 }
 
 /// A tensor's place in the table of its checkpoint: files in order, offsets in order within each.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 pub struct TensorId(pub u32);
 
 /// A tensor as the checkpoint stores it.

@@ -45,6 +45,6 @@ pub use extent::Extent;
 pub use header::{Header, HeaderError, TensorInfo};
 pub use index::{Index, IndexError};
 pub use placement::{Arena, DeviceId, Place};
-pub use plan::{Copy, Machine, PlacedTensor, Plan, PlanError, Promised, Read, Target};
-pub use request::{Request, Select};
+pub use plan::{Copy, Machine, Operation, PlacedTensor, Plan, PlanError, Promised, Read, Source, Target};
+pub use request::{Dequantize, Layout, Request, Select};
 pub use slice::{Slice, SliceError};

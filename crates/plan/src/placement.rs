@@ -74,6 +74,8 @@ pub struct Arena {
     pub group: String,
     /// Whether the memory is the caller's own: exactly one tensor's bytes, at its start.
     pub is_external: bool,
+    /// Whether it holds sources of operations, and is let go when the load is over.
+    pub is_scratch: bool,
     /// Length of the allocation; a multiple of the plan's congruence, unless it is the caller's own.
     pub len_bytes: u64,
 }

@@ -10,6 +10,7 @@ use crate::checkpoint::{Checkpoint, TensorId};
 use crate::dtype::Dtype;
 use crate::extent::Extent;
 use crate::placement::{Arena, Place};
+use crate::quant::{Family, Recipe, Role};
 use crate::request::Request;
 use crate::schedule;
 use crate::slice::SliceError;
@@ -44,8 +45,10 @@ pub struct Plan {
     pub(crate) checkpoint: Arc<Checkpoint>,
     pub(crate) tensors: Vec<PlacedTensor>,
     pub(crate) arenas: Vec<Arena>,
+    pub(crate) operations: Vec<Operation>,
     pub(crate) reads: Vec<Read>,
     pub(crate) copies: Vec<Copy>,
+    pub(crate) brought: Vec<u32>,
     pub(crate) machine: Machine,
     pub(crate) promised: Promised,
 }
@@ -79,16 +82,25 @@ impl Plan {
     }
 
     /// Returns the name of a tensor of the result.
-    pub fn name(&self, tensor: &PlacedTensor) -> &str {
-        self.checkpoint.tensor(tensor.id).info.name
+    pub fn name<'p>(&'p self, tensor: &PlacedTensor) -> &'p str {
+        match tensor.operation {
+            Some(operation) => &self.operations[operation as usize].name,
+            None => self.checkpoint.tensor(tensor.id).info.name,
+        }
     }
 
     /// Returns the shape of a tensor of the result: the part's, where a part was asked for.
     pub fn shape<'p>(&'p self, tensor: &'p PlacedTensor) -> &'p [u64] {
-        match &tensor.sliced_shape {
-            Some(shape) => shape,
-            None => self.checkpoint.tensor(tensor.id).info.shape,
+        match (&tensor.sliced_shape, tensor.operation) {
+            (Some(shape), _) => shape,
+            (None, Some(operation)) => &self.operations[operation as usize].shape,
+            (None, None) => self.checkpoint.tensor(tensor.id).info.shape,
         }
+    }
+
+    /// Returns the operations, in the order in which their sources arrive.
+    pub fn operations(&self) -> &[Operation] {
+        &self.operations
     }
 
     /// Returns the allocations the result lives in.
@@ -96,7 +108,8 @@ impl Plan {
         &self.arenas
     }
 
-    /// Returns the reads in schedule order: files in order, offsets in order within each.
+    /// Returns the reads in schedule order: files in order, offsets in order within each. Of operations, small sources come
+    /// first of all, and the others together where the payload stands.
     pub fn reads(&self) -> &[Read] {
         &self.reads
     }
@@ -109,19 +122,9 @@ impl Plan {
         }
     }
 
-    /// Returns how many bytes of the result a read brings; the rest of it is alignment and bridged gaps.
-    pub fn payload_bytes(&self, read: &Read) -> u64 {
-        if let Target::Staged { .. } = read.target {
-            return self.copies(read).iter().map(|copy| copy.len_bytes).sum();
-        }
-        let run = &self.tensors[read.tensors.start as usize..read.tensors.end as usize];
-        let ends = run.first().zip(run.last()).map(|(first, last)| {
-            let begin = self.checkpoint.tensor(first.id).file_offset_bytes;
-            let last = self.checkpoint.tensor(last.id);
-            (begin, last.file_offset_bytes + last.info.len_bytes())
-        });
-        let (begin, end) = ends.unwrap_or_default();
-        end.min(read.extent.end_bytes()).saturating_sub(begin.max(read.extent.offset_bytes))
+    /// Returns the tensors a read brings bytes of, or of whose sources, each once, by their places in [`Plan::tensors`].
+    pub fn brought(&self, read: &Read) -> &[u32] {
+        &self.brought[read.brought.start as usize..read.brought.end as usize]
     }
 
     /// Returns the machine it was made for.
@@ -138,18 +141,52 @@ impl Plan {
 /// One tensor of the result.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PlacedTensor {
-    /// The tensor it is, or is a part of.
+    /// The stored tensor it is, is a part of, or whose codes it is made of.
     pub id: TensorId,
-    /// Element type, as stored.
+    /// Element type in the result.
     pub dtype: Dtype,
     /// The shape of the part, where a part was asked for.
     pub sliced_shape: Option<Box<[u64]>>,
+    /// What makes it, by its place in [`Plan::operations`]; `None` for one that arrives as stored.
+    pub operation: Option<u32>,
     /// Where its first byte lands.
     pub place: Place,
     /// Its bytes; 0 for an empty tensor.
     pub len_bytes: u64,
-    /// How many reads bring its bytes; it is ready when all of them are done.
+    /// How many reads bring its bytes, or its operation's sources; it is ready, or can be made, when all of them are done.
     pub read_count: u32,
+}
+
+/// Dequantization of one tensor, when its sources have arrived.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Operation {
+    /// The name of the result.
+    pub name: String,
+    /// What people call the format.
+    pub family: Family,
+    /// The shape of the result.
+    pub shape: Vec<u64>,
+    /// Whether the result is `[.., K, N]` instead of `[.., N, K]`.
+    pub is_transposed: bool,
+    /// How bytes become numbers.
+    pub recipe: Recipe,
+    /// Where they are.
+    pub sources: Vec<Source>,
+    /// What it makes, by its place in [`Plan::tensors`], which says where and of which dtype.
+    pub tensor: u32,
+}
+
+/// A stored tensor that an operation reads, in scratch memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Source {
+    /// What it is to the operation.
+    pub role: Role,
+    /// Which tensor.
+    pub id: TensorId,
+    /// Where its first byte lies when all reads are done.
+    pub place: Place,
+    /// Its bytes.
+    pub len_bytes: u64,
 }
 
 /// One read of one file, at most a staging buffer long.
@@ -159,9 +196,13 @@ pub struct Read {
     pub extent: Extent,
     /// Where they land.
     pub target: Target,
-    /// The tensors whose bytes it brings, by their place in [`Plan::tensors`]. Empty tensors may
-    /// stand between them.
-    pub tensors: Range<u32>,
+    /// Range of the plan's list of tensors brought; see [`Plan::brought`].
+    pub brought: Range<u32>,
+    /// How many of its bytes are of tensors asked for, or of sources; the rest is alignment and bridged gaps.
+    pub payload_bytes: u64,
+    /// The operations that must have been started before the read begins, and be over before its bytes land: their sources lay in the
+    /// same place. Mostly none.
+    pub after: Range<u32>,
 }
 
 /// Where the bytes of a read land.
@@ -198,13 +239,17 @@ pub struct Promised {
     pub reads: u64,
     /// Number of copies out of staging buffers.
     pub copies: u64,
+    /// Number of tensors that are dequantized.
+    pub operations: u64,
     /// Bytes that land in the tensors' own memory at once.
     pub in_place_bytes: u64,
     /// The most host memory between storage and device.
     pub peak_staging_bytes: u64,
     /// Memory of the result, rounding included; the caller's own memory is not counted.
     pub target_bytes: u64,
-    /// The most host memory of the run: staging, and the result where that is on the host.
+    /// Device memory for sources of operations, which is free again when the load is over.
+    pub transient_bytes: u64,
+    /// The most host memory of the run: staging, and what is on the host of the result and of sources.
     pub peak_host_bytes: u64,
 }
 
@@ -243,12 +288,26 @@ pub enum PlanError {
         /// The tensor.
         name: String,
     },
+    /// A slice of a tensor that is dequantized, which is made whole.
+    SliceOfMade {
+        /// The tensor.
+        name: String,
+    },
     /// A slice that does not exist.
     Slice {
         /// The tensor.
         name: String,
         /// Why.
         source: SliceError,
+    },
+    /// A quantized tensor whose packed bytes are more than the caller allows to wait.
+    OverTransientBudget {
+        /// The result's name.
+        name: String,
+        /// Bytes its sources take, rounding included.
+        needed_bytes: u64,
+        /// Bytes the caller allows.
+        max_bytes: u64,
     },
     /// A result larger than the caller allows.
     OverBudget {
@@ -266,6 +325,8 @@ impl PlanError {
             PlanError::UnknownTensor { name, .. }
             | PlanError::ExternalNotSelected { name }
             | PlanError::SliceNotSelected { name }
+            | PlanError::SliceOfMade { name }
+            | PlanError::OverTransientBudget { name, .. }
             | PlanError::Slice { name, .. } => Some(name),
             _ => None,
         }
@@ -287,6 +348,18 @@ impl fmt::Display for PlanError {
             }
             PlanError::SliceNotSelected { name } => {
                 write!(f, "tensor {name:?}: a slice is asked for, but the tensor is not selected")
+            }
+            PlanError::SliceOfMade { name } => {
+                write!(
+                    f,
+                    "tensor {name:?} is dequantized, which makes it whole; a slice of it cannot be asked for"
+                )
+            }
+            PlanError::OverTransientBudget { name, needed_bytes, max_bytes } => {
+                write!(
+                    f,
+                    "tensor {name:?}: its packed bytes take {needed_bytes} bytes, the transient budget is {max_bytes}"
+                )
             }
             PlanError::Slice { name, .. } => write!(f, "tensor {name:?} has no such slice"),
             PlanError::OverBudget { needed_bytes, max_bytes } => {

@@ -4,10 +4,13 @@ use std::fmt;
 use std::sync::Arc;
 
 use globset::{GlobBuilder, GlobSet, GlobSetBuilder};
+use serde::Serialize;
 
 use crate::checkpoint::{Checkpoint, TensorId, TensorRef};
+use crate::dtype::Dtype;
 use crate::placement::DeviceId;
 use crate::plan::PlanError;
+use crate::quant::Group;
 use crate::slice::Slice;
 
 /// What the caller wants. Everything else in a plan follows from it, the checkpoint and the machine.
@@ -25,6 +28,41 @@ pub struct Request {
     /// The most bytes the result may take on the device, rounding included and the caller's own memory not; a plan that needs more
     /// is refused. Default: no limit but the device's own.
     pub target_bytes_max: Option<u64>,
+    /// Which quantized tensors are handed over as numbers. Default: none, all arrive as they are stored.
+    pub dequantize: Option<Dequantize>,
+    /// The most device memory for packed bytes that wait to be dequantized. Default: 256 MiB, or what the largest
+    /// tensor needs; a limit given here that the largest does not fit in refuses the plan.
+    pub transient_bytes_max: Option<u64>,
+}
+
+/// Which quantized tensors become numbers, and of which kind.
+///
+/// Names of a request are then those of the result: a group is selected by the name of what is made of it, and the stored tensors
+/// it uses up are handed over only where they are named.
+#[derive(Clone, Debug)]
+pub struct Dequantize {
+    /// What may be dequantized, ascending by [`Group::payload`].
+    pub groups: Arc<[Group]>,
+    /// Only those whose result matches one of these globs, each of which must match something. `None`: all.
+    pub globs: Option<Vec<String>>,
+    /// F32, F16 or BF16.
+    pub dtype: Dtype,
+    /// Order of the result's elements.
+    pub layout: Layout,
+    /// Whether numbers for each column (`pre_quant_scale`) are multiplied in; else they are handed over as stored.
+    pub fold: bool,
+}
+
+/// Order of the elements of a dequantized matrix.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Layout {
+    /// `[N, K]`, as the weight of a linear layer is stored.
+    #[default]
+    Rows,
+    /// `[K, N]` for formats that store neighbouring rows side by side (GPTQ, AWQ GEMM), which spares a transposition; others stay
+    /// `[N, K]`.
+    AsStored,
 }
 
 impl Request {
@@ -41,6 +79,8 @@ impl Request {
             device: DeviceId::Host,
             external: Vec::new(),
             target_bytes_max: None,
+            dequantize: None,
+            transient_bytes_max: None,
         }
     }
 
@@ -106,25 +146,44 @@ fn named(checkpoint: &Checkpoint, names: &[String]) -> Result<Vec<TensorId>, Pla
 }
 
 fn matching(checkpoint: &Checkpoint, globs: &[String]) -> Result<Vec<TensorId>, PlanError> {
-    let set = compile(globs)?;
-    let mut matched = vec![false; globs.len()];
-    let mut hits = Vec::new();
-    let mut ids = Vec::new();
-    for tensor in checkpoint.tensors() {
-        set.matches_into(tensor.info.name, &mut hits);
-        hits.extend((0..globs.len()).filter(|glob| globs[*glob] == tensor.info.name));
-        if !hits.is_empty() {
-            ids.push(tensor.id);
-        }
-        for hit in &hits {
-            matched[*hit] = true;
-        }
+    let mut globs = Globs::new(globs)?;
+    let hits = checkpoint.tensors().filter(|tensor| globs.is_hit(tensor.info.name));
+    let ids = hits.map(|tensor| tensor.id).collect();
+    globs.check_each_hit(checkpoint)?;
+    Ok(ids)
+}
+
+/// Globs, each of which must match something.
+pub(crate) struct Globs<'r> {
+    texts: &'r [String],
+    set: GlobSet,
+    is_matched: Vec<bool>,
+    hits: Vec<usize>,
+}
+
+impl<'r> Globs<'r> {
+    pub(crate) fn new(texts: &'r [String]) -> Result<Globs<'r>, PlanError> {
+        Ok(Globs { texts, set: compile(texts)?, is_matched: vec![false; texts.len()], hits: Vec::new() })
     }
-    match matched.iter().position(|matched| !matched) {
-        Some(glob) => {
-            Err(PlanError::NothingMatches { glob: globs[glob].clone(), tensor_count: checkpoint.len() })
+
+    /// Tells whether one of them matches, or is, the name.
+    pub(crate) fn is_hit(&mut self, name: &str) -> bool {
+        self.set.matches_into(name, &mut self.hits);
+        self.hits.extend((0..self.texts.len()).filter(|glob| self.texts[*glob] == name));
+        self.hits.iter().for_each(|hit| self.is_matched[*hit] = true);
+        !self.hits.is_empty()
+    }
+
+    /// # Errors
+    /// [`PlanError::NothingMatches`] with the first that matched nothing so far.
+    pub(crate) fn check_each_hit(&self, checkpoint: &Checkpoint) -> Result<(), PlanError> {
+        match self.is_matched.iter().position(|matched| !matched) {
+            Some(glob) => Err(PlanError::NothingMatches {
+                glob: self.texts[glob].clone(),
+                tensor_count: checkpoint.len(),
+            }),
+            None => Ok(()),
         }
-        None => Ok(ids),
     }
 }
 

@@ -1,12 +1,14 @@
 //! A plan as text for people and as JSON for scripts.
 
 use std::fmt;
+use std::ops::Range;
 
 use serde::ser::{SerializeSeq, SerializeStruct};
 use serde::{Serialize, Serializer};
 
 use crate::dtype::Dtype;
-use crate::plan::{Copy, PlacedTensor, Plan, Target};
+use crate::placement::Arena;
+use crate::plan::{Copy, PlacedTensor, Plan, Read, Target};
 
 impl fmt::Display for Plan {
     /// Prints every file, arena, read and tensor, a line each. Offsets and lengths are bytes; a tensor
@@ -18,6 +20,10 @@ impl fmt::Display for Plan {
         writeln!(f, "read           {:>16} bytes in {} reads", promised.read_bytes, promised.reads)?;
         writeln!(f, "in place       {:>16} bytes", promised.in_place_bytes)?;
         writeln!(f, "copies         {:>16}", promised.copies)?;
+        if promised.operations > 0 {
+            writeln!(f, "operations     {:>16}", promised.operations)?;
+            writeln!(f, "transient      {:>16} bytes", promised.transient_bytes)?;
+        }
         writeln!(f, "result memory  {:>16} bytes", promised.target_bytes)?;
         writeln!(f, "peak staging   {:>16} bytes", promised.peak_staging_bytes)?;
         writeln!(f, "peak host      {:>16} bytes", promised.peak_host_bytes)?;
@@ -35,10 +41,11 @@ impl fmt::Display for Plan {
         }
         writeln!(f, "\narenas")?;
         for (number, arena) in self.arenas().iter().enumerate() {
-            let group = match (arena.group.as_str(), arena.is_external) {
+            let group = match (arena.group.as_str(), arena) {
+                (group, Arena { is_external: true, .. }) => format!("{group} (the caller's own memory)"),
+                (group, Arena { is_scratch: true, .. }) => format!("({group} of operations)"),
                 ("", _) => "(rest)".to_owned(),
-                (group, false) => group.to_owned(),
-                (group, true) => format!("{group} (the caller's own memory)"),
+                (group, _) => group.to_owned(),
             };
             writeln!(f, "  a{number}  {}  {} bytes  {group}", arena.device, arena.len_bytes)?;
         }
@@ -47,9 +54,13 @@ impl fmt::Display for Plan {
             let extent = read.extent;
             write!(f, "  f{}+{}  {}", extent.file, extent.offset_bytes, extent.len_bytes)?;
             match &read.target {
-                Target::InPlace(place) => writeln!(f, " -> a{}+{}", place.arena, place.offset_bytes)?,
+                Target::InPlace(place) => {
+                    write!(f, " -> a{}+{}", place.arena, place.offset_bytes)?;
+                    after(f, read)?;
+                }
                 Target::Staged { .. } => {
-                    writeln!(f, " -> staging")?;
+                    write!(f, " -> staging")?;
+                    after(f, read)?;
                     for copy in self.copies(read) {
                         let place = copy.target;
                         writeln!(
@@ -61,10 +72,36 @@ impl fmt::Display for Plan {
                 }
             }
         }
+        if !self.operations().is_empty() {
+            writeln!(f, "\noperations")?;
+        }
+        for (number, operation) in self.operations().iter().enumerate() {
+            let target = &self.tensors()[operation.tensor as usize];
+            let (family, place) = (operation.family, target.place);
+            write!(
+                f,
+                "  o{number}  {family} {} -> a{}+{} ",
+                operation.name, place.arena, place.offset_bytes
+            )?;
+            for source in &operation.sources {
+                let (role, place) = (source.role.name(), source.place);
+                write!(f, " {role} {} a{}+{}", source.len_bytes, place.arena, place.offset_bytes)?;
+            }
+            writeln!(f)?;
+        }
         writeln!(f, "\ntensors")?;
         for tensor in self.tensors() {
             let stored = self.checkpoint().tensor(tensor.id);
-            write!(f, "  {} {} {:?}", stored.info.name, tensor.dtype, self.shape(tensor))?;
+            write!(f, "  {} {} {:?}", self.name(tensor), tensor.dtype, self.shape(tensor))?;
+            if let Some(operation) = tensor.operation {
+                let place = tensor.place;
+                writeln!(
+                    f,
+                    "  o{operation}  {} -> a{}+{}",
+                    tensor.len_bytes, place.arena, place.offset_bytes
+                )?;
+                continue;
+            }
             if tensor.sliced_shape.is_some() {
                 write!(f, " of {:?}", stored.info.shape)?;
             }
@@ -79,8 +116,17 @@ impl fmt::Display for Plan {
     }
 }
 
+/// Prints the operations that a read waits for.
+fn after(f: &mut fmt::Formatter<'_>, read: &Read) -> fmt::Result {
+    match read.after.len() {
+        0 => writeln!(f),
+        1 => writeln!(f, " after o{}", read.after.start),
+        _ => writeln!(f, " after o{}..o{}", read.after.start, read.after.end - 1),
+    }
+}
+
 impl Serialize for Plan {
-    /// Serializes `promised`, `machine`, `files`, `arenas`, `reads` and `tensors`; every number is bytes or an
+    /// Serializes `promised`, `machine`, `files`, `arenas`, `operations`, `reads` and `tensors`; every number is bytes or an
     /// index into one of these lists.
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let files = self.checkpoint().files().iter().map(|file| FileView {
@@ -88,11 +134,12 @@ impl Serialize for Plan {
             len_bytes: file.len_bytes(),
             data_start_bytes: file.header().data_start_bytes(),
         });
-        let mut plan = serializer.serialize_struct("Plan", 6)?;
+        let mut plan = serializer.serialize_struct("Plan", 7)?;
         plan.serialize_field("promised", self.promised())?;
         plan.serialize_field("machine", self.machine())?;
         plan.serialize_field("files", &files.collect::<Vec<_>>())?;
         plan.serialize_field("arenas", self.arenas())?;
+        plan.serialize_field("operations", self.operations())?;
         plan.serialize_field("reads", &Reads(self))?;
         plan.serialize_field("tensors", &Tensors(self))?;
         plan.end()
@@ -119,6 +166,8 @@ impl Serialize for Reads<'_> {
             in_place: Option<crate::Place>,
             #[serde(skip_serializing_if = "<[_]>::is_empty")]
             copies: &'p [Copy],
+            #[serde(skip_serializing_if = "Range::is_empty")]
+            after: Range<u32>,
         }
         let mut list = serializer.serialize_seq(Some(self.0.reads().len()))?;
         for read in self.0.reads() {
@@ -133,6 +182,7 @@ impl Serialize for Reads<'_> {
                 len_bytes: extent.len_bytes,
                 in_place,
                 copies,
+                after: read.after.clone(),
             })?;
         }
         list.end()
@@ -145,13 +195,14 @@ impl Tensors<'_> {
     fn view<'p>(plan: &'p Plan, tensor: &'p PlacedTensor) -> TensorView<'p> {
         let stored = plan.checkpoint().tensor(tensor.id);
         TensorView {
-            name: stored.info.name,
+            name: plan.name(tensor),
             dtype: tensor.dtype,
             shape: plan.shape(tensor),
             file: stored.file,
             offset_bytes: stored.file_offset_bytes,
             len_bytes: tensor.len_bytes,
             place: tensor.place,
+            operation: tensor.operation,
         }
     }
 }
@@ -165,6 +216,8 @@ struct TensorView<'p> {
     offset_bytes: u64,
     len_bytes: u64,
     place: crate::Place,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    operation: Option<u32>,
 }
 
 impl Serialize for Tensors<'_> {

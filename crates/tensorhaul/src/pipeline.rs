@@ -361,12 +361,11 @@ impl<'a, 'e> Arrivals<'a, 'e> {
     fn arrived(&mut self, read: u32) {
         let read = &self.transfer.plan.reads()[read as usize];
         self.progress.read_bytes += read.extent.len_bytes;
-        for tensor in read.tensors.start as usize..read.tensors.end as usize {
-            if self.transfer.plan.tensors()[tensor].len_bytes > 0 {
-                self.missing[tensor] -= 1;
-                if self.missing[tensor] == 0 {
-                    self.ready(tensor);
-                }
+        for tensor in self.transfer.plan.brought(read) {
+            let tensor = *tensor as usize;
+            self.missing[tensor] -= 1;
+            if self.missing[tensor] == 0 {
+                self.ready(tensor);
             }
         }
         if let Some(progress) = &self.transfer.options.progress {
@@ -403,11 +402,11 @@ impl<'a, 'e> Arrivals<'a, 'e> {
             _ => read.extent.offset_bytes,
         };
         // The first tensor of the read that the file's end, or the failed read, leaves incomplete.
-        let incomplete =
-            plan.tensors()[read.tensors.start as usize..read.tensors.end as usize].iter().find(|tensor| {
-                let stored = plan.checkpoint().tensor(tensor.id);
-                stored.file_offset_bytes + stored.info.len_bytes() > at_bytes
-            });
+        let mut brought = plan.brought(read).iter().map(|tensor| &plan.tensors()[*tensor as usize]);
+        let incomplete = brought.find(|tensor| {
+            let stored = plan.checkpoint().tensor(tensor.id);
+            stored.file_offset_bytes + stored.info.len_bytes() > at_bytes
+        });
         let tensor = incomplete.map(|tensor| plan.name(tensor));
         self.fail(Error::read(error, &model.file_path(read.extent.file as usize), tensor));
     }

@@ -74,7 +74,7 @@ impl Temperatures {
             let able =
                 plan.machine().direct_align_bytes > 1 && file.is_some_and(|file| file.direct().is_some());
             let is_direct = !is_hot && residency != Residency::Unknown && able;
-            temperatures.hot_bytes += if is_hot { plan.payload_bytes(read) } else { 0 };
+            temperatures.hot_bytes += if is_hot { read.payload_bytes } else { 0 };
             temperatures.direct_bytes += if is_direct { extent.len_bytes } else { 0 };
             temperatures.access.push(if is_direct { Access::Direct } else { Access::Cached });
         }

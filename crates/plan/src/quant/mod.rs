@@ -4,6 +4,8 @@ mod recipe;
 
 pub use recipe::{Codes, Element, Global, Grid, Number, Recipe, Role, Scale, ZeroOffset, ZeroPoint};
 
+use std::fmt;
+
 use serde::Serialize;
 
 use crate::checkpoint::TensorId;
@@ -29,9 +31,16 @@ pub struct Group {
     pub recipe: Recipe,
 }
 
+impl Group {
+    /// Returns the tensor that holds the codes.
+    pub fn payload(&self) -> TensorId {
+        let payload = self.members.iter().find(|(role, _)| *role == Role::Payload);
+        payload.expect("a group has one payload").1
+    }
+}
+
 /// A family of formats, as people call it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
-#[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Family {
     /// GPTQ, any version.
@@ -60,4 +69,24 @@ pub enum Family {
     Mlx,
     /// A tensor of a dtype below 16 bits, without scales: a cast.
     Plain,
+}
+
+impl fmt::Display for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Family::Gptq => "GPTQ",
+            Family::Awq => "AWQ",
+            Family::Fp8 => "FP8",
+            Family::CompressedTensors => "compressed-tensors",
+            Family::Bitsandbytes => "bitsandbytes",
+            Family::Mx => "MX",
+            Family::Nvfp4 => "NVFP4",
+            Family::Modelopt => "ModelOpt",
+            Family::Quark => "Quark",
+            Family::Torchao => "torchao",
+            Family::Hqq => "HQQ",
+            Family::Mlx => "MLX",
+            Family::Plain => "cast",
+        })
+    }
 }

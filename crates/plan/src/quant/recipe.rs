@@ -293,3 +293,22 @@ pub enum Role {
     /// Says sizes or parameters, which the plan has read already: not needed to dequantize.
     Description,
 }
+
+impl Role {
+    /// Returns the word for it, as plans print it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Role::Payload => "payload",
+            Role::Scale => "scale",
+            Role::Global => "global",
+            Role::ZeroPoint => "zero_point",
+            Role::GroupIndex => "group_index",
+            Role::Bias => "bias",
+            Role::Table => "table",
+            Role::NestedTable => "nested_table",
+            Role::NestedScale => "nested_scale",
+            Role::Fold => "fold",
+            Role::Description => "description",
+        }
+    }
+}

@@ -1,0 +1,105 @@
+//! From a request to a plan: the tensors wanted, their places, the sources of operations, the reads.
+
+mod lifetimes;
+mod place;
+mod reads;
+mod scratch;
+mod wanted;
+
+use std::sync::Arc;
+
+use crate::DeviceId;
+use crate::checkpoint::{Checkpoint, TensorId};
+use crate::plan::{Machine, Plan, PlanError, Promised, Target};
+use crate::request::Request;
+use lifetimes::Lifetimes;
+use place::{Placed, Segment, place};
+use reads::{Reads, reads};
+use scratch::{Scratch, scratch};
+use wanted::wanted;
+
+pub(crate) fn plan(
+    checkpoint: &Arc<Checkpoint>,
+    request: &Request,
+    machine: &Machine,
+) -> Result<Plan, PlanError> {
+    assert!(machine.buffer_len_bytes > 0 && machine.buffer_len_bytes.is_multiple_of(BUFFER_ALIGN_BYTES));
+    assert!(machine.buffer_count > 0);
+    assert!(machine.direct_align_bytes.is_power_of_two() && machine.direct_align_bytes <= BUFFER_ALIGN_BYTES);
+    let wanted = wanted(checkpoint, request)?;
+    let lifetimes = Lifetimes::new(checkpoint, request, &wanted);
+    let Placed { mut tensors, mut arenas, segments } =
+        place(checkpoint, request, &wanted, &lifetimes, machine);
+    let Scratch { operations, small, large } =
+        scratch(checkpoint, request, &wanted, &mut tensors, &mut arenas, machine)?;
+    let segments = if operations.is_empty() {
+        segments
+    } else {
+        in_order(small, segments, large, |segment| wanted[segment.tensors.start as usize].id)
+    };
+    let Reads { reads, copies, brought } = reads(checkpoint, &segments, &mut tensors, machine);
+
+    let mut plan = Plan {
+        checkpoint: Arc::clone(checkpoint),
+        tensors,
+        arenas,
+        operations,
+        reads,
+        copies,
+        brought,
+        machine: *machine,
+        promised: Promised::default(),
+    };
+    plan.promised = promise(&plan);
+    match request.target_bytes_max {
+        Some(max_bytes) if plan.promised.target_bytes > max_bytes => {
+            Err(PlanError::OverBudget { needed_bytes: plan.promised.target_bytes, max_bytes })
+        }
+        _ => Ok(plan),
+    }
+}
+
+/// Puts small sources first, and the sources of each operation together where its payload stands among what arrives as stored.
+fn in_order(
+    mut small: Vec<Segment>,
+    stored: Vec<Segment>,
+    large: Vec<(TensorId, Vec<Segment>)>,
+    id_of: impl Fn(&Segment) -> TensorId,
+) -> Vec<Segment> {
+    let mut stored = stored.into_iter().peekable();
+    for (payload, sources) in large {
+        while let Some(segment) = stored.next_if(|segment| id_of(segment) < payload) {
+            small.push(segment);
+        }
+        small.extend(sources);
+    }
+    small.extend(stored);
+    small
+}
+
+fn promise(plan: &Plan) -> Promised {
+    let is_staged = |target: &Target| matches!(target, Target::Staged { .. });
+    let in_place = plan.reads.iter().filter(|read| !is_staged(&read.target));
+    let staged = plan.reads.iter().filter(|read| is_staged(&read.target)).count() as u64;
+    let peak_staging_bytes = staged.min(plan.machine.buffer_count.into()) * plan.machine.buffer_len_bytes;
+    let own = |is_scratch| {
+        plan.arenas.iter().filter(move |arena| !arena.is_external && arena.is_scratch == is_scratch)
+    };
+    let on_host = plan.arenas.iter().filter(|arena| !arena.is_external && arena.device == DeviceId::Host);
+    Promised {
+        payload_bytes: plan.tensors.iter().map(|tensor| tensor.len_bytes).sum(),
+        read_bytes: plan.reads.iter().map(|read| read.extent.len_bytes).sum(),
+        reads: plan.reads.len() as u64,
+        copies: plan.copies.len() as u64,
+        operations: plan.operations.len() as u64,
+        in_place_bytes: in_place.map(|read| read.extent.len_bytes).sum(),
+        peak_staging_bytes,
+        target_bytes: own(false).map(|arena| arena.len_bytes).sum(),
+        transient_bytes: own(true).map(|arena| arena.len_bytes).sum(),
+        peak_host_bytes: peak_staging_bytes + on_host.map(|arena| arena.len_bytes).sum::<u64>(),
+    }
+}
+
+/// Staging buffers and reads are cut at multiples of this, the strictest alignment of direct reads
+/// that common file systems report.
+const BUFFER_ALIGN_BYTES: u64 = 4096;

@@ -1,0 +1,218 @@
+//! Operations: where their sources wait, and which operation must be over before its place is taken again.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+
+use super::place::{CONGRUENCE_BYTES, How, IN_PLACE_LEN_BYTES_MIN, Segment, congruence_bytes};
+use super::wanted::{Wanted, What, members};
+use crate::checkpoint::{Checkpoint, TensorId};
+use crate::extent::align_up;
+use crate::placement::{Arena, Place};
+use crate::plan::{Machine, Operation, PlacedTensor, PlanError, Source};
+use crate::quant::{Group, Role};
+use crate::request::{Dequantize, Layout, Request};
+
+/// Operations in the order of their payloads, and the segments of their sources.
+pub(super) struct Scratch {
+    pub(super) operations: Vec<Operation>,
+    /// Sources of a few bytes, which are read before everything else, ascending by file and offset.
+    pub(super) small: Vec<Segment>,
+    /// The other sources of each operation, adjacent in time; with the operation's own place in the result's order.
+    pub(super) large: Vec<(TensorId, Vec<Segment>)>,
+}
+
+/// Places the sources of all operations in scratch arenas, which it appends.
+///
+/// Small sources (a scale for each tensor, say) stay until the load is over: read together, they cost a few requests instead
+/// of one each. The others wait in a ring: an operation's sources take the place of older ones when those have been worked off.
+pub(super) fn scratch(
+    checkpoint: &Checkpoint,
+    request: &Request,
+    wanted: &[Wanted<'_>],
+    tensors: &mut [PlacedTensor],
+    arenas: &mut Vec<Arena>,
+    machine: &Machine,
+) -> Result<Scratch, PlanError> {
+    let mut scratch = Scratch { operations: Vec::new(), small: Vec::new(), large: Vec::new() };
+    let Some(dequantize) = &request.dequantize else { return Ok(scratch) };
+    let made = || {
+        wanted.iter().enumerate().filter_map(|(index, wanted)| match &wanted.what {
+            What::Made(group) => Some((index as u32, *group)),
+            What::Stored(_) => None,
+        })
+    };
+    let stays = arenas.len() as u32;
+    let mut slots = Slots::new(checkpoint, request, dequantize, machine, made().map(|(_, group)| group))?;
+    let mut small_end = 0;
+    for (tensor, group) in made() {
+        let operation = scratch.operations.len() as u32;
+        let slot = slots.take(operation, slot_len_bytes(checkpoint, group, dequantize, machine));
+        let (mut sources, mut large) = (Vec::new(), Vec::new());
+        let mut end = slot.begin;
+        let mut ordered: Vec<_> = members(group, dequantize).collect();
+        ordered.sort_by_key(|(_, id)| *id);
+        for (role, id) in ordered {
+            let stored = checkpoint.tensor(id);
+            let (begin, len_bytes) = (stored.file_offset_bytes, stored.info.len_bytes());
+            if len_bytes == 0 || role == Role::Description {
+                continue;
+            }
+            let is_small = len_bytes <= SMALL_LEN_BYTES_MAX;
+            let how = how(role, len_bytes, machine);
+            let place = if is_small {
+                let offset_bytes = align_up(small_end, SMALL_ALIGN_BYTES);
+                small_end = offset_bytes + len_bytes;
+                Place { arena: stays, offset_bytes }
+            } else {
+                let offset_bytes = how.start(end, begin, congruence_bytes(machine));
+                end = how.end(offset_bytes + len_bytes, congruence_bytes(machine));
+                Place { arena: stays + 1, offset_bytes }
+            };
+            sources.push(Source { role, id, place, len_bytes });
+            let segment = Segment {
+                file: stored.file,
+                begin,
+                end: begin + len_bytes,
+                target: place,
+                in_place: !is_small && how == How::InPlace,
+                tensors: tensor..tensor + 1,
+                operation: Some(operation),
+                after: if is_small { 0..0 } else { slot.after.clone() },
+            };
+            if is_small { scratch.small.push(segment) } else { large.push(segment) }
+        }
+        tensors[tensor as usize].operation = Some(operation);
+        let mut recipe = group.recipe.clone();
+        recipe.fold = recipe.fold.filter(|_| dequantize.fold);
+        let is_transposed = dequantize.layout == Layout::AsStored && recipe.is_column_major;
+        scratch.operations.push(Operation {
+            name: group.name.clone(),
+            family: group.family,
+            shape: shape(group, is_transposed),
+            is_transposed,
+            recipe,
+            sources,
+            tensor,
+        });
+        scratch.large.push((group.payload(), large));
+    }
+    scratch.small.sort_by_key(|segment| (segment.file, segment.begin));
+    if !scratch.operations.is_empty() {
+        let arena = |what: &str, len_bytes| Arena {
+            device: request.device,
+            group: what.to_owned(),
+            is_external: false,
+            is_scratch: true,
+            len_bytes: align_up(len_bytes, congruence_bytes(machine)),
+        };
+        arenas.push(arena("small sources", small_end));
+        arenas.push(arena("sources", slots.capacity_bytes));
+    }
+    Ok(scratch)
+}
+
+/// Returns the shape of what is made: `[.., K, N]` where the file's own order is kept.
+fn shape(group: &Group, is_transposed: bool) -> Vec<u64> {
+    let mut shape = group.shape.clone();
+    if is_transposed && let [.., rows, cols] = shape.as_mut_slice() {
+        std::mem::swap(rows, cols);
+    }
+    shape
+}
+
+/// Returns how a source gets to its place. Only payloads are worth a read of their own in place.
+fn how(role: Role, len_bytes: u64, machine: &Machine) -> How {
+    let is_worth_it = machine.in_place && role == Role::Payload && len_bytes >= IN_PLACE_LEN_BYTES_MIN;
+    if is_worth_it { How::InPlace } else { How::Gathered }
+}
+
+/// Returns the bytes that the large sources of a group take, wherever they begin.
+fn slot_len_bytes(checkpoint: &Checkpoint, group: &Group, dequantize: &Dequantize, machine: &Machine) -> u64 {
+    let congruence = congruence_bytes(machine);
+    let len = |(role, id)| {
+        let len_bytes = checkpoint.tensor(id).info.len_bytes();
+        match (len_bytes <= SMALL_LEN_BYTES_MAX || role == Role::Description, how(role, len_bytes, machine)) {
+            (true, _) => 0,
+            // The aligned cover around it.
+            (false, How::InPlace) => align_up(len_bytes, congruence) + congruence,
+            (false, _) => align_up(len_bytes, CONGRUENCE_BYTES),
+        }
+    };
+    // The payload may be preceded by sources that end off the congruence.
+    members(group, dequantize).map(len).sum::<u64>() + congruence
+}
+
+/// A ring of places for the sources of operations.
+struct Slots {
+    capacity_bytes: u64,
+    align_bytes: u64,
+    head: u64,
+    /// Operations and what nobody took again of their places, oldest first.
+    taken: VecDeque<(u32, Range<u64>)>,
+}
+
+/// A place, and the operations that were there before.
+struct Slot {
+    begin: u64,
+    after: Range<u32>,
+}
+
+impl Slots {
+    fn new<'g>(
+        checkpoint: &Checkpoint,
+        request: &Request,
+        dequantize: &Dequantize,
+        machine: &Machine,
+        groups: impl Iterator<Item = &'g Group>,
+    ) -> Result<Slots, PlanError> {
+        let align_bytes = congruence_bytes(machine);
+        let (mut largest, mut sum) = ((0, None), 0u64);
+        for group in groups {
+            let len = align_up(slot_len_bytes(checkpoint, group, dequantize, machine), align_bytes);
+            sum = sum.saturating_add(len);
+            if len > largest.0 {
+                largest = (len, Some(group));
+            }
+        }
+        let max_bytes = request.transient_bytes_max.unwrap_or(TRANSIENT_BYTES_DEFAULT.max(largest.0));
+        match largest {
+            (needed_bytes, Some(group)) if needed_bytes > max_bytes => {
+                Err(PlanError::OverTransientBudget { name: group.name.clone(), needed_bytes, max_bytes })
+            }
+            _ => Ok(Slots {
+                capacity_bytes: sum.min(max_bytes - max_bytes % align_bytes),
+                align_bytes,
+                head: 0,
+                taken: VecDeque::new(),
+            }),
+        }
+    }
+
+    fn take(&mut self, operation: u32, len_bytes: u64) -> Slot {
+        let len_bytes = align_up(len_bytes, self.align_bytes);
+        let begin = if self.head + len_bytes > self.capacity_bytes { 0 } else { self.head };
+        let place = begin..begin + len_bytes;
+        self.head = place.end;
+        let mut after: Range<u32> = 0..0;
+        self.taken.retain_mut(|(older, taken)| {
+            if taken.start < place.end && place.start < taken.end {
+                let from = if after.is_empty() { *older } else { after.start };
+                after = from..*older + 1;
+                taken.start = place.end; // What is left of it is for the next, which then waits, too.
+            }
+            taken.start < taken.end
+        });
+        self.taken.push_back((operation, place));
+        Slot { begin, after }
+    }
+}
+
+/// A source up to this is read with all others of its kind before everything else, and stays until the load is over: 50,000 of
+/// them take at most 200 MiB, and mostly a few bytes each.
+const SMALL_LEN_BYTES_MAX: u64 = 4096;
+
+/// The widest number of a small source, and the widest access of a kernel.
+const SMALL_ALIGN_BYTES: u64 = 16;
+
+/// Packed bytes that wait: a few tensors of a large model, so that reading the next goes on while one is worked off.
+const TRANSIENT_BYTES_DEFAULT: u64 = 256 << 20;
