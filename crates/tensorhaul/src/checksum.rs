@@ -5,7 +5,6 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 
-use tensorhaul_plan::TensorRef;
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::error::Result;
@@ -17,9 +16,9 @@ pub(crate) struct Hashing {
 }
 
 impl Hashing {
-    pub(crate) fn add(&self, stored: TensorRef<'_>, tensor: &Tensor) {
+    pub(crate) fn add(&self, name: &str, tensor: &Tensor) {
         if let Some(sender) = &self.sender {
-            let work = (stored.info.name.to_owned(), tensor.clone());
+            let work = (name.to_owned(), tensor.clone());
             // Threads that gave up have an error to return, which the join below finds.
             let _ = sender.send(work);
         }

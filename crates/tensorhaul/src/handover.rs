@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
-use tensorhaul_plan::{DeviceId, TensorRef};
+use tensorhaul_plan::{DeviceId, TensorId};
 use tensorhaul_stage::Layout;
 
 use crate::cancel::Cancel;
 use crate::error::{Error, Result};
-use crate::loaded::{Loaded, Tensors};
+use crate::loaded::{Entry, Loaded, Tensors};
 use crate::model::{Inner, Source};
 use crate::options::{EngineChoice, Handover, LoadOptions, Preference};
 use crate::report::Report;
@@ -15,13 +15,23 @@ use crate::tensor::Tensor;
 use crate::{mapped, private};
 
 /// Takes each tensor when it is ready.
-pub(crate) type Emit<'a> = dyn FnMut(TensorRef<'_>, Tensor) + 'a;
+pub(crate) type Emit<'a> = dyn FnMut(Ready<'_>) + 'a;
+
+/// A tensor of the result that is ready.
+pub(crate) struct Ready<'r> {
+    /// The stored tensor it is, or whose codes it was made of.
+    pub(crate) id: TensorId,
+    /// What it is called in the result.
+    pub(crate) name: &'r str,
+    /// Whether an operation made it, so that its name is not the stored tensor's.
+    pub(crate) is_made: bool,
+    pub(crate) tensor: Tensor,
+}
 
 /// Loads, and collects the tensors.
 pub(crate) fn load(model: &Inner, options: &LoadOptions, cancel: &Cancel) -> Result<Loaded> {
     let mut tensors = Vec::new();
-    let report = run(model, options, cancel, &mut |stored, tensor| tensors.push((stored.id, tensor)))?;
-    tensors.sort_by_key(|(id, _)| *id);
+    let report = run(model, options, cancel, &mut |ready| tensors.push(Entry::new(ready)))?;
     Ok(Loaded { tensors: Tensors::new(Arc::clone(&model.checkpoint), tensors), report })
 }
 
@@ -53,6 +63,7 @@ fn is_mapped(model: &Inner, options: &LoadOptions) -> Result<bool> {
     let obstacle = match (options.engine, &model.source) {
         _ if request.device != DeviceId::Host => Some("the device is not the host"),
         _ if !options.targets.is_empty() || options.allocator.is_some() => Some("memory is given for them"),
+        _ if request.dequantize.is_some() => Some("they are dequantized"),
         _ if !request.slices.is_empty() => Some("parts of tensors are asked for"),
         _ if options.in_place != Preference::Preferred => Some("how reads land is asked for"),
         (EngineChoice::Pread | EngineChoice::IoUring, _) => Some("an engine that reads is asked for"),

@@ -1,9 +1,11 @@
 //! The result of a load: tensors by name, and the report.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use tensorhaul_plan::{Checkpoint, TensorId};
 
+use crate::handover::Ready;
 use crate::report::Report;
 use crate::tensor::Tensor;
 
@@ -20,37 +22,67 @@ pub struct Loaded {
 #[derive(Clone, Debug)]
 pub struct Tensors {
     checkpoint: Arc<Checkpoint>,
-    /// Ascending by id.
-    tensors: Vec<(TensorId, Tensor)>,
+    /// Ascending by id; at one id, the stored tensor first.
+    entries: Vec<Entry>,
+    /// Those that were made, by name.
+    made: HashMap<Arc<str>, usize>,
+}
+
+/// A tensor and what it is called.
+#[derive(Clone, Debug)]
+pub(crate) struct Entry {
+    id: TensorId,
+    /// Of one that was made; a stored one's name is the checkpoint's.
+    name: Option<Arc<str>>,
+    tensor: Tensor,
+}
+
+impl Entry {
+    pub(crate) fn new(ready: Ready<'_>) -> Entry {
+        Entry { id: ready.id, name: ready.is_made.then(|| ready.name.into()), tensor: ready.tensor }
+    }
+
+    fn name<'e>(&'e self, checkpoint: &'e Checkpoint) -> &'e str {
+        match &self.name {
+            Some(name) => name,
+            None => checkpoint.tensor(self.id).info.name,
+        }
+    }
 }
 
 impl Tensors {
-    /// `tensors` must be ascending by id.
-    pub(crate) fn new(checkpoint: Arc<Checkpoint>, tensors: Vec<(TensorId, Tensor)>) -> Tensors {
-        debug_assert!(tensors.is_sorted_by_key(|(id, _)| *id));
-        Tensors { checkpoint, tensors }
+    pub(crate) fn new(checkpoint: Arc<Checkpoint>, mut entries: Vec<Entry>) -> Tensors {
+        entries.sort_by_key(|entry| (entry.id, entry.name.is_some()));
+        let named =
+            entries.iter().enumerate().filter_map(|(index, entry)| Some((entry.name.clone()?, index)));
+        let made = named.collect();
+        Tensors { checkpoint, entries, made }
     }
 
     /// Returns the tensor of this name.
     pub fn get(&self, name: &str) -> Option<&Tensor> {
+        if let Some(index) = self.made.get(name) {
+            return Some(&self.entries[*index].tensor);
+        }
         let id = self.checkpoint.find(name)?.id;
-        let index = self.tensors.binary_search_by_key(&id, |(id, _)| *id).ok()?;
-        Some(&self.tensors[index].1)
+        let index = self.entries.partition_point(|entry| entry.id < id);
+        let entry = self.entries.get(index).filter(|entry| entry.id == id && entry.name.is_none())?;
+        Some(&entry.tensor)
     }
 
     /// Returns the number of tensors.
     pub fn len(&self) -> usize {
-        self.tensors.len()
+        self.entries.len()
     }
 
     /// Tells whether there is none.
     pub fn is_empty(&self) -> bool {
-        self.tensors.is_empty()
+        self.entries.is_empty()
     }
 
     /// Walks names and tensors.
     pub fn iter(&self) -> impl ExactSizeIterator<Item = (&str, &Tensor)> {
-        self.tensors.iter().map(|(id, tensor)| (self.checkpoint.tensor(*id).info.name, tensor))
+        self.entries.iter().map(|entry| (entry.name(&self.checkpoint), &entry.tensor))
     }
 }
 
@@ -59,7 +91,7 @@ impl IntoIterator for Tensors {
     type IntoIter = IntoIter;
 
     fn into_iter(self) -> IntoIter {
-        IntoIter { checkpoint: self.checkpoint, tensors: self.tensors.into_iter() }
+        IntoIter { checkpoint: self.checkpoint, entries: self.entries.into_iter() }
     }
 }
 
@@ -67,19 +99,19 @@ impl IntoIterator for Tensors {
 #[derive(Debug)]
 pub struct IntoIter {
     checkpoint: Arc<Checkpoint>,
-    tensors: std::vec::IntoIter<(TensorId, Tensor)>,
+    entries: std::vec::IntoIter<Entry>,
 }
 
 impl Iterator for IntoIter {
     type Item = (String, Tensor);
 
     fn next(&mut self) -> Option<(String, Tensor)> {
-        let (id, tensor) = self.tensors.next()?;
-        Some((self.checkpoint.tensor(id).info.name.to_owned(), tensor))
+        let entry = self.entries.next()?;
+        Some((entry.name(&self.checkpoint).to_owned(), entry.tensor))
     }
 
     fn size_hint(&self) -> (usize, Option<usize>) {
-        self.tensors.size_hint()
+        self.entries.size_hint()
     }
 }
 

@@ -11,7 +11,7 @@ use tensorhaul_plan::{Promised, TensorId};
 use crate::cancel::Cancel;
 use crate::checksum::{self, Hashing};
 use crate::error::{Error, Result};
-use crate::handover::Emit;
+use crate::handover::{Emit, Ready};
 use crate::model::{Inner, mapped};
 use crate::options::LoadOptions;
 use crate::progress::Progress;
@@ -58,8 +58,8 @@ pub(crate) fn run(
             for id in &wanted[next..run.last] {
                 let stored = model.checkpoint.tensor(*id);
                 let tensor = mapped(stored, &map);
-                hashing.add(stored, &tensor);
-                emit(stored, tensor);
+                hashing.add(stored.info.name, &tensor);
+                emit(Ready { id: stored.id, name: stored.info.name, is_made: false, tensor });
             }
             next = run.last;
         }

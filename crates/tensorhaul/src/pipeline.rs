@@ -19,7 +19,7 @@ use tensorhaul_stage::{Copying, Filled, Ring};
 use crate::cancel::Cancel;
 use crate::checksum::{self, Hashing};
 use crate::error::{Error, Result};
-use crate::handover::Emit;
+use crate::handover::{Emit, Ready};
 use crate::model::Inner;
 use crate::options::LoadOptions;
 use crate::progress::Progress;
@@ -388,10 +388,10 @@ impl<'a, 'e> Arrivals<'a, 'e> {
             placed.place.offset_bytes,
             placed.len_bytes,
         );
-        let stored = plan.checkpoint().tensor(placed.id);
         self.progress.ready_tensors += 1;
-        self.hashing.add(stored, &tensor);
-        (self.emit)(stored, tensor);
+        let name = plan.name(placed);
+        self.hashing.add(name, &tensor);
+        (self.emit)(Ready { id: placed.id, name, is_made: placed.operation.is_some(), tensor });
     }
 
     fn read_failed(&mut self, read: u32, error: ReadError) {

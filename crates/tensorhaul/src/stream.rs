@@ -4,11 +4,9 @@ use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver};
 use std::thread::{self, JoinHandle};
 
-use tensorhaul_plan::TensorRef;
-
 use crate::cancel::Cancel;
 use crate::error::{Error, ErrorKind, Result};
-use crate::handover;
+use crate::handover::{self, Ready};
 use crate::model::Inner;
 use crate::options::LoadOptions;
 use crate::report::Report;
@@ -31,9 +29,9 @@ impl TensorStream {
         let load = {
             let cancel = cancel.clone();
             move || {
-                let mut emit = |stored: TensorRef<'_>, tensor: Tensor| {
+                let mut emit = |ready: Ready<'_>| {
                     // A stream that was dropped has cancelled the load already.
-                    let _ = sender.send((stored.info.name.to_owned(), tensor));
+                    let _ = sender.send((ready.name.to_owned(), ready.tensor));
                 };
                 handover::run(&model, &options, &cancel, &mut emit)
             }
