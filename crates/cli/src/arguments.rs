@@ -11,9 +11,28 @@ pub(crate) struct Selection {
     #[arg(long = "tensor", value_name = "GLOB")]
     tensors: Vec<String>,
 
+    #[command(flatten)]
+    placement: Placement,
+}
+
+impl Selection {
+    pub(crate) fn options(&self) -> LoadOptions {
+        let select = match self.tensors.as_slice() {
+            [] => Select::All,
+            globs => Select::Globs(globs.to_vec()),
+        };
+        let mut request = Request::of(select);
+        request.device = self.placement.device.named().unwrap_or_else(tensorhaul::default_device);
+        self.placement.options().request(request)
+    }
+}
+
+/// Onto what to load, through how much memory.
+#[derive(Args)]
+pub(crate) struct Placement {
     /// Where the tensors go: `auto` is the GPU with the most memory, or the host where there is none
     #[arg(long, value_name = "host|cuda:N|auto", default_value = "auto", value_parser = parse_device)]
-    device: Device,
+    pub(crate) device: Device,
 
     /// The most memory between storage and device: bytes, or with a unit such as 16MiB or 256MB [default: 256MiB]
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
@@ -24,15 +43,10 @@ pub(crate) struct Selection {
     in_place: Preference,
 }
 
-impl Selection {
+impl Placement {
+    /// Returns all but the device.
     pub(crate) fn options(&self) -> LoadOptions {
-        let select = match self.tensors.as_slice() {
-            [] => Select::All,
-            globs => Select::Globs(globs.to_vec()),
-        };
-        let mut request = Request::of(select);
-        request.device = self.device.id();
-        let options = LoadOptions::default().request(request).in_place(self.in_place);
+        let options = LoadOptions::default().in_place(self.in_place);
         match self.staging {
             Some(staging_bytes) => options.staging_bytes(staging_bytes),
             None => options,
@@ -64,10 +78,11 @@ pub(crate) enum Device {
 }
 
 impl Device {
-    pub(crate) fn id(self) -> DeviceId {
+    /// Returns the device named; finding the best is left to the library.
+    pub(crate) fn named(self) -> Option<DeviceId> {
         match self {
-            Device::Auto => tensorhaul::default_device(),
-            Device::Named(id) => id,
+            Device::Auto => None,
+            Device::Named(id) => Some(id),
         }
     }
 }

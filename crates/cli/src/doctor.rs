@@ -1,10 +1,11 @@
 //! `tensorhaul doctor`: what this machine gives a loader.
 
 use std::fmt::Write as _;
+use std::path::PathBuf;
 
 use clap::Args;
 use serde::Serialize;
-use tensorhaul::doctor::{Doctor, Feature, Folder};
+use tensorhaul::doctor::{CopySpeed, DeviceFact, Doctor, DriverFact, Feature, Folder};
 use tensorhaul::selftest::{self, Verdict};
 
 use crate::arguments::{Device, parse_device};
@@ -15,10 +16,14 @@ use crate::output::{bytes, print, print_json, printable};
 #[derive(Args)]
 #[command(after_help = "Examples:
   tensorhaul doctor
+  tensorhaul doctor /models /mnt/nfs/models       can files there be read directly?
   tensorhaul doctor --selftest
   tensorhaul doctor --selftest --device cuda:0 --json
   tensorhaul doctor --json | jq .advice")]
 pub(crate) struct Examine {
+    /// Folders or files that checkpoints are read from [default: the current folder and the Hugging Face cache]
+    paths: Vec<PathBuf>,
+
     /// Try every device: the conformance suite, a load compared byte for byte, and the speed of copies. Exits with 3 if
     /// one fails
     #[arg(long)]
@@ -28,14 +33,17 @@ pub(crate) struct Examine {
     #[arg(long, value_name = "host|cuda:N|auto", requires = "selftest", value_parser = parse_device)]
     device: Option<Device>,
 
-    /// Print one JSON object: kernel, cores, memory, io_uring, limits, folders, devices, advice
+    /// Print one JSON object: kernel, cores, memory, io_uring, limits, folders, drivers, devices, advice
     #[arg(long)]
     json: bool,
 }
 
 impl Examine {
     pub(crate) fn run(&self) -> Outcome {
-        let doctor = Doctor::examine();
+        let doctor = match self.paths.as_slice() {
+            [] => Doctor::examine(),
+            paths => Doctor::examine_paths(paths)?,
+        };
         if self.selftest {
             return self.try_devices(&doctor);
         }
@@ -43,9 +51,12 @@ impl Examine {
     }
 
     fn try_devices(&self, doctor: &Doctor) -> Outcome {
-        let works = |device: &&tensorhaul::doctor::DeviceFact| device.works;
+        let works = |device: &&DeviceFact| device.works;
         let all = || doctor.devices.iter().filter(works).filter_map(|device| device.name.parse().ok());
-        let devices = self.device.map_or_else(|| all().collect(), |device| vec![device.id()]);
+        let devices = self.device.map_or_else(
+            || all().collect(),
+            |device| vec![device.named().unwrap_or_else(tensorhaul::default_device)],
+        );
         let verdicts: Vec<_> = devices
             .iter()
             .map(|device| selftest::run(*device, &std::env::temp_dir()))
@@ -65,7 +76,7 @@ impl Examine {
 /// What `--selftest --json` prints.
 #[derive(Serialize)]
 struct Tried<'d> {
-    devices: &'d [tensorhaul::doctor::DeviceFact],
+    devices: &'d [DeviceFact],
     verdicts: &'d [Verdict],
 }
 
@@ -101,7 +112,7 @@ fn text(doctor: &Doctor) -> String {
     );
     line("io_uring", feature(&doctor.io_uring));
     line("registering", feature(&doctor.registered_buffers));
-    line("cachestat", feature(&doctor.cachestat));
+    line("page cache", page_cache(&doctor.cachestat));
     line(
         "locked memory",
         doctor
@@ -114,6 +125,9 @@ fn text(doctor: &Doctor) -> String {
     );
     for folder in &doctor.folders {
         line("folder", self::folder(folder));
+    }
+    for driver in &doctor.drivers {
+        line("driver", format!("{}: {}", driver.name, self::driver(driver)));
     }
     for device in &doctor.devices {
         line("device", format!("{}: {}", device.name, self::device(device)));
@@ -146,22 +160,44 @@ fn feature(feature: &Feature) -> String {
     }
 }
 
+/// How it is decided whether a file is read past the page cache or out of it.
+fn page_cache(cachestat: &Feature) -> String {
+    match &cachestat.why {
+        None => "what it holds is counted, with cachestat".to_owned(),
+        Some(why) => format!("what it holds is sampled, with RWF_NOWAIT; cachestat does not work: {why}"),
+    }
+}
+
+fn driver(driver: &DriverFact) -> String {
+    if let Some(why) = &driver.why {
+        return format!("not found: {why}");
+    }
+    let module = driver.kernel_module.as_ref().map(|version| format!("kernel module {version}"));
+    let facts = [driver.library.clone(), driver.version.clone(), module];
+    facts.into_iter().flatten().collect::<Vec<_>>().join(", ")
+}
+
 fn folder(folder: &Folder) -> String {
     let filesystem = folder.filesystem.map(|name| format!(" on {name}")).unwrap_or_default();
+    let mount = folder.mount.as_ref().map(|mount| format!(", mounted at {mount}")).unwrap_or_default();
     let direct = match (folder.direct_align_bytes, &folder.why) {
         (Some(align), _) => format!("direct reads work, aligned to {}", bytes_exactly(align)),
         (None, Some(why)) => format!("no direct reads: {why}"),
         (None, None) => "no direct reads".to_owned(),
     };
-    format!("{} ({}){filesystem}: {direct}", folder.path, folder.role)
+    format!("{} ({}){filesystem}{mount}: {direct}", folder.path, folder.role)
 }
 
-fn device(device: &tensorhaul::doctor::DeviceFact) -> String {
+fn device(device: &DeviceFact) -> String {
     if let Some(why) = &device.why {
         return format!("does not work: {why}");
     }
     let memory = device.total_bytes.map(bytes);
-    let facts = [device.description.clone(), memory, device.link.clone(), device.driver.clone()];
+    let copies = device.copies.map(|speed| {
+        let CopySpeed { to_device_gb_per_s, to_host_gb_per_s } = speed;
+        format!("pinned copies {to_device_gb_per_s:.1} GB/s to it, {to_host_gb_per_s:.1} GB/s back")
+    });
+    let facts = [device.description.clone(), memory, device.link.as_ref().map(ToString::to_string), copies];
     let facts: Vec<_> = facts.into_iter().flatten().collect();
     if facts.is_empty() { "works".to_owned() } else { format!("works: {}", facts.join(", ")) }
 }

@@ -40,6 +40,24 @@ impl Failure {
         Failure { line: Some(line), code: MACHINE }
     }
 
+    /// The command line cannot be read: what is wrong with it on one line, without the usage. Help and version, which come
+    /// this way too, are printed and end the process.
+    pub(crate) fn of_command_line(error: clap::Error) -> Failure {
+        if !error.use_stderr()
+            || error.kind() == clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand
+        {
+            error.exit();
+        }
+        let text = error.render().to_string();
+        let is_said =
+            |paragraph: &&str| !["Usage:", "For more"].iter().any(|begin| paragraph.starts_with(begin));
+        let paragraphs =
+            text.trim().trim_start_matches("error: ").split("\n\n").map(str::trim).filter(is_said);
+        let joined = |paragraph: &str| paragraph.split_whitespace().collect::<Vec<_>>().join(" ");
+        let line = paragraphs.map(joined).collect::<Vec<_>>().join("; ");
+        Failure { line: Some(format!("{line}; see --help")), code: COMMAND_LINE }
+    }
+
     /// Standard output does not take what is printed. A reader that has seen enough, as `head` has, is no
     /// failure.
     pub(crate) fn of_stdout(error: &io::Error) -> Failure {

@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod arguments;
+mod bench;
 mod completions;
 mod convert;
 mod doctor;
@@ -22,7 +23,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use crate::failure::Outcome;
+use crate::failure::{Failure, Outcome};
 
 /// Loads safetensors checkpoints straight to where they belong, and says what it did.
 #[derive(Parser)]
@@ -31,6 +32,7 @@ use crate::failure::Outcome;
   tensorhaul load examples/models/tiny-llama      read a checkpoint into memory, and print how fast
   tensorhaul inspect org/name                     the tensors of a model in the Hugging Face cache
   tensorhaul convert model out --cast bf16        another dtype, in another folder
+  tensorhaul bench                                loads beside what this machine does at best
   tensorhaul doctor                               what this machine can do, and what is in the way
 
 Exit codes: 0 done, 1 the input is at fault, 2 the command line is, 3 the machine is, 130 interrupted.")]
@@ -46,6 +48,7 @@ enum Command {
     Load(load::Load),
     Verify(verify::Verify),
     Convert(convert::Convert),
+    Bench(bench::Measure),
     Doctor(doctor::Examine),
     Completions(completions::Completions),
 }
@@ -53,7 +56,7 @@ enum Command {
 fn main() -> ExitCode {
     failure::print_panics_as_one_line();
     let outcome = panic::catch_unwind(|| {
-        let cli = Cli::parse();
+        let cli = Cli::try_parse().map_err(Failure::of_command_line)?;
         interrupt::exit_at_once()?;
         run(&cli.command)
     });
@@ -71,6 +74,7 @@ fn run(command: &Command) -> Outcome {
         Command::Load(load) => load.run(),
         Command::Verify(verify) => verify.run(),
         Command::Convert(convert) => convert.run(),
+        Command::Bench(bench) => bench.run(),
         Command::Doctor(doctor) => doctor.run(),
         Command::Completions(completions) => completions.run(),
     }

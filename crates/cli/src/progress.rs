@@ -34,6 +34,33 @@ impl Bar {
     }
 }
 
+/// A line that tells what is being done, gone when it is dropped.
+pub(crate) struct Step(ProgressBar);
+
+impl Step {
+    pub(crate) fn new() -> Step {
+        match io::stderr().is_terminal() {
+            true => Step(ProgressBar::new_spinner()),
+            false => Step(ProgressBar::hidden()),
+        }
+    }
+
+    /// Returns what is called with each step.
+    pub(crate) fn follow(&self) -> impl Fn(&str) + Send + Sync + 'static {
+        let line = self.0.clone();
+        move |step| {
+            line.set_message(step.to_owned());
+            line.tick();
+        }
+    }
+}
+
+impl Drop for Step {
+    fn drop(&mut self) {
+        self.0.finish_and_clear();
+    }
+}
+
 impl Drop for Bar {
     fn drop(&mut self) {
         self.0.finish_and_clear();

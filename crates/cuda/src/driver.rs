@@ -90,9 +90,12 @@ unsafe impl Driver for Cuda {
         DeviceId::Cuda(ordinal)
     }
 
+    fn library(&self) -> String {
+        self.table.path.display().to_string()
+    }
+
     fn version(&self) -> String {
-        let (major, minor) = (self.version / 1000, self.version % 1000 / 10);
-        format!("{} (CUDA {major}.{minor})", self.table.path.display())
+        format!("CUDA {}.{}", self.version / 1000, self.version % 1000 / 10)
     }
 
     fn device_count(&self) -> Result<u32, CallError> {

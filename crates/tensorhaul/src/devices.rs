@@ -62,7 +62,8 @@ pub(crate) fn open(id: DeviceId) -> Result<(Arc<dyn Device>, f64)> {
     Ok((device, start.elapsed().as_secs_f64()))
 }
 
-fn backend(id: DeviceId) -> Result<Arc<dyn Device>> {
+/// Opens a device that nobody keeps.
+pub(crate) fn backend(id: DeviceId) -> Result<Arc<dyn Device>> {
     match id {
         DeviceId::Host => Ok(Arc::new(Host)),
         #[cfg(feature = "cuda")]

@@ -1,19 +1,26 @@
 //! What this machine gives a loader: facts, and what to do about what is missing.
 
+mod devices;
+mod folders;
+
 use std::env;
-use std::fs::{self, File};
-use std::io::Write;
-use std::os::fd::AsRawFd;
-use std::path::{Path, PathBuf};
+use std::fs;
+use std::path::PathBuf;
 use std::thread;
 
-use rustix::fs::{Mode, OFlags};
 use rustix::process::{Resource, getrlimit};
 use serde::Serialize;
-use tensorhaul_io::{OpenFile, probe};
+use tensorhaul_io::probe;
 
-use crate::locate::cache_folder;
+pub(crate) use devices::devices;
+pub use devices::{DeviceFact, DriverFact, PciLink};
+pub use folders::Folder;
+
+pub use crate::link::CopySpeed;
+
+use crate::error::Result;
 use crate::options::STAGING_BYTES_DEFAULT;
+use folders::nameless_file;
 
 /// What this machine gives a loader.
 #[derive(Clone, Debug, Serialize)]
@@ -45,8 +52,10 @@ pub struct Doctor {
     pub locked_memory_limit_bytes: Option<u64>,
     /// RLIMIT_NOFILE; `None` is no limit.
     pub open_files_limit: Option<u64>,
-    /// Folders that checkpoints are read from, and how they can be read.
+    /// Where checkpoints are read from, and how they can be read.
     pub folders: Vec<Folder>,
+    /// The vendors' drivers, found or not.
+    pub drivers: Vec<DriverFact>,
     /// The devices this build can load onto, and those it cannot.
     pub devices: Vec<DeviceFact>,
     /// What would make loads faster or possible, most important first; empty when nothing is missing.
@@ -63,53 +72,6 @@ pub struct Feature {
     pub why: Option<String>,
 }
 
-/// A folder that checkpoints are read from.
-#[derive(Clone, Debug, Serialize)]
-pub struct Folder {
-    /// Its path.
-    pub path: String,
-    /// What it is to the loader.
-    pub role: &'static str,
-    /// The filesystem it is on, where it is one that matters here.
-    pub filesystem: Option<&'static str>,
-    /// What offsets, lengths and addresses of direct reads are multiples of; `None` where there are none.
-    pub direct_align_bytes: Option<u64>,
-    /// Why files here are not read directly, or why nothing is known.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub why: Option<String>,
-}
-
-/// A device, or a kind of device of which there is none.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
-#[non_exhaustive]
-pub struct DeviceFact {
-    /// Its name, as in `--device`.
-    pub name: String,
-    /// Whether tensors can be loaded onto it.
-    pub works: bool,
-    /// Why not, with the likely cause.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub why: Option<String>,
-    /// What it is called and its architecture.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub description: Option<String>,
-    /// Memory in all.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub total_bytes: Option<u64>,
-    /// Speed and width of its PCI Express link, now and at most.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub link: Option<String>,
-    /// The driver's library and version.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub driver: Option<String>,
-}
-
-impl DeviceFact {
-    fn new(name: impl Into<String>) -> DeviceFact {
-        DeviceFact { name: name.into(), ..DeviceFact::default() }
-    }
-}
-
 /// Something to do.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Advice {
@@ -120,20 +82,26 @@ pub struct Advice {
 }
 
 impl Doctor {
-    /// Examines the machine. Takes some milliseconds; leaves nothing behind.
+    /// Examines the machine, the current folder and the Hugging Face cache. Takes some milliseconds, and some tenths of
+    /// a second for each device that has to be opened; leaves nothing behind.
     pub fn examine() -> Doctor {
-        let kernel = rustix::system::uname();
-        let text = |part: &std::ffi::CStr| part.to_string_lossy().into_owned();
+        Doctor::of(folders::usual())
+    }
+
+    /// Examines the machine and these folders or files, instead of the usual folders.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`](crate::ErrorKind::NotFound) for the first that is not there.
+    pub fn examine_paths(paths: &[PathBuf]) -> Result<Doctor> {
+        Ok(Doctor::of(folders::given(paths)?))
+    }
+
+    fn of(folders: Vec<Folder>) -> Doctor {
         let memory_bytes = meminfo("MemTotal").unwrap_or(0);
         let locked_memory_limit_bytes = getrlimit(Resource::Memlock).current;
         let mut doctor = Doctor {
             version: env!("CARGO_PKG_VERSION"),
-            kernel: format!(
-                "{} {} {}",
-                text(kernel.sysname()),
-                text(kernel.release()),
-                text(kernel.machine())
-            ),
+            kernel: kernel(),
             cores: thread::available_parallelism().map_or(1, |cores| cores.get()),
             memory_bytes,
             memory_available_bytes: meminfo("MemAvailable"),
@@ -145,10 +113,12 @@ impl Doctor {
             cachestat: cachestat(),
             locked_memory_limit_bytes,
             open_files_limit: getrlimit(Resource::Nofile).current,
-            folders: folders(),
-            devices: devices(),
+            folders,
+            drivers: devices::drivers(),
+            devices: devices::devices(),
             advice: Vec::new(),
         };
+        doctor.devices.iter_mut().for_each(devices::measure);
         doctor.advice = doctor.advise();
         doctor
     }
@@ -191,6 +161,9 @@ impl Doctor {
                 "no huge pages: fresh memory is slower to touch, a private load by up to half".to_owned();
             add(what, "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled");
         }
+        advice.extend(self.devices.iter().filter_map(devices::advise));
+        advice.extend(self.drivers.iter().filter_map(DriverFact::advise));
+        advice.extend(self.folders.iter().filter_map(Folder::advise));
         advice
     }
 }
@@ -201,19 +174,26 @@ impl Feature {
     }
 }
 
+/// The kernel's name, release and architecture.
+pub(crate) fn kernel() -> String {
+    let kernel = rustix::system::uname();
+    let parts = [kernel.sysname(), kernel.release(), kernel.machine()];
+    parts.map(|part| part.to_string_lossy().into_owned()).join(" ")
+}
+
 /// A value of /proc/meminfo, which counts in units of 1024 bytes.
-fn meminfo(key: &str) -> Option<u64> {
+pub(crate) fn meminfo(key: &str) -> Option<u64> {
     let text = fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'))?;
     line.trim().strip_suffix(" kB")?.parse::<u64>().ok()?.checked_mul(1024)
 }
 
 /// The limit of this process's control group: version 2 of the hierarchy, as seen from inside a container.
-fn control_group_limit() -> Option<u64> {
+pub(crate) fn control_group_limit() -> Option<u64> {
     fs::read_to_string("/sys/fs/cgroup/memory.max").ok()?.trim().parse().ok()
 }
 
-fn huge_pages() -> Option<String> {
+pub(crate) fn huge_pages() -> Option<String> {
     let text = fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled").ok()?;
     let (_, chosen) = text.split_once('[')?;
     Some(chosen.split_once(']')?.0.to_owned())
@@ -282,107 +262,10 @@ fn cachestat() -> Feature {
     })
 }
 
-fn folders() -> Vec<Folder> {
-    let current = env::current_dir().ok().map(|path| folder(path, "current folder"));
-    let cache = cache_folder().map(|path| folder(path, "Hugging Face cache"));
-    current.into_iter().chain(cache).collect()
-}
-
-fn folder(path: PathBuf, role: &'static str) -> Folder {
-    let filesystem = File::open(&path).ok().and_then(probe::filesystem);
-    let (direct_align_bytes, why) = match direct_align(&path) {
-        Ok(align_bytes) => (Some(align_bytes), None),
-        Err(why) => (None, Some(why)),
-    };
-    let path = path.to_string_lossy().into_owned();
-    Folder { path, role, filesystem, direct_align_bytes, why }
-}
-
-/// Reads a file of the folder directly: a nameless one, or where none can be made, the first that is there.
-fn direct_align(folder: &Path) -> Result<u64, String> {
-    if !folder.is_dir() {
-        return Err("there is no such folder".to_owned());
-    }
-    let nameless = nameless_file(folder);
-    let path = match &nameless {
-        Some(file) => format!("/proc/self/fd/{}", file.as_raw_fd()).into(),
-        None => first_file(folder).ok_or("it cannot be written to, and holds no file to try")?,
-    };
-    let file = OpenFile::open(&path).map_err(|error| error.to_string())?;
-    let direct = file.probe_direct().map_err(ToString::to_string)?;
-    Ok(direct.align_bytes)
-}
-
-/// A page in a file that vanishes when it is closed.
-fn nameless_file(folder: &Path) -> Option<File> {
-    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-    let mut file = File::from(rustix::fs::open(folder, flags, Mode::RUSR | Mode::WUSR).ok()?);
-    file.write_all(&[0; 4096]).ok()?;
-    Some(file)
-}
-
-fn first_file(folder: &Path) -> Option<PathBuf> {
-    let entries = fs::read_dir(folder).ok()?.take(ENTRIES_MAX).flatten();
-    entries
-        .map(|entry| entry.path())
-        .find(|path| path.metadata().is_ok_and(|file| file.is_file() && file.len() > 0))
-}
-
-fn devices() -> Vec<DeviceFact> {
-    let host = DeviceFact { works: true, ..DeviceFact::new("host") };
-    let rocm = DeviceFact { why: Some("not in this build".to_owned()), ..DeviceFact::new("rocm") };
-    [host].into_iter().chain(cuda_devices()).chain([rocm]).collect()
-}
-
-#[cfg(feature = "cuda")]
-fn cuda_devices() -> Vec<DeviceFact> {
-    use tensorhaul_device::gpu::{Driver, topology};
-    let fails = |why: String| vec![DeviceFact { why: Some(why), ..DeviceFact::new("cuda") }];
-    let driver = match tensorhaul_cuda::driver() {
-        Ok(driver) => driver,
-        Err(why) => return fails(why),
-    };
-    let count = match driver.device_count() {
-        Ok(count) => count,
-        Err(error) => return fails(error.to_string()),
-    };
-    let describe = |ordinal| {
-        let name = driver.device_id(ordinal).to_string();
-        match driver.describe(ordinal) {
-            Ok(facts) => DeviceFact {
-                works: true,
-                description: Some(format!("{}, {}", facts.name, facts.architecture)),
-                total_bytes: Some(facts.total_bytes),
-                link: topology::link(&facts.pci_bus_id).map(|link| {
-                    format!(
-                        "{} x{} (at most {} x{})",
-                        link.speed_now, link.width_now, link.speed_max, link.width_max
-                    )
-                }),
-                driver: Some(driver.version()),
-                ..DeviceFact::new(name)
-            },
-            Err(error) => DeviceFact { why: Some(error.to_string()), ..DeviceFact::new(name) },
-        }
-    };
-    (0..count).map(describe).collect()
-}
-
-#[cfg(not(feature = "cuda"))]
-fn cuda_devices() -> Vec<DeviceFact> {
-    vec![DeviceFact {
-        why: Some("not in this build: the feature cuda is off".to_owned()),
-        ..DeviceFact::new("cuda")
-    }]
-}
-
 const IO_URING_DISABLED: &str = "/proc/sys/kernel/io_uring_disabled";
 
 /// The largest checkpoints have some 200 files, each open twice, beside what a server has open.
 const OPEN_FILES_MIN: u64 = 1024;
-
-/// A folder without a file among so many entries is not searched further.
-const ENTRIES_MAX: usize = 1000;
 
 #[cfg(test)]
 mod tests {
@@ -391,7 +274,8 @@ mod tests {
     #[test]
     fn the_machine_is_examined_and_nothing_is_left_behind() {
         let folder = tempfile::tempdir_in(".").unwrap();
-        let fact = super::folder(folder.path().to_owned(), "test");
+        let given = Doctor::examine_paths(&[folder.path().to_owned()]).unwrap();
+        let fact = &given.folders[0];
         assert!(fact.direct_align_bytes.is_some() != fact.why.is_some(), "{fact:?}");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
 
@@ -410,18 +294,11 @@ mod tests {
         doctor.open_files_limit = Some(256);
         doctor.cachestat = Feature::new(Err("Function not implemented".to_owned()));
         doctor.huge_pages = Some("never".to_owned());
+        (doctor.devices, doctor.drivers, doctor.folders) = (Vec::new(), Vec::new(), Vec::new());
         assert_eq!(doctor.advise().len(), 4);
         doctor.io_uring = doctor.registered_buffers.clone();
         let what: Vec<String> = doctor.advise().into_iter().map(|advice| advice.what).collect();
         assert_eq!(what.len(), 4);
         assert!(what[0].starts_with("io_uring does not work"), "{what:?}");
-    }
-
-    #[test]
-    fn folders_in_memory_and_missing_ones_say_why() {
-        let memory = folder("/dev/shm".into(), "test");
-        assert_eq!(memory.filesystem, Some("tmpfs"));
-        assert!(memory.why.unwrap().contains("in memory"));
-        assert_eq!(folder("/nowhere".into(), "test").why.as_deref(), Some("there is no such folder"));
     }
 }

@@ -25,6 +25,7 @@
 #[cfg(feature = "tokio")]
 mod asynchronous;
 mod atomic;
+pub mod bench;
 mod cancel;
 pub mod cast;
 mod checksum;
@@ -36,6 +37,7 @@ mod error;
 mod external;
 mod handover;
 mod lanes;
+mod link;
 mod loaded;
 mod locate;
 pub mod manifest;

@@ -1,16 +1,14 @@
 //! Does every device do what the loader relies on? The conformance suite, a load compared byte for byte, a bandwidth.
 
 use std::path::Path;
-use std::sync::Arc;
-use std::time::Instant;
 
 use serde::Serialize;
-use tensorhaul_device::{Allocation, Device, Stream, conformance};
+use tensorhaul_device::{Device, conformance};
 use tensorhaul_plan::header::{NewTensor, encode};
 use tensorhaul_plan::{DeviceId, Dtype, Request};
-use tensorhaul_stage::StagingMemory;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::link::{Direction, Link};
 use crate::options::{EngineChoice, Handover, LoadOptions};
 use crate::{Model, devices};
 
@@ -118,29 +116,10 @@ fn checkpoint() -> Vec<u8> {
 
 /// Copies pinned memory to the device for a while, a staging buffer at a time.
 fn bandwidth(device: &dyn Device) -> Result<f64> {
-    let memory = device.staging_memory(COPY_LEN_BYTES)?;
-    let target = device.allocate(COPY_LEN_BYTES as u64)?;
-    copy_once(device, &*memory, &target)?; // The first touch of both.
-    let start = Instant::now();
-    for _ in 0..COPIES {
-        copy_once(device, &*memory, &target)?;
-    }
-    Ok((COPY_LEN_BYTES * COPIES) as f64 / start.elapsed().as_secs_f64() / 1e9)
-}
-
-fn copy_once(device: &dyn Device, memory: &dyn StagingMemory, target: &Arc<dyn Allocation>) -> Result<()> {
-    // SAFETY: staging memory is initialized and this long; nobody writes to it.
-    let source = unsafe { std::slice::from_raw_parts(memory.as_ptr().as_ptr(), COPY_LEN_BYTES) };
-    for begin in (0..COPY_LEN_BYTES).step_by(BUFFER_LEN_BYTES) {
-        let piece = &source[begin..begin + BUFFER_LEN_BYTES];
-        // SAFETY: both live until the event below was waited for, and the target is this function's alone.
-        unsafe { device.copy(piece, target, begin as u64, Stream::Copy) }?;
-    }
-    let queued = device.record(Stream::Copy)?;
-    Ok(device.wait(&queued)?)
+    let (bytes, time) = Link::new(device, COPY_LEN_BYTES)?.pass(Direction::ToDevice, COPIES)?;
+    Ok(bytes as f64 / time.as_secs_f64() / 1e9)
 }
 
 /// 256 MiB take 5 ms on the fastest link there is, so a few of them are timed.
 const COPY_LEN_BYTES: usize = 64 << 20;
-const COPIES: usize = 16;
-const BUFFER_LEN_BYTES: usize = 4 << 20;
+const COPIES: u64 = 16;

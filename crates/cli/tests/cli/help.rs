@@ -2,7 +2,8 @@
 
 use crate::tensorhaul;
 
-const COMMANDS: [&str; 7] = ["inspect", "plan", "load", "verify", "convert", "doctor", "completions"];
+const COMMANDS: [&str; 8] =
+    ["inspect", "plan", "load", "verify", "convert", "bench", "doctor", "completions"];
 
 #[test]
 fn every_command_has_help_with_examples() {

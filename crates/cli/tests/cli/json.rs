@@ -110,6 +110,10 @@ fn doctor_states_facts() {
     let keys =
         ["kernel", "cores", "memory_bytes", "page_bytes", "huge_pages", "io_uring", "cachestat", "folders"];
     assert_keys(&value, &keys);
-    assert_keys(&value, &["locked_memory_limit_bytes", "open_files_limit", "devices", "advice"]);
+    assert_keys(&value, &["locked_memory_limit_bytes", "open_files_limit", "drivers", "devices", "advice"]);
     assert!(value["io_uring"]["works"].is_boolean());
+    let driver = &value["drivers"][0];
+    assert_eq!(driver["name"], "cuda");
+    assert_eq!(driver["found"].as_bool().unwrap(), driver["library"].is_string(), "{driver}");
+    assert!(value["folders"][0]["mount"].is_string());
 }

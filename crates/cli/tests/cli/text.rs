@@ -40,8 +40,20 @@ fn plan_shows_reads_and_promises() {
 #[test]
 fn doctor_names_every_device() {
     let text = tensorhaul(["doctor"]).ok();
-    for word in ["kernel", "io_uring", "cachestat", "current folder", "host: works", "cuda", "rocm", "advice"]
-    {
+    let words =
+        ["kernel", "huge pages", "io_uring", "locked memory", "cachestat", "current folder", "mounted at"];
+    for word in words.into_iter().chain(["driver", "host: works", "cuda", "rocm", "advice"]) {
         assert!(text.contains(word), "{word}: {text}");
     }
+}
+
+#[test]
+fn doctor_looks_where_it_is_told() {
+    let text = tensorhaul(["doctor", "/dev/shm", tiny_llama()]).ok();
+    assert!(text.contains("/dev/shm (given) on tmpfs, mounted at /dev/shm: no direct reads"), "{text}");
+    assert!(
+        text.contains(&format!("{} (given)", tiny_llama())) && !text.contains("current folder"),
+        "{text}"
+    );
+    assert!(tensorhaul(["doctor", "/no/such/folder"]).error(1).contains("/no/such/folder"));
 }

@@ -16,7 +16,10 @@ pub unsafe trait Driver: Send + Sync + 'static {
     /// Returns the name of a device of this vendor.
     fn device_id(&self, ordinal: u32) -> DeviceId;
 
-    /// Returns the path of the library and the version of the driver, as people know it.
+    /// Returns the library, by the name or path it was loaded with.
+    fn library(&self) -> String;
+
+    /// Returns the version of the driver, as people know it.
     fn version(&self) -> String;
 
     /// Counts the devices.

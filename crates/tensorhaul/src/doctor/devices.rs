@@ -1,0 +1,288 @@
+//! Which devices there are, what drives them, and how fast their links are.
+
+use std::fmt;
+use std::fs;
+
+use serde::Serialize;
+use tensorhaul_device::gpu::topology;
+use tensorhaul_plan::DeviceId;
+
+use super::Advice;
+use crate::devices as opened;
+use crate::error::Result;
+use crate::link::{CopySpeed, Link};
+
+/// A vendor's driver.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct DriverFact {
+    /// What its devices are called.
+    pub name: &'static str,
+    /// Whether it is there and answers.
+    pub found: bool,
+    /// The file of its library.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub library: Option<String>,
+    /// Its version, as people know it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub version: Option<String>,
+    /// The version of the kernel's part of it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kernel_module: Option<String>,
+    /// Why there is none, with the likely cause.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub why: Option<String>,
+}
+
+/// A device, or a kind of device of which there is none.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[non_exhaustive]
+pub struct DeviceFact {
+    /// Its name, as in `--device`.
+    pub name: String,
+    /// Whether tensors can be loaded onto it.
+    pub works: bool,
+    /// Why not, with the likely cause.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub why: Option<String>,
+    /// What it is called and its architecture.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub description: Option<String>,
+    /// Memory in all.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub total_bytes: Option<u64>,
+    /// Its PCI Express link, where it has one that the system tells of.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub link: Option<PciLink>,
+    /// Speed of copies from and to pinned memory, measured for some milliseconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub copies: Option<CopySpeed>,
+    /// The driver's library and version.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub driver: Option<String>,
+}
+
+impl DeviceFact {
+    pub(crate) fn new(name: impl Into<String>) -> DeviceFact {
+        DeviceFact { name: name.into(), ..DeviceFact::default() }
+    }
+}
+
+/// A PCI Express link, now (it slows down when idle) and at most.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct PciLink {
+    /// Its generation now, where the speed is one of a generation.
+    pub generation: Option<u32>,
+    /// Lanes in use.
+    pub width: Option<u32>,
+    /// The generation of device and slot at most.
+    pub generation_max: Option<u32>,
+    /// Lanes the device has.
+    pub width_max: Option<u32>,
+}
+
+#[cfg_attr(not(feature = "cuda"), allow(dead_code, reason = "no device without a vendor has a link"))]
+impl PciLink {
+    fn of(link: &topology::Link) -> PciLink {
+        PciLink {
+            generation: generation(&link.speed_now),
+            width: link.width_now.parse().ok(),
+            generation_max: generation(&link.speed_max),
+            width_max: link.width_max.parse().ok(),
+        }
+    }
+}
+
+impl fmt::Display for PciLink {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let number = |number: Option<u32>| number.map_or("?".to_owned(), |number| number.to_string());
+        let (now, lanes) = (number(self.generation), number(self.width));
+        let (most, lanes_max) = (number(self.generation_max), number(self.width_max));
+        write!(f, "PCIe {now} x{lanes} (at most PCIe {most} x{lanes_max})")
+    }
+}
+
+/// Returns the generation that a lane's speed is of, as in `32.0 GT/s PCIe`.
+///
+/// # Source
+/// Linux, drivers/pci/probe.c, `pci_speed_string`; PCI Express Base Specification, revisions 1 to 6.
+#[cfg_attr(not(feature = "cuda"), allow(dead_code, reason = "no device without a vendor has a link"))]
+fn generation(speed: &str) -> Option<u32> {
+    let gigatransfers: f64 = speed.split_whitespace().next()?.parse().ok()?;
+    let known = [2.5, 5.0, 8.0, 16.0, 32.0, 64.0];
+    Some(known.iter().position(|of_generation| *of_generation == gigatransfers)? as u32 + 1)
+}
+
+/// Returns every device this build can load onto, and a line for each kind of which there is none.
+pub(crate) fn devices() -> Vec<DeviceFact> {
+    let host = DeviceFact { works: true, ..DeviceFact::new("host") };
+    let rocm = DeviceFact { why: Some("not in this build".to_owned()), ..DeviceFact::new("rocm") };
+    [host].into_iter().chain(cuda::devices()).chain([rocm]).collect()
+}
+
+/// Returns every driver this build can use.
+pub(super) fn drivers() -> Vec<DriverFact> {
+    vec![cuda::driver()]
+}
+
+/// Opens a device that works, measures its copies, and lets go of it again.
+pub(super) fn measure(fact: &mut DeviceFact) {
+    let Ok(id) = fact.name.parse::<DeviceId>() else { return };
+    if !fact.works || id == DeviceId::Host {
+        return; // What copies in host memory take is not a property of a device; `bench` measures it.
+    }
+    match speed(id) {
+        Ok(speed) => fact.copies = Some(speed),
+        Err(error) => (fact.works, fact.why) = (false, Some(error.one_line())),
+    }
+}
+
+fn speed(id: DeviceId) -> Result<CopySpeed> {
+    let device = opened::backend(id)?;
+    let free_bytes = device.memory()?.free_bytes;
+    Link::new(&*device, COPY_LEN_BYTES.min(free_bytes.max(1) as usize))?.speed()
+}
+
+/// A slot or riser with fewer lanes than the device has is the commonest reason for slow copies.
+pub(super) fn advise(device: &DeviceFact) -> Option<Advice> {
+    let link = device.link.as_ref()?;
+    let (width, width_max) = link.width.zip(link.width_max).filter(|(now, most)| now < most)?;
+    Some(Advice {
+        what: format!(
+            "{} uses {width} of its {width_max} PCIe lanes: copies are slower by as much",
+            device.name
+        ),
+        remedy: "put it into a slot with all lanes, or look for lanes that another device shares".to_owned(),
+    })
+}
+
+impl DriverFact {
+    /// A machine without GPUs lacks nothing.
+    pub(super) fn advise(&self) -> Option<Advice> {
+        let why = self.why.as_ref().filter(|_| has_device_of(NVIDIA))?;
+        Some(Advice {
+            what: format!("an NVIDIA device is on the PCI bus, but its driver does not work: {why}"),
+            remedy: "install NVIDIA's driver; in a container, start it with --gpus all".to_owned(),
+        })
+    }
+}
+
+/// Tells whether a display or accelerator of a vendor is on the PCI bus.
+///
+/// # Source
+/// PCI Code and ID Assignment Specification: base classes 03 (display) and 12 (processing accelerators).
+fn has_device_of(vendor: &str) -> bool {
+    let devices = fs::read_dir("/sys/bus/pci/devices").into_iter().flatten().flatten();
+    devices.map(|entry| entry.path()).any(|device| {
+        let read = |name: &str| fs::read_to_string(device.join(name)).unwrap_or_default();
+        let class = read("class");
+        read("vendor").trim() == vendor && (class.starts_with("0x03") || class.starts_with("0x12"))
+    })
+}
+
+#[cfg(feature = "cuda")]
+mod cuda {
+    use tensorhaul_device::gpu::{Driver, topology};
+
+    use super::{DeviceFact, DriverFact, PciLink, fs};
+
+    pub(super) fn driver() -> DriverFact {
+        let kernel_module = fs::read_to_string("/sys/module/nvidia/version").ok();
+        let fact = DriverFact {
+            name: "cuda",
+            kernel_module: kernel_module.map(|version| version.trim().to_owned()),
+            ..DriverFact::default()
+        };
+        match tensorhaul_cuda::driver() {
+            Ok(driver) => {
+                let (name, version) = (driver.library(), driver.version());
+                let library = mapped_file(&name).unwrap_or(name);
+                DriverFact { found: true, library: Some(library), version: Some(version), ..fact }
+            }
+            Err(why) => DriverFact { why: Some(why), ..fact },
+        }
+    }
+
+    /// Returns where the library of a name came from: its file is mapped into this process.
+    fn mapped_file(name: &str) -> Option<String> {
+        if name.contains('/') {
+            return Some(name.to_owned());
+        }
+        let maps = fs::read_to_string("/proc/self/maps").ok()?;
+        // The file behind a link has a version behind the name, as in libcuda.so.570.86.
+        let stem = name.split_inclusive(".so").next()?;
+        let mut paths = maps.lines().filter_map(|line| line.find('/').map(|start| &line[start..]));
+        let is_it = |path: &&str| path.rsplit('/').next().is_some_and(|file| file.starts_with(stem));
+        paths.find(is_it).map(str::to_owned)
+    }
+
+    pub(super) fn devices() -> Vec<DeviceFact> {
+        let fails = |why: String| vec![DeviceFact { why: Some(why), ..DeviceFact::new("cuda") }];
+        let driver = match tensorhaul_cuda::driver() {
+            Ok(driver) => driver,
+            Err(why) => return fails(why),
+        };
+        let count = match driver.device_count() {
+            Ok(count) => count,
+            Err(error) => return fails(error.to_string()),
+        };
+        let describe = |ordinal| {
+            let name = driver.device_id(ordinal).to_string();
+            match driver.describe(ordinal) {
+                Ok(facts) => DeviceFact {
+                    works: true,
+                    description: Some(format!("{}, {}", facts.name, facts.architecture)),
+                    total_bytes: Some(facts.total_bytes),
+                    link: topology::link(&facts.pci_bus_id).as_ref().map(PciLink::of),
+                    driver: Some(format!("{} ({})", driver.library(), driver.version())),
+                    ..DeviceFact::new(name)
+                },
+                Err(error) => DeviceFact { why: Some(error.to_string()), ..DeviceFact::new(name) },
+            }
+        };
+        (0..count).map(describe).collect()
+    }
+}
+
+#[cfg(not(feature = "cuda"))]
+mod cuda {
+    use super::{DeviceFact, DriverFact};
+
+    const OFF: &str = "not in this build: the feature cuda is off";
+
+    pub(super) fn driver() -> DriverFact {
+        DriverFact { name: "cuda", why: Some(OFF.to_owned()), ..DriverFact::default() }
+    }
+
+    pub(super) fn devices() -> Vec<DeviceFact> {
+        vec![DeviceFact { why: Some(OFF.to_owned()), ..DeviceFact::new("cuda") }]
+    }
+}
+
+/// Pinned in some milliseconds, and long enough to fill a link.
+const COPY_LEN_BYTES: usize = 16 << 20;
+
+/// The vendor's number on the PCI bus.
+const NVIDIA: &str = "0x10de";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn links_have_generations_and_narrow_ones_get_advice() {
+        let link = topology::Link {
+            speed_now: "2.5 GT/s PCIe".to_owned(),
+            width_now: "8".to_owned(),
+            speed_max: "32.0 GT/s PCIe".to_owned(),
+            width_max: "16".to_owned(),
+        };
+        let mut device = DeviceFact { link: Some(PciLink::of(&link)), ..DeviceFact::new("cuda:0") };
+        assert_eq!(device.link.as_ref().unwrap().to_string(), "PCIe 1 x8 (at most PCIe 5 x16)");
+        assert!(advise(&device).unwrap().what.starts_with("cuda:0 uses 8 of its 16 PCIe lanes"));
+        device.link = Some(PciLink::of(&topology::Link { width_now: "16".to_owned(), ..link }));
+        assert_eq!(advise(&device), None); // An idle link is slow and nothing is wrong.
+        assert_eq!(generation("Unknown"), None);
+    }
+}
