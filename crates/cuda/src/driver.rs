@@ -5,10 +5,12 @@ use std::path::PathBuf;
 use std::ptr;
 
 use tensorhaul_device::gpu::{
-    BatchPiece, CallError, Context, DeviceFacts, Driver, EventHandle, Meaning, Rows, StreamHandle,
+    BatchPiece, CallError, Context, DeviceFacts, Driver, EventHandle, FunctionHandle, LaunchShape, Meaning,
+    ModuleHandle, Rows, StreamHandle,
 };
 use tensorhaul_plan::DeviceId;
 
+use crate::kernels;
 use crate::sys::{self, Table};
 
 /// NVIDIA's driver, loaded and initialized.
@@ -43,6 +45,9 @@ impl Cuda {
         }
         let meaning = match code {
             sys::OUT_OF_MEMORY => Meaning::OutOfMemory,
+            sys::UNSUPPORTED_PTX_VERSION => Meaning::DriverTooOld,
+            code if sys::WRONG_ARCHITECTURE.contains(&code) => Meaning::WrongArchitecture,
+            code if sys::NO_COMPILER.contains(&code) => Meaning::NoCompiler,
             code if sys::LOST.contains(&code) => Meaning::Lost,
             _ => Meaning::Other,
         };
@@ -128,6 +133,9 @@ unsafe impl Driver for Cuda {
             pci_bus_id: pci_bus_id.unwrap_or_default(),
             architecture: format!("sm_{major}{minor}"),
             integrated: self.attribute(sys::ATTRIBUTE_INTEGRATED, device)? != 0,
+            processor_count: self.attribute(sys::ATTRIBUTE_MULTIPROCESSOR_COUNT, device)?.max(0) as u32,
+            reads_pinned: self.attribute(sys::ATTRIBUTE_UNIFIED_ADDRESSING, device)? != 0
+                && self.attribute(sys::ATTRIBUTE_REGISTERED_HOST_POINTER, device)? != 0,
         })
     }
 
@@ -264,8 +272,7 @@ unsafe impl Driver for Cuda {
     fn host_allocate(&self, len_bytes: usize) -> Result<*mut c_void, CallError> {
         let mut start = ptr::null_mut();
         // SAFETY: writes one pointer.
-        let code =
-            unsafe { (self.table.cuMemHostAlloc)(&raw mut start, len_bytes, sys::HOST_ALLOC_PORTABLE) };
+        let code = unsafe { (self.table.cuMemHostAlloc)(&raw mut start, len_bytes, sys::HOST_ALLOC_FLAGS) };
         self.check("cuMemHostAlloc", code)?;
         Ok(start)
     }
@@ -277,8 +284,7 @@ unsafe impl Driver for Cuda {
 
     unsafe fn host_register(&self, start: *mut c_void, len_bytes: usize) -> Result<(), CallError> {
         // SAFETY: the caller's promise.
-        let code =
-            unsafe { (self.table.cuMemHostRegister_v2)(start, len_bytes, sys::HOST_REGISTER_PORTABLE) };
+        let code = unsafe { (self.table.cuMemHostRegister_v2)(start, len_bytes, sys::HOST_REGISTER_FLAGS) };
         self.check("cuMemHostRegister", code)
     }
 
@@ -366,6 +372,68 @@ unsafe impl Driver for Cuda {
         self.check("cuMemcpy2DAsync", unsafe {
             (self.table.cuMemcpy2DAsync_v2)(&raw const copy, pointer(stream.0))
         })
+    }
+
+    fn kernels(&self, _architecture: &str, module: &str) -> Option<&'static [u8]> {
+        // The driver compiles PTX for whatever device it has.
+        kernels::PTX.iter().find(|(name, _)| *name == module).map(|(_, text)| text.as_bytes())
+    }
+
+    unsafe fn module_load(&self, image: &'static [u8]) -> Result<ModuleHandle, CallError> {
+        let mut module: sys::Module = ptr::null_mut();
+        // SAFETY: writes one pointer; the image is PTX, terminated.
+        let code = unsafe { (self.table.cuModuleLoadData)(&raw mut module, image.as_ptr().cast()) };
+        self.check("cuModuleLoadData", code)?;
+        Ok(ModuleHandle(module.expose_provenance()))
+    }
+
+    unsafe fn module_unload(&self, module: ModuleHandle) -> Result<(), CallError> {
+        // SAFETY: the caller's promise.
+        self.check("cuModuleUnload", unsafe { (self.table.cuModuleUnload)(pointer(module.0)) })
+    }
+
+    unsafe fn function(&self, module: ModuleHandle, name: &CStr) -> Result<FunctionHandle, CallError> {
+        let mut function: sys::Function = ptr::null_mut();
+        // SAFETY: writes one pointer; the module is the caller's promise.
+        let code =
+            unsafe { (self.table.cuModuleGetFunction)(&raw mut function, pointer(module.0), name.as_ptr()) };
+        self.check("cuModuleGetFunction", code)?;
+        Ok(FunctionHandle(function.expose_provenance()))
+    }
+
+    unsafe fn launch(
+        &self,
+        function: FunctionHandle,
+        shape: LaunchShape,
+        params: &[u8],
+        stream: StreamHandle,
+    ) -> Result<(), CallError> {
+        // As one buffer, because then the driver knows its length and refuses a wrong one.
+        let mut len = params.len();
+        let mut extra = [
+            ptr::without_provenance_mut(sys::LAUNCH_PARAM_BUFFER_POINTER),
+            params.as_ptr().cast_mut().cast::<c_void>(),
+            ptr::without_provenance_mut(sys::LAUNCH_PARAM_BUFFER_SIZE),
+            (&raw mut len).cast(),
+            ptr::without_provenance_mut(sys::LAUNCH_PARAM_END),
+        ];
+        // SAFETY: the list and the buffer are read before the call returns; what the parameters mean is the caller's promise.
+        let code = unsafe {
+            (self.table.cuLaunchKernel)(
+                pointer(function.0),
+                shape.block_count,
+                1,
+                1,
+                shape.block_threads,
+                1,
+                1,
+                shape.shared_bytes,
+                pointer(stream.0),
+                ptr::null_mut(),
+                extra.as_mut_ptr(),
+            )
+        };
+        self.check("cuLaunchKernel", code)
     }
 }
 

@@ -9,6 +9,7 @@
 //! meet in a dependency graph. ARCHITECTURE.md has the evidence.
 
 mod driver;
+mod kernels;
 mod sys;
 
 use std::env;

@@ -10,6 +10,8 @@ pub(crate) type Device = c_int;
 pub(crate) type Context = *mut c_void;
 pub(crate) type Stream = *mut c_void;
 pub(crate) type Event = *mut c_void;
+pub(crate) type Module = *mut c_void;
+pub(crate) type Function = *mut c_void;
 pub(crate) type Address = u64;
 
 tensorhaul_device::driver_table! {
@@ -47,6 +49,12 @@ tensorhaul_device::driver_table! {
         fn cuMemcpyHtoDAsync_v2(Address, *const c_void, usize, Stream);
         fn cuMemcpyDtoHAsync_v2(*mut c_void, Address, usize, Stream);
         fn cuMemcpy2DAsync_v2(*const Memcpy2d, Stream);
+        fn cuModuleLoadData(*mut Module, *const c_void);
+        fn cuModuleUnload(Module);
+        fn cuModuleGetFunction(*mut Function, Module, *const c_char);
+        fn cuLaunchKernel(
+            Function, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, Stream, *mut *mut c_void, *mut *mut c_void,
+        );
         optional:
         fn cuMemAllocAsync(*mut Address, usize, Stream);
         fn cuMemFreeAsync(Address, Stream);
@@ -110,6 +118,19 @@ pub(crate) const NOT_READY: c_int = 600;
 /// address, launch timeout, destroyed context, assert, and the hardware faults from 714 to 719.
 pub(crate) const LOST: &[c_int] = &[4, 46, 214, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719];
 
+/// `CUDA_ERROR_NO_BINARY_FOR_GPU` and `CUDA_ERROR_INVALID_PTX`: kernels for newer devices than this one.
+pub(crate) const WRONG_ARCHITECTURE: &[c_int] = &[209, 218];
+/// `CUDA_ERROR_JIT_COMPILER_NOT_FOUND` and `CUDA_ERROR_JIT_COMPILATION_DISABLED`.
+pub(crate) const NO_COMPILER: &[c_int] = &[221, 223];
+/// `CUDA_ERROR_UNSUPPORTED_PTX_VERSION`: the driver is older than the PTX.
+pub(crate) const UNSUPPORTED_PTX_VERSION: c_int = 222;
+
+/// `CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT`.
+pub(crate) const ATTRIBUTE_MULTIPROCESSOR_COUNT: c_int = 16;
+/// `CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING`.
+pub(crate) const ATTRIBUTE_UNIFIED_ADDRESSING: c_int = 41;
+/// `CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM`.
+pub(crate) const ATTRIBUTE_REGISTERED_HOST_POINTER: c_int = 91;
 /// `CU_DEVICE_ATTRIBUTE_INTEGRATED`.
 pub(crate) const ATTRIBUTE_INTEGRATED: c_int = 18;
 /// `CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR`.
@@ -117,11 +138,17 @@ pub(crate) const ATTRIBUTE_MAJOR: c_int = 75;
 /// `CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR`.
 pub(crate) const ATTRIBUTE_MINOR: c_int = 76;
 
+/// `CU_LAUNCH_PARAM_END`, `_BUFFER_POINTER`, `_BUFFER_SIZE`: keys of the list that hands parameters over as one buffer.
+pub(crate) const LAUNCH_PARAM_END: usize = 0;
+pub(crate) const LAUNCH_PARAM_BUFFER_POINTER: usize = 1;
+pub(crate) const LAUNCH_PARAM_BUFFER_SIZE: usize = 2;
+
 /// `CU_STREAM_NON_BLOCKING`.
 pub(crate) const STREAM_NON_BLOCKING: c_uint = 1;
 /// `CU_EVENT_DISABLE_TIMING`.
 pub(crate) const EVENT_DISABLE_TIMING: c_uint = 2;
-/// `CU_MEMHOSTALLOC_PORTABLE`: pinned for every context. Not write-combined: the CPU reads staging memory too.
-pub(crate) const HOST_ALLOC_PORTABLE: c_uint = 1;
-/// `CU_MEMHOSTREGISTER_PORTABLE`.
-pub(crate) const HOST_REGISTER_PORTABLE: c_uint = 1;
+/// `CU_MEMHOSTALLOC_PORTABLE` and `_DEVICEMAP`: pinned for every context, and read by kernels. Not write-combined: the
+/// CPU reads staging memory too.
+pub(crate) const HOST_ALLOC_FLAGS: c_uint = 1 | 2;
+/// `CU_MEMHOSTREGISTER_PORTABLE` and `_DEVICEMAP`.
+pub(crate) const HOST_REGISTER_FLAGS: c_uint = 1 | 2;

@@ -1,5 +1,7 @@
 //! The suite every backend passes: in tests with [`assert_passes`], on a real machine with [`run`].
 
+mod operations;
+
 use std::sync::Arc;
 
 use tensorhaul_stage::{Layout, Ring};
@@ -45,6 +47,14 @@ const PROMISES: &[(&str, Check)] = &[
     ("an event that was waited for is complete", events_complete),
     ("several threads load at once", threads_load_at_once),
     ("memory is freed with its last handle", memory_is_freed),
+    ("what operations need is loaded once", operations::operations_are_prepared_once),
+    ("casts equal the host's bit for bit", operations::casts_round_as_the_host),
+    ("casts start and end anywhere", operations::casts_start_and_end_anywhere),
+    (
+        "strided copies on the device move their pieces and nothing else",
+        operations::strided_copies_on_the_device_keep_their_pieces,
+    ),
+    ("many small pieces land where they belong", operations::many_small_pieces_land),
 ];
 
 fn allocations_are_aligned(device: &dyn Device) -> Result<(), String> {

@@ -5,11 +5,13 @@ use std::fmt;
 use std::io;
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tensorhaul_plan::DeviceId;
 use tensorhaul_stage::StagingMemory;
 
-use crate::gpu::{CallError, Meaning};
+use crate::gpu::CallError;
+use crate::operation::{Operation, OperationKind};
 
 /// One place that tensors can live in.
 pub trait Device: Send + Sync {
@@ -102,6 +104,25 @@ pub trait Device: Send + Sync {
         target: &mut [u8],
         stream: Stream,
     ) -> Result<(), DeviceError>;
+
+    /// Loads what operations of a kind need, so that the first does not pay for it, and returns the time that took: zero
+    /// where it was loaded before. [`Device::run`] does the same by itself.
+    ///
+    /// # Errors
+    /// [`DeviceError::NoKernels`] when this build has none for the device; [`DeviceError::Driver`] when the driver
+    /// refused them.
+    fn prepare(&self, kind: OperationKind) -> Result<Duration, DeviceError>;
+
+    /// Queues an operation on memory of this device.
+    ///
+    /// # Errors
+    /// As for [`Device::prepare`]; [`DeviceError`] also when the operation could not be queued. It then never runs.
+    ///
+    /// # Safety
+    /// - The ranges lie in allocations of this device that live until an event recorded after the operation is complete;
+    ///   source and target do not overlap.
+    /// - Until that event nobody else writes the source or touches the target.
+    unsafe fn run(&self, operation: &Operation<'_>, stream: Stream) -> Result<(), DeviceError>;
 
     /// Marks the point behind everything queued on a stream so far.
     ///
@@ -272,6 +293,13 @@ pub enum DeviceError {
         /// Why, and what would help.
         why: String,
     },
+    /// This build has no kernels for the device.
+    NoKernels {
+        /// Which device.
+        device: DeviceId,
+        /// Its architecture.
+        architecture: String,
+    },
     /// A call of the driver failed.
     Driver {
         /// Which device.
@@ -301,10 +329,13 @@ impl fmt::Display for DeviceError {
                 write!(f, "no {needed_bytes} bytes of host memory for staging")
             }
             DeviceError::Unavailable { device, why } => write!(f, "{device}: {why}"),
-            DeviceError::Driver { device, error } if error.meaning == Meaning::Lost => {
-                write!(f, "{device}: {error}; the device is lost to this process, restart it")
+            DeviceError::NoKernels { device, architecture } => {
+                write!(f, "{device}: this build has no kernels for {architecture}; load without casts")
             }
-            DeviceError::Driver { device, error } => write!(f, "{device}: {error}"),
+            DeviceError::Driver { device, error } => match error.meaning.advice() {
+                Some(advice) => write!(f, "{device}: {error}; {advice}"),
+                None => write!(f, "{device}: {error}"),
+            },
             DeviceError::Query { device, .. } => write!(f, "{device}: does not tell its memory"),
         }
     }

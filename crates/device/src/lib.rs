@@ -11,12 +11,15 @@
 //! The [host backend](host::Host) is a product, not a mock: it loads into the host's own memory, and
 //! it is what accelerators are compared with.
 
+pub mod cast;
 #[cfg(feature = "conformance")]
 pub mod conformance;
 mod contract;
 pub mod gpu;
 pub mod host;
+mod operation;
 
 pub use contract::{
     Allocation, Capabilities, Device, DeviceError, Event, MemoryInfo, Piece, Stream, StridedCopy,
 };
+pub use operation::{Cast, Location, Operation, OperationKind, Strided};

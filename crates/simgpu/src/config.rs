@@ -17,6 +17,8 @@ pub(crate) struct Config {
     pub(crate) fails: Vec<Fail>,
     /// `pools=0`: the device has no stream-ordered allocator. Default: 1.
     pub(crate) pools: bool,
+    /// `unified=0`: the device does not reach pinned host memory by its address. Default: 1.
+    pub(crate) unified: bool,
     /// `batches=0`: the driver refuses batched copies. Default: 1.
     pub(crate) batches: bool,
 }
@@ -39,6 +41,7 @@ impl Default for Config {
             link_mb_per_s: 0,
             fails: Vec::new(),
             pools: true,
+            unified: true,
             batches: true,
         }
     }
@@ -59,6 +62,7 @@ impl Config {
                 "seed" => config.seed = number()?,
                 "link_mb_per_s" => config.link_mb_per_s = number()?,
                 "pools" => config.pools = number()? != 0,
+                "unified" => config.unified = number()? != 0,
                 "batches" => config.batches = number()? != 0,
                 "fail" => {
                     let parts: Vec<&str> = value.split(':').collect();

@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::config::Config;
+use crate::ptx::Entry;
 use crate::stream::{Event, Stream};
 
 /// The machine. Handles are numbers that index its tables, so a handle that is dead is found out.
@@ -17,6 +18,10 @@ pub(crate) struct Machine {
     pub(crate) events: HashMap<usize, Arc<Event>>,
     /// Pinned host memory: start, length, and whether the machine allocated it.
     pub(crate) pinned: BTreeMap<usize, (usize, bool)>,
+    /// Modules with their kernels.
+    pub(crate) modules: HashMap<usize, Vec<Entry>>,
+    /// Kernels that were looked up, with their modules.
+    pub(crate) functions: HashMap<usize, (usize, Entry)>,
     pub(crate) calls: BTreeMap<&'static str, u64>,
     pub(crate) violations: Vec<String>,
     next_handle: usize,
@@ -83,6 +88,8 @@ impl Machine {
             streams: HashMap::new(),
             events: HashMap::new(),
             pinned: BTreeMap::new(),
+            modules: HashMap::new(),
+            functions: HashMap::new(),
             calls: BTreeMap::new(),
             violations: Vec::new(),
             next_handle: 0x1000,
@@ -175,6 +182,16 @@ impl Machine {
         }
     }
 
+    /// Returns what kernels may touch: the start and end of each allocation and of all pinned memory, ascending.
+    pub(crate) fn reachable(&self) -> Vec<(u64, u64)> {
+        let allocations = self.devices.iter().flat_map(|device| &device.allocations);
+        let pinned = self.pinned.iter().map(|(start, (len, _))| (*start as u64, (start + len) as u64));
+        let mut ranges: Vec<_> =
+            allocations.map(|(start, len)| (*start, start + len)).chain(pinned).collect();
+        ranges.sort_unstable();
+        ranges
+    }
+
     /// Returns the stream of a handle; 0 is the default stream of the current device.
     pub(crate) fn stream(&mut self, handle: usize) -> Result<Arc<Stream>, i32> {
         if handle != 0 {
@@ -215,10 +232,12 @@ const POISON_FREED: u8 = 0xdd;
 pub(crate) const INVALID_VALUE: i32 = 1;
 pub(crate) const OUT_OF_MEMORY: i32 = 2;
 pub(crate) const NOT_INITIALIZED: i32 = 3;
+pub(crate) const INVALID_PTX: i32 = 218;
 pub(crate) const NO_DEVICE: i32 = 100;
 pub(crate) const INVALID_DEVICE: i32 = 101;
 pub(crate) const INVALID_CONTEXT: i32 = 201;
 pub(crate) const INVALID_HANDLE: i32 = 400;
+pub(crate) const NOT_FOUND: i32 = 500;
 pub(crate) const NOT_READY: i32 = 600;
 pub(crate) const NOT_SUPPORTED: i32 = 801;
 

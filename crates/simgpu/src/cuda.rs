@@ -6,14 +6,16 @@
 #![allow(non_snake_case, reason = "the driver's own names")]
 #![allow(clippy::missing_safety_doc, reason = "one promise for all of them, above")]
 
-use std::ffi::{c_char, c_int, c_uint, c_void};
+use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::ptr;
 use std::sync::Arc;
 
 use crate::core::{
-    self, INVALID_CONTEXT, INVALID_DEVICE, INVALID_VALUE, Machine, NO_DEVICE, NOT_INITIALIZED, NOT_READY,
-    NOT_SUPPORTED, OUT_OF_MEMORY,
+    self, INVALID_CONTEXT, INVALID_DEVICE, INVALID_HANDLE, INVALID_PTX, INVALID_VALUE, Machine, NO_DEVICE,
+    NOT_FOUND, NOT_INITIALIZED, NOT_READY, NOT_SUPPORTED, OUT_OF_MEMORY,
 };
+use crate::kernels::{HostKernel, Launch};
+use crate::ptx;
 use crate::stream::{Event, Rows, Stream, Work};
 
 /// Writes a result through a caller's pointer.
@@ -54,8 +56,9 @@ calls! {
     fn cuDeviceGetPCIBusId(name: *mut c_char, len: c_int, device: c_int) |_machine| {
         text(name, len, &format!("0000:{device:02x}:00.0"))
     };
-    fn cuDeviceGetAttribute(value: *mut c_int, attribute: c_int, _device: c_int) |_machine| {
-        write!(value, match attribute { 75 => 8, 76 => 0, 18 => 0, _ => return Err(INVALID_VALUE) })
+    fn cuDeviceGetAttribute(value: *mut c_int, attribute: c_int, _device: c_int) |machine| {
+        let unified = c_int::from(machine.config.unified);
+        write!(value, match attribute { 75 => 8, 76 => 0, 18 => 0, 16 => 2, 41 | 91 => unified, _ => return Err(INVALID_VALUE) })
     };
     fn cuDeviceTotalMem_v2(bytes: *mut usize, _device: c_int) |machine| write!(bytes, machine.config.memory_bytes as usize);
 
@@ -198,6 +201,90 @@ calls! {
             source, source_stride: rows.src_pitch, target, target_stride: rows.dst_pitch, row_len: rows.width, row_count: rows.height,
         })
     };
+
+    fn cuModuleLoadData(module: *mut *mut c_void, image: *const c_char) |machine| {
+        if machine.current_device().is_none() { return Err(INVALID_CONTEXT) }
+        // SAFETY: the caller passes PTX, terminated.
+        let text = unsafe { CStr::from_ptr(image) };
+        let entries = text.to_str().ok().and_then(ptx::entries).ok_or(INVALID_PTX)?;
+        let handle = machine.new_handle();
+        machine.modules.insert(handle, entries);
+        write!(module, ptr::without_provenance_mut(handle))
+    };
+    fn cuModuleUnload(module: *mut c_void) |machine| {
+        machine.modules.remove(&module.addr()).ok_or(INVALID_HANDLE)?;
+        machine.functions.retain(|_, (of, _)| *of != module.addr());
+        Ok(())
+    };
+    fn cuModuleGetFunction(function: *mut *mut c_void, module: *mut c_void, name: *const c_char) |machine| {
+        // SAFETY: the caller passes a terminated string.
+        let name = unsafe { CStr::from_ptr(name) };
+        let entries = machine.modules.get(&module.addr()).ok_or(INVALID_HANDLE)?;
+        let entry = entries.iter().find(|entry| entry.name.as_bytes() == name.to_bytes()).ok_or(NOT_FOUND)?.clone();
+        let handle = machine.new_handle();
+        machine.functions.insert(handle, (module.addr(), entry));
+        write!(function, ptr::without_provenance_mut(handle))
+    };
+    fn cuLaunchKernel(
+        function: *mut c_void, grid_x: c_uint, grid_y: c_uint, grid_z: c_uint, block_x: c_uint, block_y: c_uint, block_z: c_uint,
+        shared_bytes: c_uint, stream: *mut c_void, params: *mut *mut c_void, extra: *mut *mut c_void,
+    ) |machine| {
+        let stream = machine.stream(stream.addr())?;
+        let (_, entry) = machine.functions.get(&function.addr()).ok_or(INVALID_HANDLE)?.clone();
+        let is_launch = grid_x > 0 && grid_x < 1 << 31 && (1..=1024).contains(&block_x) && shared_bytes <= 48 << 10;
+        // SAFETY: the caller passes one of the two, as the reference asks.
+        let params = unsafe { launch_params(params, extra, entry.params_len) }?;
+        if !is_launch || [grid_y, grid_z, block_y, block_z] != [1; 4] { return Err(INVALID_VALUE) }
+        let Some(kernel) = HostKernel::find(&entry.name) else {
+            machine.violations.push(format!("kernel {} has no build for the host", entry.name));
+            return Err(NOT_FOUND);
+        };
+        if u64::from(kernel.params_len()) != entry.params_len {
+            let (host, ptx) = (kernel.params_len(), entry.params_len);
+            machine.violations.push(format!("kernel {}: {host} bytes of parameters on the host, {ptx} in the PTX", entry.name));
+            return Err(INVALID_VALUE);
+        }
+        let device = machine.current().checked_sub(1).ok_or(INVALID_CONTEXT)?;
+        stream.queue(Work::Launch(Launch { kernel, threads: grid_x * block_x, params, device }));
+        Ok(())
+    };
+}
+
+/// Copies the parameters of a launch, given as one pointer for the one parameter that kernels have, or as one buffer.
+///
+/// # Safety
+/// `params` is null, or points to a pointer to `len` bytes; `extra` is null, or a list as the reference describes it.
+unsafe fn launch_params(
+    params: *mut *mut c_void,
+    extra: *mut *mut c_void,
+    len: u64,
+) -> Result<Vec<u64>, i32> {
+    const BUFFER_POINTER: usize = 1;
+    const BUFFER_SIZE: usize = 2;
+    let mut source: *const u8 = ptr::null();
+    if !params.is_null() {
+        // SAFETY: the caller's promise.
+        source = unsafe { *params }.cast();
+    } else if !extra.is_null() {
+        // SAFETY: the caller's promise: a pointer and a size, each behind its key, then the end.
+        let list = unsafe { array(extra, 5) };
+        if [list[0].addr(), list[2].addr(), list[4].addr()] != [BUFFER_POINTER, BUFFER_SIZE, 0] {
+            return Err(INVALID_VALUE);
+        }
+        source = list[1].cast();
+        // SAFETY: the size is behind its key.
+        let given = unsafe { *list[3].cast::<usize>() };
+        if given as u64 != len {
+            return Err(INVALID_VALUE);
+        }
+    }
+    if source.is_null() {
+        return Err(INVALID_VALUE);
+    }
+    let mut words = vec![0u64; (len as usize).div_ceil(8)];
+    // SAFETY: `len` bytes on both sides.
+    unsafe { ptr::copy_nonoverlapping(source, words.as_mut_ptr().cast(), len as usize) };
+    Ok(words)
 }
 
 fn copy(machine: &mut Machine, stream: *mut c_void, rows: Rows) -> Result<(), i32> {
@@ -343,9 +430,15 @@ const ERROR_NAMES: &[(c_int, &std::ffi::CStr)] = &[
     (100, c"CUDA_ERROR_NO_DEVICE"),
     (101, c"CUDA_ERROR_INVALID_DEVICE"),
     (201, c"CUDA_ERROR_INVALID_CONTEXT"),
+    (209, c"CUDA_ERROR_NO_BINARY_FOR_GPU"),
+    (218, c"CUDA_ERROR_INVALID_PTX"),
+    (221, c"CUDA_ERROR_JIT_COMPILER_NOT_FOUND"),
+    (222, c"CUDA_ERROR_UNSUPPORTED_PTX_VERSION"),
     (400, c"CUDA_ERROR_INVALID_HANDLE"),
+    (500, c"CUDA_ERROR_NOT_FOUND"),
     (600, c"CUDA_ERROR_NOT_READY"),
     (700, c"CUDA_ERROR_ILLEGAL_ADDRESS"),
+    (716, c"CUDA_ERROR_MISALIGNED_ADDRESS"),
     (719, c"CUDA_ERROR_LAUNCH_FAILED"),
     (801, c"CUDA_ERROR_NOT_SUPPORTED"),
 ];

@@ -3,8 +3,9 @@
 //! The library exports the functions of NVIDIA's driver that the CUDA backend looks up. The unmodified backend
 //! is pointed at it by `TENSORHAUL_CUDA_LIBRARY` and cannot tell the difference but by speed. What a
 //! real driver would let pass, this one counts: copies outside an allocation, copies from memory that is not
-//! pinned, objects never freed. What a real driver does once a year, it does on demand: any call fails at any
-//! use, memory runs out, a device is lost, work is late.
+//! pinned, kernels that touch what they must not, objects never freed. What a real driver does once a year, it does
+//! on demand: any call fails at any use, memory runs out, a device is lost, work is late. Kernels are the host
+//! builds of `kernels/`.
 //!
 //! `SIMGPU`, read at `cuInit`, or [`simgpu_configure`], says what the machine is like; see [`config::Config`].
 
@@ -12,4 +13,6 @@ mod config;
 mod control;
 mod core;
 mod cuda;
+mod kernels;
+mod ptx;
 mod stream;

@@ -1,5 +1,6 @@
-//! A stream is a thread with a queue; an event is a pair of counters.
+//! A stream is a thread with a queue; an event counts its recordings.
 
+use std::collections::BTreeSet;
 use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -7,11 +8,14 @@ use std::time::Duration;
 
 use crate::config::Config;
 use crate::core;
+use crate::kernels::Launch;
 
 /// Work in a queue.
 pub(crate) enum Work {
     /// Copies of equal rows; plain copies are one row.
     Copy(Rows),
+    /// A kernel.
+    Launch(Launch),
     /// Marks an event's recording as complete.
     Complete(Arc<Event>, u64),
     /// Waits for an event's recording.
@@ -89,6 +93,7 @@ impl Work {
                 }
                 rows.copy();
             }
+            Work::Launch(launch) => launch.run(),
             Work::Complete(event, recording) => event.complete(recording),
             Work::Wait(event, recording) => event.wait(recording),
             Work::Free(address) => core::with(|machine| {
@@ -111,7 +116,8 @@ impl Rows {
     }
 }
 
-/// Counts recordings and completions; a wait is for one recording.
+/// Numbers recordings and knows which are not complete; a wait is for one recording. An event that is recorded anew on
+/// another stream may complete there first, which says nothing about the recording before.
 #[derive(Default)]
 pub(crate) struct Event {
     counts: Mutex<Counts>,
@@ -121,7 +127,7 @@ pub(crate) struct Event {
 #[derive(Default)]
 struct Counts {
     recorded: u64,
-    completed: u64,
+    pending: BTreeSet<u64>,
 }
 
 impl Event {
@@ -129,7 +135,9 @@ impl Event {
     pub(crate) fn record(&self) -> u64 {
         let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
         counts.recorded += 1;
-        counts.recorded
+        let recording = counts.recorded;
+        counts.pending.insert(recording);
+        recording
     }
 
     /// Returns the number of the latest recording; 0 for an event never recorded, which counts as complete.
@@ -138,19 +146,19 @@ impl Event {
     }
 
     pub(crate) fn is_complete(&self, recording: u64) -> bool {
-        self.counts.lock().unwrap_or_else(PoisonError::into_inner).completed >= recording
+        !self.counts.lock().unwrap_or_else(PoisonError::into_inner).pending.contains(&recording)
     }
 
     pub(crate) fn wait(&self, recording: u64) {
         let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
-        while counts.completed < recording {
+        while counts.pending.contains(&recording) {
             counts = self.completed.wait(counts).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
     fn complete(&self, recording: u64) {
         let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
-        counts.completed = counts.completed.max(recording);
+        counts.pending.remove(&recording);
         self.completed.notify_all();
     }
 }

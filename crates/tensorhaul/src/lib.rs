@@ -27,7 +27,6 @@ mod asynchronous;
 mod atomic;
 pub mod bench;
 mod cancel;
-pub mod cast;
 mod checksum;
 pub mod convert;
 mod devices;
@@ -69,9 +68,9 @@ pub use report::{Fallback, Phases, Report};
 pub use stream::TensorStream;
 pub use tensor::{Element, Tensor};
 
-pub use tensorhaul_device::Allocation;
 #[cfg(feature = "conformance")]
 pub use tensorhaul_device::conformance;
+pub use tensorhaul_device::{Allocation, cast};
 pub use tensorhaul_io::memory::{FailsAt, Faults};
 pub use tensorhaul_plan::placement::UnknownDevice;
 pub use tensorhaul_plan::{

@@ -1,6 +1,7 @@
 //! Runs the repository's tasks: `cargo xtask help` lists them.
 
 mod fuzz;
+mod kernels;
 mod proof;
 mod sanitize;
 mod shell;
@@ -33,6 +34,7 @@ fn run(args: &[String]) -> Outcome {
     match task.as_str() {
         "test" => test::run(&Workspace::find()?, args),
         "fuzz" => fuzz::run(&Workspace::find()?, args),
+        "kernels" => kernels::run(&Workspace::find()?, args),
         "sanitize" => sanitize::run(&Workspace::find()?),
         "proof" => proof::run(&Workspace::find()?),
         "help" | "--help" | "-h" => help(),
@@ -60,10 +62,12 @@ Usage: cargo xtask TASK
   test              everything a change must pass, step by step, up to the first failure
   test --list       the steps
   test STEP...      only these
+  kernels           the compiled forms of kernels/, written anew (clang-22, lld-22, llvm-22)
+  kernels --check   whether they are what the sources compile to, byte for byte
   fuzz [ARG...]     every fuzz target for a minute: fuzz/run.sh with these arguments (nightly, cargo-fuzz)
   sanitize          the tests that handle raw memory, under AddressSanitizer (nightly)
   proof             a real model of 91 MB, compared byte for byte with the safetensors Python package (network)
   help              this text
 
-sanitize and proof say so and succeed where the machine lacks what they need; with CI=true they fail.
+kernels --check, sanitize and proof say so and succeed where the machine lacks what they need; with CI=true they fail.
 ";

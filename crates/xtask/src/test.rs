@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use crate::workspace::Workspace;
-use crate::{Outcome, shell};
+use crate::{Outcome, kernels, shell};
 
 struct Step {
     name: &'static str,
@@ -18,6 +18,11 @@ struct Step {
 /// Every step in its order: what fails soonest and costs least comes first.
 const STEPS: &[Step] = &[
     Step { name: "fmt", what: "the formatting is rustfmt's", run: fmt },
+    Step {
+        name: "kernels",
+        what: "the compiled kernels are what their sources compile to",
+        run: kernels::check,
+    },
     Step { name: "clippy", what: "clippy has no warning", run: clippy },
     Step { name: "tests", what: "every unit, integration and doc test passes", run: tests },
     Step { name: "doc", what: "the documentation builds without a warning", run: doc },
@@ -135,7 +140,7 @@ fn first_command(markdown: &str) -> Option<&str> {
 }
 
 /// Reads the files of a folder that has no folders.
-fn files(folder: &Path) -> Result<BTreeMap<String, Vec<u8>>, String> {
+pub(crate) fn files(folder: &Path) -> Result<BTreeMap<String, Vec<u8>>, String> {
     let in_folder = |error: io::Error| format!("{}: {error}", folder.display());
     let mut files = BTreeMap::new();
     for entry in fs::read_dir(folder).map_err(in_folder)? {
@@ -146,7 +151,10 @@ fn files(folder: &Path) -> Result<BTreeMap<String, Vec<u8>>, String> {
     Ok(files)
 }
 
-fn first_difference(kept: &BTreeMap<String, Vec<u8>>, written: &BTreeMap<String, Vec<u8>>) -> Option<String> {
+pub(crate) fn first_difference(
+    kept: &BTreeMap<String, Vec<u8>>,
+    written: &BTreeMap<String, Vec<u8>>,
+) -> Option<String> {
     for (name, kept) in kept {
         let Some(written) = written.get(name) else {
             return Some(format!("{name} is not written by the generator"));

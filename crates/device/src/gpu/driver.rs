@@ -1,6 +1,6 @@
 //! What a vendor's driver brings: its calls, one to one, and nothing decided.
 
-use std::ffi::c_void;
+use std::ffi::{CStr, c_void};
 use std::fmt;
 
 use tensorhaul_plan::DeviceId;
@@ -203,6 +203,39 @@ pub unsafe trait Driver: Send + Sync + 'static {
     /// # Safety
     /// As [`Driver::copy_in`], for every row.
     unsafe fn copy_rows_in(&self, rows: Rows, stream: StreamHandle) -> Result<(), CallError>;
+
+    /// Returns the kernels of a module of `kernels/`, compiled for an architecture, where this build has them.
+    fn kernels(&self, architecture: &str, module: &str) -> Option<&'static [u8]>;
+
+    /// Loads compiled kernels.
+    ///
+    /// # Safety
+    /// The image is one of [`Driver::kernels`].
+    unsafe fn module_load(&self, image: &'static [u8]) -> Result<ModuleHandle, CallError>;
+
+    /// Unloads them.
+    ///
+    /// # Safety
+    /// The module is of this context, nothing of it runs or is queued, and it is not used again.
+    unsafe fn module_unload(&self, module: ModuleHandle) -> Result<(), CallError>;
+
+    /// Finds a kernel by its name.
+    ///
+    /// # Safety
+    /// The module is of this context and loaded.
+    unsafe fn function(&self, module: ModuleHandle, name: &CStr) -> Result<FunctionHandle, CallError>;
+
+    /// Queues a kernel. The parameters are copied before the call returns.
+    ///
+    /// # Safety
+    /// The kernel takes parameters of exactly this form, and what they point to is valid until it is done.
+    unsafe fn launch(
+        &self,
+        function: FunctionHandle,
+        shape: LaunchShape,
+        params: &[u8],
+        stream: StreamHandle,
+    ) -> Result<(), CallError>;
 }
 
 /// A driver's context, or whatever names a device on a thread.
@@ -216,6 +249,25 @@ pub struct StreamHandle(pub usize);
 /// A driver's event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EventHandle(pub usize);
+
+/// A driver's module.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ModuleHandle(pub usize);
+
+/// A driver's kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FunctionHandle(pub usize);
+
+/// On how many threads a kernel runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LaunchShape {
+    /// Number of blocks.
+    pub block_count: u32,
+    /// Threads of a block.
+    pub block_threads: u32,
+    /// Shared memory of a block.
+    pub shared_bytes: u32,
+}
 
 /// One copy of a batch, from host to device.
 #[derive(Clone, Copy, Debug)]
@@ -258,6 +310,10 @@ pub struct DeviceFacts {
     pub architecture: String,
     /// Whether it shares its memory with the host.
     pub integrated: bool,
+    /// Number of its processors, which run blocks of threads.
+    pub processor_count: u32,
+    /// Whether kernels reach pinned host memory, registered or allocated, by its address on the host.
+    pub reads_pinned: bool,
 }
 
 /// A driver's call that failed.
@@ -280,8 +336,29 @@ pub enum Meaning {
     OutOfMemory,
     /// The device no longer works in this process.
     Lost,
+    /// The driver is older than the kernels.
+    DriverTooOld,
+    /// The kernels are not for this device.
+    WrongArchitecture,
+    /// The driver's compiler, which turns portable kernels into the device's own, is missing or off.
+    NoCompiler,
     /// Anything else.
     Other,
+}
+
+impl Meaning {
+    /// Returns what the caller can do about it, where that is known.
+    pub fn advice(self) -> Option<&'static str> {
+        match self {
+            Meaning::Lost => Some("the device is lost to this process, restart it"),
+            Meaning::DriverTooOld => Some("the driver is older than the kernels, update it"),
+            Meaning::WrongArchitecture => Some("the kernels are for newer devices than this one"),
+            Meaning::NoCompiler => {
+                Some("the driver's own compiler is missing or switched off (libnvidia-ptxjitcompiler)")
+            }
+            Meaning::OutOfMemory | Meaning::Other => None,
+        }
+    }
 }
 
 impl fmt::Display for CallError {

@@ -12,17 +12,22 @@
 //! - The calling thread's own current device is put back after every call.
 
 mod driver;
+mod kernels;
 mod memory;
+mod params;
 mod staging;
 pub mod table;
 pub mod topology;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 pub use driver::{
-    BatchPiece, CallError, Context, DeviceFacts, Driver, EventHandle, Meaning, Rows, StreamHandle,
+    BatchPiece, CallError, Context, DeviceFacts, Driver, EventHandle, FunctionHandle, LaunchShape, Meaning,
+    ModuleHandle, Rows, StreamHandle,
 };
+use kernels::Modules;
 use memory::Memory;
 use tensorhaul_plan::DeviceId;
 use tensorhaul_stage::StagingMemory;
@@ -30,6 +35,7 @@ use tensorhaul_stage::StagingMemory;
 use crate::contract::{
     Allocation, Capabilities, Device, DeviceError, Event, MemoryInfo, Piece, Stream, StridedCopy,
 };
+use crate::operation::{Operation, OperationKind};
 
 /// One device of a vendor. Clones are handles of the same one.
 pub struct Gpu<D: Driver> {
@@ -47,6 +53,9 @@ pub(crate) struct Shared<D: Driver> {
     events: Mutex<Vec<EventHandle>>,
     /// Whether the driver has batched copies, as far as is known.
     batches: AtomicBool,
+    /// Whether small pieces can be moved by a kernel, as far as is known.
+    scatters: AtomicBool,
+    modules: Modules,
     /// What could not be done as preferred: what, why.
     fallbacks: Mutex<Vec<(String, String)>>,
     /// Drivers do not survive a fork.
@@ -73,6 +82,7 @@ impl<D: Driver> Gpu<D> {
         let facts = driver.describe(ordinal).map_err(failed)?;
         let context = driver.open(ordinal).map_err(failed)?;
         // From here on dropping `shared` undoes what was done, whatever fails.
+        let scatters = AtomicBool::new(facts.reads_pinned);
         let mut shared = Shared {
             driver,
             ordinal,
@@ -82,6 +92,8 @@ impl<D: Driver> Gpu<D> {
             facts,
             events: Mutex::default(),
             batches: AtomicBool::new(true),
+            scatters,
+            modules: Modules::default(),
             fallbacks: Mutex::default(),
             process: std::process::id(),
         };
@@ -177,6 +189,7 @@ impl<D: Driver> Drop for Shared<D> {
             return; // The parent's driver state is not ours to end.
         }
         if let Ok(bound) = self.bind() {
+            self.unload();
             for event in lock(&self.events).drain(..) {
                 // SAFETY: nobody holds an event that came back. A failure leaves it to the context's end.
                 let _ = unsafe { self.driver.event_destroy(event) };
@@ -205,6 +218,86 @@ impl<D: Driver> Drop for Bound<'_, D> {
             // When this fails, the next caller's own call says so.
             let _ = self.driver.make_current(before);
         }
+    }
+}
+
+impl<D: Driver> Gpu<D> {
+    /// Queues several copies in one call of the driver, or in one kernel; false when neither can be had.
+    ///
+    /// # Safety
+    /// As for [`Device::copy_pieces`].
+    unsafe fn copy_at_once(
+        &self,
+        source: &[u8],
+        pieces: &[Piece<'_>],
+        stream: Stream,
+    ) -> Result<bool, DeviceError> {
+        let shared = &*self.shared;
+        let has_batches = shared.batches.load(Ordering::Relaxed);
+        let has_scatter = shared.scatters.load(Ordering::Relaxed) && is_for_scatter(source, pieces);
+        if !has_batches && !has_scatter {
+            return Ok(false);
+        }
+        let batch: Vec<_> = pieces
+            .iter()
+            .map(|piece| BatchPiece {
+                target: within(piece.target, piece.target_offset_bytes, piece.len_bytes as u64),
+                source: piece.source(source).as_ptr().cast(),
+                len_bytes: piece.len_bytes,
+            })
+            .collect();
+        let stream = shared.stream(stream);
+        let _bound = shared.bind()?;
+        if has_batches {
+            // SAFETY: the caller's promise for every piece.
+            match unsafe { shared.driver.copy_in_batch(&batch, stream) } {
+                Some(Ok(())) => return Ok(true),
+                Some(Err(error)) if error.meaning != Meaning::Other => return Err(shared.failed(error)),
+                // Copying a piece twice is harmless; going on in batches that are refused is not.
+                Some(Err(error)) => {
+                    shared.batches.store(false, Ordering::Relaxed);
+                    let what = match has_scatter {
+                        true => "small tensors are moved by a kernel instead of in batches",
+                        false => "small tensors are copied one by one instead of in batches",
+                    };
+                    shared.note(what, error.to_string());
+                }
+                None => shared.batches.store(false, Ordering::Relaxed),
+            }
+        }
+        if has_scatter {
+            let start = source.as_ptr().expose_provenance() as u64;
+            // SAFETY: the caller's promise for every piece; `is_for_scatter` knows the distances.
+            match unsafe { shared.scatter(start, &batch, stream) } {
+                Ok(()) => return Ok(true),
+                Err(error) if is_refusal(&error) => {
+                    shared.scatters.store(false, Ordering::Relaxed);
+                    shared.note(
+                        "small tensors are copied one by one instead of by a kernel",
+                        error.to_string(),
+                    );
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(false)
+    }
+}
+
+/// Tells whether pieces are many and small enough that a kernel, which reads across the link itself, beats single copies.
+fn is_for_scatter(source: &[u8], pieces: &[Piece<'_>]) -> bool {
+    let len_bytes: usize = pieces.iter().map(|piece| piece.len_bytes).sum();
+    pieces.len() >= SCATTER_MIN
+        && len_bytes / pieces.len() < SCATTER_MEAN_LEN_BYTES
+        && u32::try_from(source.len()).is_ok()
+}
+
+/// Tells whether the driver refused a kernel, but not the device.
+fn is_refusal(error: &DeviceError) -> bool {
+    match error {
+        DeviceError::NoKernels { .. } => true,
+        DeviceError::Driver { error, .. } => !matches!(error.meaning, Meaning::Lost | Meaning::OutOfMemory),
+        _ => false,
     }
 }
 
@@ -277,29 +370,9 @@ impl<D: Driver> Device for Gpu<D> {
         pieces: &[Piece<'_>],
         stream: Stream,
     ) -> Result<(), DeviceError> {
-        let shared = &*self.shared;
-        if pieces.len() >= BATCH_MIN && shared.batches.load(Ordering::Relaxed) {
-            let batch: Vec<_> = pieces
-                .iter()
-                .map(|piece| BatchPiece {
-                    target: within(piece.target, piece.target_offset_bytes, piece.len_bytes as u64),
-                    source: piece.source(source).as_ptr().cast(),
-                    len_bytes: piece.len_bytes,
-                })
-                .collect();
-            let _bound = shared.bind()?;
-            // SAFETY: the caller's promise for every piece.
-            match unsafe { shared.driver.copy_in_batch(&batch, shared.stream(stream)) } {
-                Some(Ok(())) => return Ok(()),
-                Some(Err(error)) if error.meaning != Meaning::Other => return Err(shared.failed(error)),
-                // Copying a piece twice is harmless; going on in batches that are refused is not.
-                Some(Err(error)) => {
-                    shared.batches.store(false, Ordering::Relaxed);
-                    shared
-                        .note("small tensors are copied one by one instead of in batches", error.to_string());
-                }
-                None => shared.batches.store(false, Ordering::Relaxed),
-            }
+        // SAFETY: the caller's promise for every piece.
+        if pieces.len() >= BATCH_MIN && unsafe { self.copy_at_once(source, pieces, stream)? } {
+            return Ok(());
         }
         for piece in pieces {
             // SAFETY: the caller's promise for every piece.
@@ -354,6 +427,17 @@ impl<D: Driver> Device for Gpu<D> {
             shared.driver.copy_out(target.as_mut_ptr().cast(), address, target.len(), shared.stream(stream))
         };
         queued.map_err(|error| shared.failed(error))
+    }
+
+    fn prepare(&self, kind: OperationKind) -> Result<Duration, DeviceError> {
+        let _bound = self.shared.bind()?;
+        self.shared.prepare(kind)
+    }
+
+    unsafe fn run(&self, operation: &Operation<'_>, stream: Stream) -> Result<(), DeviceError> {
+        let _bound = self.shared.bind()?;
+        // SAFETY: the caller's promise.
+        unsafe { self.shared.run(operation, self.shared.stream(stream)) }
     }
 
     fn record(&self, stream: Stream) -> Result<Event, DeviceError> {
@@ -424,6 +508,12 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// One copy is as cheap without a batch.
 const BATCH_MIN: usize = 2;
+
+/// Below this, single copies cost no more calls than loading a module does.
+const SCATTER_MIN: usize = 8;
+
+/// From here on a copy's bytes take longer than its call, some 5 us at 12 GB/s, and copy engines read faster than kernels.
+const SCATTER_MEAN_LEN_BYTES: usize = 64 << 10;
 
 /// Both vendors' allocators align to this at least.
 const ALIGN_BYTES: u64 = 256;

@@ -55,7 +55,7 @@ pub(crate) fn assert_same_bytes(model: &Model, loaded: &Loaded) {
     }
 }
 
-fn read_back(device: &dyn Device, tensor: &tensorhaul::Tensor, len: usize) -> Vec<u8> {
+pub(crate) fn read_back(device: &dyn Device, tensor: &tensorhaul::Tensor, len: usize) -> Vec<u8> {
     let memory = device.staging_memory(len).unwrap();
     // SAFETY: initialized, `len` long, ours alone.
     let staged = unsafe { std::slice::from_raw_parts_mut(memory.as_ptr().as_ptr(), len) };

@@ -4,6 +4,7 @@
 
 mod bench;
 mod faults;
+mod kernels;
 mod load;
 mod memory;
 mod missing;
@@ -14,7 +15,7 @@ use tensorhaul_device::conformance;
 
 #[test]
 fn the_cuda_backend_passes_the_conformance_suite() {
-    for config in ["", "delay_us=200", "pools=0", "pools=0;delay_us=200;seed=7"] {
+    for config in ["", "delay_us=200", "pools=0;delay_us=200;seed=7", "batches=0"] {
         let sim = Sim::new(config);
         let device = tensorhaul_cuda::open(0).unwrap();
         for verdict in conformance::run(&device) {

@@ -25,8 +25,8 @@ pub fn can_cast(source: Dtype, target: Dtype) -> bool {
 ///
 /// # Example
 /// ```
-/// use tensorhaul::cast::cast;
-/// use tensorhaul::Dtype;
+/// use tensorhaul_device::cast::cast;
+/// use tensorhaul_plan::Dtype;
 ///
 /// let mut half = [0; 4];
 /// let overflowed = cast(Dtype::F32, &[1.5f32.to_le_bytes(), 1e6f32.to_le_bytes()].concat(), Dtype::F16, &mut half);

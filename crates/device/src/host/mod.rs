@@ -1,8 +1,11 @@
 //! The host's own memory as a device: copies run at once, on the calling thread.
 
+mod twins;
+
 use std::io;
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tensorhaul_plan::DeviceId;
 use tensorhaul_stage::{HostMemory, StagingMemory};
@@ -10,6 +13,7 @@ use tensorhaul_stage::{HostMemory, StagingMemory};
 use crate::contract::{
     Allocation, Capabilities, Device, DeviceError, Event, MemoryInfo, Piece, Stream, StridedCopy,
 };
+use crate::operation::{Operation, OperationKind};
 
 /// The host. Every event is complete when it is recorded.
 #[derive(Clone, Copy, Debug, Default)]
@@ -120,6 +124,20 @@ impl Device for Host {
         let (start, len) = (place(source, source_offset_bytes, target.len()), target.len());
         // SAFETY: as in `copy`, with the allocation as source.
         unsafe { start.copy_to_nonoverlapping(NonNull::from(target).cast(), len) };
+        Ok(())
+    }
+
+    fn prepare(&self, _kind: OperationKind) -> Result<Duration, DeviceError> {
+        Ok(Duration::ZERO)
+    }
+
+    unsafe fn run(&self, operation: &Operation<'_>, _stream: Stream) -> Result<(), DeviceError> {
+        match operation {
+            // SAFETY: the caller owns the ranges, and an operation's source and target do not overlap.
+            Operation::Cast(cast) => unsafe { twins::run_cast(cast) },
+            // SAFETY: as above.
+            Operation::Strided(strided) => unsafe { twins::run_strided(strided) },
+        }
         Ok(())
     }
 

@@ -1,0 +1,11 @@
+//! The compiled kernels, as PTX.
+
+macro_rules! ptx {
+    ($module:literal) => {
+        // The driver wants text that is terminated.
+        ($module, concat!(include_str!(concat!("../../../kernels/compiled/ptx/", $module, ".ptx")), "\0"))
+    };
+}
+
+/// The modules of `kernels/`, by name.
+pub(crate) const PTX: &[(&str, &str)] = &[ptx!("cast"), ptx!("scatter"), ptx!("strided")];
