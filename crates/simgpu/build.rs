@@ -1,10 +1,12 @@
-//! Compiles the kernels for the host, and lists them for the simulator by name.
+//! Compiles the kernels for the host, and lists them for the simulator by name. Makes the library stay where it was loaded:
+//! threads of its streams and its machine outlive the last handle of it.
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::{env, fs};
 
 fn main() {
+    println!("cargo::rustc-link-arg-cdylib=-Wl,-z,nodelete");
     let package = Path::new(env!("CARGO_MANIFEST_DIR"));
     // The project's kernels, and those that only tests of the simulator launch.
     let (projects, own) = (package.join("../../kernels"), package.join("kernels"));

@@ -4,7 +4,7 @@ use std::any::Any;
 use std::fmt;
 use std::io;
 use std::ptr::NonNull;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tensorhaul_plan::DeviceId;
@@ -181,6 +181,24 @@ pub unsafe trait Allocation: Any + Send + Sync {
     /// Orders the freeing of the memory after what is queued on this stream of the device's driver at the
     /// time of the last drop. The stream must outlive the memory. The host has no streams, and nothing to order.
     fn release_after(&self, stream: u64);
+
+    /// Keeps a value until the memory is freed, such as the owner of a stream given to [`Allocation::release_after`].
+    fn keep(&self, owner: Arc<dyn Any + Send + Sync>);
+}
+
+/// Values that an allocation keeps for as long as it lives; what [`Allocation::keep`] is made of.
+#[derive(Default)]
+pub struct Kept(Mutex<Vec<Arc<dyn Any + Send + Sync>>>);
+
+impl Kept {
+    /// Adds a value, if it is not there yet.
+    pub fn add(&self, owner: Arc<dyn Any + Send + Sync>) {
+        // A panic elsewhere cannot leave the list half changed: every change is one push.
+        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if !kept.iter().any(|other| Arc::ptr_eq(other, &owner)) {
+            kept.push(owner);
+        }
+    }
 }
 
 /// What a device can do.

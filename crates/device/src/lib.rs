@@ -20,6 +20,6 @@ pub mod host;
 mod operation;
 
 pub use contract::{
-    Allocation, Capabilities, Device, DeviceError, Event, MemoryInfo, Piece, Stream, StridedCopy,
+    Allocation, Capabilities, Device, DeviceError, Event, Kept, MemoryInfo, Piece, Stream, StridedCopy,
 };
 pub use operation::{Cast, Location, Operation, OperationKind, Strided};

@@ -8,13 +8,19 @@ use crate::core::{self, Machine};
 /// Starts over with a new machine. Returns 0, or 1 when the text is no configuration.
 ///
 /// # Safety
-/// `text` is a terminated string; no stream of the old machine has work queued.
+/// `text` is a terminated string.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn simgpu_configure(text: *const c_char) -> i32 {
     // SAFETY: the caller's promise.
     let text = unsafe { CStr::from_ptr(text) }.to_string_lossy();
     match Config::parse(&text) {
         Ok(config) => {
+            // Loads that failed may have left work queued, which would run into the new machine's memory.
+            let tails: Vec<_> =
+                core::with(|machine| machine.all_streams().map(|stream| stream.tail()).collect());
+            for (event, recording) in tails {
+                event.wait(recording);
+            }
             core::with(|machine| {
                 let mut fresh = Machine::new(config);
                 fresh.initialized = machine.initialized;

@@ -174,6 +174,21 @@ impl Machine {
         Err(INVALID_VALUE)
     }
 
+    /// Checks that one end of a copy about to run, which was valid when it was queued, is neither freed nor unpinned.
+    pub(crate) fn check_not_freed(&mut self, start: usize, len_bytes: usize) -> bool {
+        let ends_within = |first: usize, len: usize| start + len_bytes <= first + len;
+        let on_device = self.devices.iter().any(|device| {
+            let before = device.allocations.range(..=start as u64).next_back();
+            before.is_some_and(|(first, len)| ends_within(*first as usize, *len as usize))
+        });
+        let before = self.pinned.range(..=start).next_back();
+        let is_valid = on_device || before.is_some_and(|(first, (len, _))| ends_within(*first, *len));
+        if !is_valid {
+            self.violations.push(format!("{len_bytes} bytes at {start:#x} were freed before the copy ran"));
+        }
+        is_valid
+    }
+
     /// Checks that host memory of a copy is pinned.
     pub(crate) fn check_pinned(&mut self, start: usize, len_bytes: usize) {
         let before = self.pinned.range(..=start).next_back();
@@ -200,6 +215,11 @@ impl Machine {
         let config = self.config.clone();
         let device = self.current_device().ok_or(INVALID_CONTEXT)?;
         Ok(Arc::clone(device.default_stream.get_or_insert_with(|| Arc::new(Stream::start(&config)))))
+    }
+
+    pub(crate) fn all_streams(&self) -> impl Iterator<Item = &Arc<Stream>> {
+        let defaults = self.devices.iter().filter_map(|device| device.default_stream.as_ref());
+        self.streams.values().chain(defaults)
     }
 
     pub(crate) fn event(&self, handle: usize) -> Result<Arc<Event>, i32> {

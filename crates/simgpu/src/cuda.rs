@@ -16,7 +16,7 @@ use crate::core::{
 };
 use crate::kernels::{HostKernel, Launch};
 use crate::ptx;
-use crate::stream::{Event, Rows, Stream, Work};
+use crate::stream::{Event, HostFunction, Rows, Stream, Work};
 
 /// Writes a result through a caller's pointer.
 macro_rules! write {
@@ -58,7 +58,7 @@ calls! {
     };
     fn cuDeviceGetAttribute(value: *mut c_int, attribute: c_int, _device: c_int) |machine| {
         let unified = c_int::from(machine.config.unified);
-        write!(value, match attribute { 75 => 8, 76 => 0, 18 => 0, 16 => 2, 41 | 91 => unified, _ => return Err(INVALID_VALUE) })
+        write!(value, match attribute { 75 => 8, 76 => 0, 18 => 0, 16 => 2, 41 | 91 => unified, 115 => 1, _ => return Err(INVALID_VALUE) })
     };
     fn cuDeviceTotalMem_v2(bytes: *mut usize, _device: c_int) |machine| write!(bytes, machine.config.memory_bytes as usize);
 
@@ -185,6 +185,16 @@ calls! {
             let target = target as usize;
             copy(machine, stream, Rows { source, source_stride: 0, target, target_stride: 0, row_len: len, row_count: 1 })?;
         }
+        Ok(())
+    };
+    fn cuMemcpyDtoDAsync_v2(target: u64, source: u64, len: usize, stream: *mut c_void) |machine| {
+        machine.check_device_range(source, len as u64)?;
+        machine.check_device_range(target, len as u64)?;
+        let (source, target) = (source as usize, target as usize);
+        copy(machine, stream, Rows { source, source_stride: 0, target, target_stride: 0, row_len: len, row_count: 1 })
+    };
+    fn cuLaunchHostFunc(stream: *mut c_void, function: HostFunction, data: *mut c_void) |machine| {
+        machine.stream(stream.addr())?.queue(Work::Call(function, data.expose_provenance()));
         Ok(())
     };
     fn cuMemcpy2DAsync_v2(rows: *const Memcpy2d, stream: *mut c_void) |machine| {
@@ -378,6 +388,20 @@ pub(crate) unsafe extern "C" fn cuMemFree_v2(address: u64) -> c_int {
         event.wait(recording);
     }
     if code == 0 { core::with(|machine| machine.free(address)).err().unwrap_or(0) } else { code }
+}
+
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn cuCtxSynchronize() -> c_int {
+    let mut tails = Vec::new();
+    let code = core::call("cuCtxSynchronize", |machine| {
+        machine.current_device().ok_or(INVALID_CONTEXT)?;
+        tails = machine.all_streams().map(|stream| stream.tail()).collect();
+        Ok(())
+    });
+    for (event, recording) in tails {
+        event.wait(recording);
+    }
+    code
 }
 
 fn wait(recorded: Option<(Arc<Event>, u64)>, code: c_int) -> c_int {

@@ -1,6 +1,7 @@
 //! A stream is a thread with a queue; an event counts its recordings.
 
 use std::collections::BTreeSet;
+use std::ffi::c_void;
 use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -22,7 +23,12 @@ pub(crate) enum Work {
     Wait(Arc<Event>, u64),
     /// Frees device memory.
     Free(u64),
+    /// Calls a function of the host with the address it was given.
+    Call(HostFunction, usize),
 }
+
+/// `CUhostFn`.
+pub(crate) type HostFunction = unsafe extern "C" fn(*mut c_void);
 
 /// Rows from one address to another.
 pub(crate) struct Rows {
@@ -91,7 +97,9 @@ impl Work {
                 if let Some(micros) = len_bytes.checked_div(link_mb_per_s) {
                     thread::sleep(Duration::from_micros(micros)); // Bytes by 1e6 bytes a second are microseconds.
                 }
-                rows.copy();
+                if rows.is_still_valid() {
+                    rows.copy();
+                }
             }
             Work::Launch(launch) => launch.run(),
             Work::Complete(event, recording) => event.complete(recording),
@@ -100,11 +108,20 @@ impl Work {
                 // A violation was noted if this is not allocated; the queue has nobody to tell.
                 let _ = machine.free(address);
             }),
+            // SAFETY: the caller passes a function for this address, and keeps both until it was called.
+            Work::Call(function, data) => unsafe { function(std::ptr::with_exposed_provenance_mut(data)) },
         }
     }
 }
 
 impl Rows {
+    /// Tells whether nobody freed either end between the call and now; notes it otherwise.
+    fn is_still_valid(&self) -> bool {
+        let reach = |stride: usize| (self.row_count - 1) * stride + self.row_len;
+        let ends = [(self.source, reach(self.source_stride)), (self.target, reach(self.target_stride))];
+        core::with(|machine| ends.into_iter().all(|(start, len)| machine.check_not_freed(start, len)))
+    }
+
     fn copy(&self) {
         for row in 0..self.row_count {
             let source = std::ptr::with_exposed_provenance::<u8>(self.source + row * self.source_stride);

@@ -1,14 +1,17 @@
 //! Files that appear whole or not at all.
 
 use std::error::Error as StdError;
+use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use rustix::fs::{CWD, FallocateFlags, RenameFlags};
+use rustix::fs::{CWD, FallocateFlags, FlockOperation, RenameFlags};
 use rustix::io::Errno;
+use rustix::process::Pid;
 
 use crate::error::{Error, ErrorKind, Result};
 
@@ -36,18 +39,30 @@ pub(crate) enum Existing {
 }
 
 impl NewFile {
-    /// Creates the temporary file, in the target's folder so that the rename stays on one filesystem.
+    /// Creates the temporary file, in the target's folder so that the rename stays on one filesystem, and removes those
+    /// that killed writers of the same target left there.
     pub(crate) fn create(target: &Path) -> Result<NewFile> {
         let Some(name) = target.file_name() else {
             return Err(Error::bad_request("names no file to write").in_file(target));
         };
-        let mut hidden = std::ffi::OsString::from(".");
-        hidden.push(name);
-        hidden.push(format!(".{}-{}.tmp", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed)));
-        let temporary = folder_of(target).join(hidden);
-        let file = OpenOptions::new().write(true).create_new(true).open(&temporary);
-        let file = file.map_err(|error| write_error("creating it", target, error))?;
-        Ok(NewFile { target: target.to_owned(), temporary, file, renamed: false })
+        let mut prefix = OsString::from(".");
+        prefix.push(name);
+        prefix.push(".");
+        remove_abandoned(folder_of(target), &prefix);
+        loop {
+            let mut hidden = prefix.clone();
+            hidden.push(format!("{}-{}", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed)));
+            hidden.push(TEMPORARY_SUFFIX);
+            let temporary = folder_of(target).join(hidden);
+            let failed = |error| write_error("creating it", target, error);
+            let file = OpenOptions::new().write(true).create_new(true).open(&temporary).map_err(failed)?;
+            // Shows that its writer lives. Filesystems without locks refuse, and then nobody else takes one either.
+            let _ = rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive);
+            // Somebody may have taken it for abandoned before it was locked.
+            if file.metadata().map_err(failed)?.nlink() > 0 {
+                return Ok(NewFile { target: target.to_owned(), temporary, file, renamed: false });
+            }
+        }
     }
 
     /// Reserves room, so that a full disk is an error now and not after hours of writing.
@@ -138,6 +153,34 @@ pub(crate) fn write_error(doing: impl Into<String>, path: &Path, source: io::Err
     Error::new(kind, WriteFailed { doing: doing.into(), source }).in_file(path)
 }
 
+/// Removes temporary files of writers that were killed before they could: those that no process here has the number
+/// of, and that nobody, here or in another container, has locked.
+fn remove_abandoned(folder: &Path, prefix: &OsStr) {
+    // Failures leave a file behind, as before; the folder's other errors come up when the new file is created.
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let (name, prefix) = (name.as_encoded_bytes(), prefix.as_encoded_bytes());
+        let number =
+            name.strip_prefix(prefix).and_then(|rest| rest.strip_suffix(TEMPORARY_SUFFIX.as_bytes()));
+        let writer = number.and_then(writer_of);
+        if let Some(writer) = writer
+            && rustix::process::test_kill_process(writer) == Err(Errno::SRCH)
+            && entry.file_type().is_ok_and(|kind| kind.is_file())
+            && let Ok(file) = File::open(entry.path())
+            && rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok()
+        {
+            let _ = fs::remove_file(entry.path());
+        }
+    }
+}
+
+/// Returns the process of `PROCESS-COUNT`.
+fn writer_of(number: &[u8]) -> Option<Pid> {
+    let (process, count) = std::str::from_utf8(number).ok()?.split_once('-')?;
+    count.parse::<u64>().ok()?;
+    Pid::from_raw(process.parse().ok()?)
+}
+
 fn rename_to_new(from: &Path, to: &Path) -> Result<(), Errno> {
     match rustix::fs::renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
         // Not every filesystem knows the flag (NFS does not): look first, then rename.
@@ -182,6 +225,8 @@ impl StdError for WriteFailed {
     }
 }
 
+const TEMPORARY_SUFFIX: &str = ".tmp";
+
 /// Tells apart the temporary files of one process.
 static COUNTER: AtomicU64 = AtomicU64::new(0);
 
@@ -216,6 +261,35 @@ mod tests {
         assert_eq!(names(folder.path()).len(), 1);
         drop(file);
         assert!(names(folder.path()).is_empty());
+    }
+
+    #[test]
+    fn files_of_writers_that_were_killed_are_removed_and_others_stay() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut ended = std::process::Command::new("true").spawn().unwrap();
+        let dead = ended.id();
+        ended.wait().unwrap();
+        let own = std::process::id();
+        let abandoned = format!(".a.{dead}-0.tmp");
+        let locked = format!(".a.{dead}-1.tmp");
+        let others = [
+            format!(".a.{own}-999999.tmp"), // Another thread's.
+            format!(".a.b.{dead}-0.tmp"),   // Another target's.
+            format!(".a.{dead}.tmp"),
+            ".a.x-0.tmp".to_owned(),
+            "a".to_owned(),
+        ];
+        for name in others.iter().chain([&abandoned, &locked]) {
+            fs::write(folder.path().join(name), b"half").unwrap();
+        }
+        // As by a writer in a container of its own, whose process nobody sees here.
+        let writer = File::open(folder.path().join(&locked)).unwrap();
+        rustix::fs::flock(&writer, FlockOperation::NonBlockingLockExclusive).unwrap();
+        write_file(&folder.path().join("a"), b"whole").unwrap();
+        let mut expected: Vec<_> = others.into_iter().chain([locked]).collect();
+        expected.sort();
+        assert_eq!(names(folder.path()), expected);
+        assert_eq!(fs::read(folder.path().join("a")).unwrap(), b"whole");
     }
 
     #[test]

@@ -14,9 +14,9 @@ use crate::tensor::Tensor;
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DLDevice {
-    /// `DLDeviceType`: 1 host, 2 CUDA, 10 ROCm.
+    /// `DLDeviceType`: 1 host, 2 CUDA, 3 host memory pinned by CUDA, 10 ROCm, 11 host memory pinned by ROCm.
     pub device_type: i32,
-    /// Ordinal of the device.
+    /// Ordinal of the device; 0 for memory of the host, pinned or not.
     pub device_id: i32,
 }
 
@@ -103,7 +103,7 @@ impl Tensor {
         for dim in (1..shape.len()).rev() {
             strides[dim - 1] = strides[dim].checked_mul(shape[dim].max(1))?;
         }
-        let (dtype, device) = (data_type(self.dtype())?, dl_device(self.device())?);
+        let (dtype, device) = (data_type(self.dtype())?, dl_device(self.device(), self.pinned_for())?);
         let mut context = Box::new(Context { _tensor: self.clone(), shape, strides });
         let dl_tensor = DLTensor {
             data: self.data_ptr().cast(),
@@ -161,13 +161,17 @@ unsafe extern "C" fn delete(managed: *mut DLManagedTensorVersioned) {
     drop(unsafe { Box::from_raw(managed.manager_ctx.cast::<Context>()) });
 }
 
-fn dl_device(device: DeviceId) -> Option<DLDevice> {
-    match device {
-        DeviceId::Host => Some(DLDevice { device_type: 1, device_id: 0 }),
-        DeviceId::Cuda(ordinal) => Some(DLDevice { device_type: 2, device_id: ordinal as i32 }),
-        DeviceId::Rocm(ordinal) => Some(DLDevice { device_type: 10, device_id: ordinal as i32 }),
-        _ => None,
-    }
+/// `pinned_for` is the device whose driver has pinned the memory, where it is the host's.
+fn dl_device(device: DeviceId, pinned_for: Option<DeviceId>) -> Option<DLDevice> {
+    let (device_type, ordinal) = match (device, pinned_for) {
+        (DeviceId::Host, None) => (CPU, 0),
+        (DeviceId::Host, Some(DeviceId::Cuda(_))) => (CUDA_HOST, 0),
+        (DeviceId::Host, Some(DeviceId::Rocm(_))) => (ROCM_HOST, 0),
+        (DeviceId::Cuda(ordinal), _) => (CUDA, ordinal),
+        (DeviceId::Rocm(ordinal), _) => (ROCM, ordinal),
+        _ => return None,
+    };
+    Some(DLDevice { device_type, device_id: i32::try_from(ordinal).ok()? })
 }
 
 fn data_type(dtype: Dtype) -> Option<DLDataType> {
@@ -191,6 +195,13 @@ fn data_type(dtype: Dtype) -> Option<DLDataType> {
     Some(DLDataType { code, bits: dtype.bits() as u8, lanes: 1 })
 }
 
+/// `DLDeviceType`: `kDLCPU`, `kDLCUDA`, `kDLCUDAHost`, `kDLROCM`, `kDLROCMHost`.
+const CPU: i32 = 1;
+const CUDA: i32 = 2;
+const CUDA_HOST: i32 = 3;
+const ROCM: i32 = 10;
+const ROCM_HOST: i32 = 11;
+
 const VERSION: DLPackVersion = DLPackVersion { major: 1, minor: 1 };
 
 #[cfg(test)]
@@ -198,6 +209,9 @@ mod tests {
     use super::*;
     use tensorhaul_device::{Device, host::Host};
 
+    use std::sync::Arc;
+
+    use crate::external::ExternalMemory;
     use crate::tensor::Storage;
 
     fn tensor(dtype: Dtype, shape: &[u64]) -> Tensor {
@@ -230,6 +244,37 @@ mod tests {
         let deleter = unsafe { raw.as_ref() }.deleter.unwrap();
         // SAFETY: deleted once.
         unsafe { deleter(raw.as_ptr()) };
+    }
+
+    /// DLPack's numbers, and ordinal 0 for whatever is the host's.
+    #[test]
+    fn every_place_has_its_device_type() {
+        for (device, pinned_for, device_type, device_id) in [
+            (DeviceId::Host, None, 1, 0),
+            (DeviceId::Cuda(3), None, 2, 3),
+            (DeviceId::Host, Some(DeviceId::Cuda(3)), 3, 0),
+            (DeviceId::Rocm(3), None, 10, 3),
+            (DeviceId::Host, Some(DeviceId::Rocm(3)), 11, 0),
+        ] {
+            assert_eq!(dl_device(device, pinned_for), Some(DLDevice { device_type, device_id }), "{device}");
+        }
+    }
+
+    #[test]
+    fn memory_given_as_pinned_is_handed_over_as_pinned() {
+        let mut memory = Box::new([0u8; 64]);
+        let start = NonNull::from(&mut memory[0]);
+        for (device, device_type) in [(DeviceId::Cuda(1), 3), (DeviceId::Rocm(1), 11)] {
+            // SAFETY: initialized, 64 bytes, kept beyond the tensor; the test only claims that they are pinned.
+            let given = unsafe { ExternalMemory::pinned(device, start, 64, Arc::new(())) };
+            let storage = Storage::Arena(DeviceId::Host, Arc::new(given));
+            let tensor = Tensor::new(Dtype::U8, &[64], storage, 0, 64);
+            assert_eq!((tensor.device(), tensor.pinned_for()), (DeviceId::Host, Some(device)));
+            let exported = tensor.to_dlpack().unwrap();
+            let inside = &exported.managed().dl_tensor;
+            assert_eq!(inside.device, DLDevice { device_type, device_id: 0 });
+            assert_eq!(inside.data.cast(), start.as_ptr());
+        }
     }
 
     #[test]

@@ -4,28 +4,38 @@ use std::any::Any;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use tensorhaul_device::Allocation;
+use tensorhaul_device::{Allocation, Kept};
 use tensorhaul_plan::DeviceId;
 
 /// A buffer of the caller's that a tensor's bytes go into.
 #[derive(Clone)]
 pub struct ExternalMemory {
+    device: DeviceId,
+    /// Whose driver has pinned it.
+    pinned_for: Option<DeviceId>,
     address: u64,
     host_ptr: Option<NonNull<u8>>,
     len_bytes: u64,
     /// Kept until the last tensor in the memory is dropped.
     _owner: Arc<dyn Any + Send + Sync>,
+    kept: Arc<Kept>,
 }
 
 impl ExternalMemory {
-    /// Takes memory of a device, by its address in the device's address space.
+    /// Takes memory of a device, by its address in the device's address space. A load for another device refuses it.
     ///
     /// # Safety
-    /// - The range is memory of the device that the load is for, and stays allocated while `owner` lives.
+    /// - The range is memory of `device`, and stays allocated while `owner` lives.
     /// - Until the tensor is handed over nobody reads or writes it, but work queued on the stream given with
     ///   [`LoadOptions::stream`](crate::LoadOptions::stream) before the load.
-    pub unsafe fn device(address: u64, len_bytes: u64, owner: Arc<dyn Any + Send + Sync>) -> ExternalMemory {
-        ExternalMemory { address, host_ptr: None, len_bytes, _owner: owner }
+    pub unsafe fn device(
+        device: DeviceId,
+        address: u64,
+        len_bytes: u64,
+        owner: Arc<dyn Any + Send + Sync>,
+    ) -> ExternalMemory {
+        let kept = Arc::default();
+        ExternalMemory { device, pinned_for: None, address, host_ptr: None, len_bytes, _owner: owner, kept }
     }
 
     /// Takes memory of the host.
@@ -38,7 +48,40 @@ impl ExternalMemory {
         len_bytes: u64,
         owner: Arc<dyn Any + Send + Sync>,
     ) -> ExternalMemory {
-        ExternalMemory { address: start.addr().get() as u64, host_ptr: Some(start), len_bytes, _owner: owner }
+        ExternalMemory {
+            device: DeviceId::Host,
+            pinned_for: None,
+            address: start.addr().get() as u64,
+            host_ptr: Some(start),
+            len_bytes,
+            _owner: owner,
+            kept: Arc::default(),
+        }
+    }
+
+    /// Takes memory of the host that the driver of a device has pinned (`cudaHostAlloc`, `cudaHostRegister`), so that
+    /// consumers of the tensor know: [`Tensor::pinned_for`](crate::Tensor::pinned_for), and DLPack's types of pinned memory.
+    ///
+    /// # Safety
+    /// As for [`ExternalMemory::host`]; the range stays pinned while `owner` lives.
+    pub unsafe fn pinned(
+        device: DeviceId,
+        start: NonNull<u8>,
+        len_bytes: u64,
+        owner: Arc<dyn Any + Send + Sync>,
+    ) -> ExternalMemory {
+        // SAFETY: the caller's promise.
+        let host = unsafe { ExternalMemory::host(start, len_bytes, owner) };
+        ExternalMemory { pinned_for: Some(device), ..host }
+    }
+
+    /// Returns whose memory it is.
+    pub(crate) fn place(&self) -> DeviceId {
+        self.device
+    }
+
+    pub(crate) fn pinned_for(&self) -> Option<DeviceId> {
+        self.pinned_for
     }
 }
 
@@ -64,6 +107,10 @@ unsafe impl Allocation for ExternalMemory {
 
     /// The owner decides when the memory is freed, and after what.
     fn release_after(&self, _stream: u64) {}
+
+    fn keep(&self, owner: Arc<dyn Any + Send + Sync>) {
+        self.kept.add(owner);
+    }
 }
 
 /// Gives memory for the result, such as a framework's caching allocator.

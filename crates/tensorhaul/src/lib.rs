@@ -29,6 +29,8 @@ pub mod bench;
 mod cancel;
 mod checksum;
 pub mod convert;
+#[cfg(feature = "cudarc")]
+mod cuda_slice;
 mod devices;
 pub mod dlpack;
 pub mod doctor;
@@ -43,10 +45,12 @@ pub mod manifest;
 mod mapped;
 mod model;
 mod options;
+mod pinned;
 mod pipeline;
 mod private;
 mod probed;
 mod progress;
+mod raw;
 mod report;
 pub mod save;
 #[cfg(feature = "conformance")]
@@ -57,20 +61,24 @@ mod tensor;
 
 #[cfg(feature = "tokio")]
 pub use asynchronous::{LoadFuture, ProgressStream};
+#[cfg(feature = "cudarc")]
+pub use cuda_slice::BorrowedSlice;
 pub use devices::{default_device, release_devices};
 pub use error::{Error, ErrorKind, Result};
 pub use external::{Allocator, ExternalMemory};
 pub use loaded::{IntoIter, Loaded, Tensors};
 pub use model::Model;
 pub use options::{EngineChoice, Handover, LoadOptions, Preference, STAGING_BYTES_DEFAULT};
+pub use pinned::PinnedAllocator;
 pub use progress::Progress;
+pub use raw::{MemoryOwner, RawTensor};
 pub use report::{Fallback, Phases, Report};
 pub use stream::TensorStream;
 pub use tensor::{Element, Tensor};
 
 #[cfg(feature = "conformance")]
 pub use tensorhaul_device::conformance;
-pub use tensorhaul_device::{Allocation, cast};
+pub use tensorhaul_device::{Allocation, Kept, cast};
 pub use tensorhaul_io::memory::{FailsAt, Faults};
 pub use tensorhaul_plan::placement::UnknownDevice;
 pub use tensorhaul_plan::{

@@ -1,5 +1,6 @@
 //! An opened checkpoint: its files and its tensor table, before any tensor's bytes are read.
 
+use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
@@ -9,7 +10,7 @@ use memmap2::Mmap;
 use tensorhaul_io::OpenFile;
 use tensorhaul_io::memory::Faults;
 use tensorhaul_plan::header::{LEN_PREFIX_BYTES, header_len_bytes};
-use tensorhaul_plan::{Checkpoint, File, Header, Plan, Request, Select, Slice, TensorRef};
+use tensorhaul_plan::{Checkpoint, File, Header, Index, IndexError, Plan, Request, Select, Slice, TensorRef};
 
 use crate::cancel::Cancel;
 use crate::error::{Error, ErrorKind, Result};
@@ -61,7 +62,8 @@ impl Model {
             files.push(file);
         }
         if let Some((path, index)) = &index {
-            index.check_against(&headers).map_err(|error| Error::index(error, path))?;
+            let wrong = |error| Error::index(look_beside(error, index, &folder), path);
+            index.check_against(&headers).map_err(wrong)?;
         }
         let files_of_checkpoint =
             entries.into_iter().zip(headers).map(|(name, header)| File::new(name, header));
@@ -292,6 +294,29 @@ fn open_one(path: &Path) -> Result<(OpenFile, Header)> {
 }
 
 /// Reads the header of a file, and not a byte more.
+/// Completes the error of a tensor that no listed file has, if a file that is not listed has it.
+fn look_beside(error: IndexError, index: &Index, folder: &Path) -> IndexError {
+    let IndexError::MissingTensor { tensor, file } = error else {
+        return error;
+    };
+    let mut names: Vec<String> = fs::read_dir(folder)
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .filter(|name| name.ends_with(".safetensors") && !index.files().contains(name))
+        .collect();
+    names.sort();
+    let has_it = |name: &String| {
+        // Only a hint is looked for: a file that cannot be read gives none.
+        let opened = open_all(&[folder.join(name)]);
+        opened.is_ok_and(|opened| opened.iter().any(|(_, header)| header.find(&tensor).is_some()))
+    };
+    match names.into_iter().find(has_it) {
+        Some(found_in) => IndexError::WrongFile { tensor, file, found_in },
+        None => IndexError::MissingTensor { tensor, file },
+    }
+}
+
 fn parse_header(
     path: &Path,
     file_len_bytes: u64,

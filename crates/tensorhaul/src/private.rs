@@ -154,7 +154,7 @@ fn machine(options: &LoadOptions, able: bool, probed: &Probed) -> Result<Machine
     })
 }
 
-/// Checks that the caller's own memory is as long as what goes into it, before the first read.
+/// Checks that the caller's own memory is of the load's device and as long as what goes into it, before the first read.
 fn check_external(plan: &Plan, options: &LoadOptions) -> Result<()> {
     for arena in plan.arenas().iter().filter(|arena| arena.is_external) {
         let given = external(arena, options).map(|memory| memory.len_bytes());
@@ -166,7 +166,15 @@ fn check_external(plan: &Plan, options: &LoadOptions) -> Result<()> {
             return Err(Error::bad_request(what).about_tensor(&arena.group));
         }
     }
-    Ok(())
+    // Also where the tensor is not loaded and nothing would be written: it is a mistake all the same.
+    let wanted = options.request.device;
+    match options.targets.iter().find(|(_, memory)| memory.place() != wanted) {
+        Some((name, memory)) => {
+            let what = format!("the memory given is of {}, the load is for {wanted}", memory.place());
+            Err(Error::bad_request(what).about_tensor(name))
+        }
+        None => Ok(()),
+    }
 }
 
 /// Refuses a plan that promises more than the device has free.

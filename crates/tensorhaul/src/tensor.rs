@@ -1,5 +1,6 @@
 //! Tensors that own their memory, and typed views of them.
 
+use std::any::Any;
 use std::fmt;
 use std::sync::Arc;
 
@@ -9,6 +10,8 @@ use tensorhaul_plan::{DeviceId, Dtype};
 
 use crate::devices;
 use crate::error::{Error, ErrorKind, Result};
+use crate::external::ExternalMemory;
+use crate::pinned::PinnedMemory;
 
 /// A tensor: element type, shape, and the memory it lives in, row-major and without gaps.
 ///
@@ -78,6 +81,15 @@ impl Tensor {
     /// whoever truncates the file (touching a page that is gone kills the process with SIGBUS).
     pub fn is_mapped(&self) -> bool {
         matches!(self.storage, Storage::Mapped(_))
+    }
+
+    /// Returns the device whose driver has pinned the host memory that holds the bytes, as far as this crate knows: memory
+    /// of a [`PinnedAllocator`](crate::PinnedAllocator), or given with [`ExternalMemory::pinned`].
+    pub fn pinned_for(&self) -> Option<DeviceId> {
+        let (arena, _) = self.allocation()?;
+        let arena = &**arena as &dyn Any;
+        let external = || arena.downcast_ref().and_then(ExternalMemory::pinned_for);
+        arena.downcast_ref().map(PinnedMemory::device).or_else(external)
     }
 
     /// Returns the address of the first byte in its device's address space.
@@ -176,10 +188,20 @@ impl Tensor {
     }
 
     fn typed_bytes<T: Element>(&self) -> Result<&[u8]> {
+        self.check_dtype::<T>()?;
+        self.bytes()
+    }
+
+    pub(crate) fn check_dtype<T: Element>(&self) -> Result<()> {
         if self.dtype != T::DTYPE {
             return Err(Error::bad_request(format!("the tensor holds {}, not {}", self.dtype, T::DTYPE)));
         }
-        self.bytes()
+        Ok(())
+    }
+
+    /// Returns what keeps the bytes.
+    pub(crate) fn into_storage(self) -> Storage {
+        self.storage
     }
 }
 

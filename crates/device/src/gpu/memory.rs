@@ -1,11 +1,12 @@
 //! Device memory that is freed behind whatever may still use it.
 
+use std::any::Any;
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex};
 
 use super::driver::{Driver, Meaning, StreamHandle};
 use super::{Shared, lock};
-use crate::contract::{Allocation, DeviceError};
+use crate::contract::{Allocation, DeviceError, Kept};
 
 /// An allocation of one device.
 pub(crate) struct Memory<D: Driver> {
@@ -15,6 +16,8 @@ pub(crate) struct Memory<D: Driver> {
     is_ordered: bool,
     /// Streams that may still use the memory when it is dropped.
     consumers: Mutex<Vec<StreamHandle>>,
+    /// Owners of those streams, dropped behind the freeing.
+    kept: Kept,
 }
 
 impl<D: Driver> Memory<D> {
@@ -25,6 +28,7 @@ impl<D: Driver> Memory<D> {
             len_bytes: 0,
             is_ordered: false,
             consumers: Mutex::default(),
+            kept: Kept::default(),
         };
         if len_bytes == 0 {
             return Ok(memory);
@@ -103,6 +107,10 @@ unsafe impl<D: Driver> Allocation for Memory<D> {
         if !consumers.contains(&stream) {
             consumers.push(stream);
         }
+    }
+
+    fn keep(&self, owner: Arc<dyn Any + Send + Sync>) {
+        self.kept.add(owner);
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod twins;
 
+use std::any::Any;
 use std::io;
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -11,7 +12,7 @@ use tensorhaul_plan::DeviceId;
 use tensorhaul_stage::{HostMemory, StagingMemory};
 
 use crate::contract::{
-    Allocation, Capabilities, Device, DeviceError, Event, MemoryInfo, Piece, Stream, StridedCopy,
+    Allocation, Capabilities, Device, DeviceError, Event, Kept, MemoryInfo, Piece, Stream, StridedCopy,
 };
 use crate::operation::{Operation, OperationKind};
 
@@ -19,7 +20,10 @@ use crate::operation::{Operation, OperationKind};
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Host;
 
-struct Arena(HostMemory);
+struct Arena {
+    memory: HostMemory,
+    kept: Kept,
+}
 
 struct Done;
 
@@ -58,7 +62,7 @@ impl Device for Host {
         };
         let len = usize::try_from(len_bytes).map_err(|_| out_of_memory())?;
         let memory = HostMemory::allocate(len).map_err(|_| out_of_memory())?;
-        Ok(Arc::new(Arena(memory)))
+        Ok(Arc::new(Arena { memory, kept: Kept::default() }))
     }
 
     fn staging_memory(&self, len_bytes: usize) -> Result<Box<dyn StagingMemory>, DeviceError> {
@@ -174,18 +178,22 @@ impl Device for Host {
 // SAFETY: private memory, zeroed by the system, that this value alone frees.
 unsafe impl Allocation for Arena {
     fn address(&self) -> u64 {
-        self.0.as_ptr().as_ptr().addr() as u64
+        self.memory.as_ptr().as_ptr().addr() as u64
     }
 
     fn len_bytes(&self) -> u64 {
-        self.0.len_bytes() as u64
+        self.memory.len_bytes() as u64
     }
 
     fn host_ptr(&self) -> Option<NonNull<u8>> {
-        Some(self.0.as_ptr())
+        Some(self.memory.as_ptr())
     }
 
     fn release_after(&self, _stream: u64) {}
+
+    fn keep(&self, owner: Arc<dyn Any + Send + Sync>) {
+        self.kept.add(owner);
+    }
 }
 
 /// Returns the address of a range of host memory.

@@ -3,8 +3,11 @@
 #![allow(clippy::unwrap_used, reason = "a failed expectation is the test's own report")]
 
 mod bench;
+mod consumer;
+mod cudarc_slices;
 mod faults;
 mod kernels;
+mod lifetimes;
 mod load;
 mod memory;
 mod missing;

@@ -20,7 +20,7 @@ fn model() -> (tempfile::TempDir, Model) {
 fn external(memory: &Arc<dyn Allocation>, len_bytes: u64) -> ExternalMemory {
     let owner = Arc::new(Arc::clone(memory));
     // SAFETY: the owner keeps the allocation, and the test does not touch it until the tensor is handed over.
-    unsafe { ExternalMemory::device(memory.address(), len_bytes, owner) }
+    unsafe { ExternalMemory::device(DeviceId::Cuda(0), memory.address(), len_bytes, owner) }
 }
 
 #[test]

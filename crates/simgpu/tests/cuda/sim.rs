@@ -1,7 +1,7 @@
 //! The simulated driver, set up and asked by the tests that use it.
 
 use std::collections::BTreeMap;
-use std::ffi::{CString, c_char};
+use std::ffi::{CString, c_char, c_void};
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -100,6 +100,19 @@ pub(crate) fn library_path() -> PathBuf {
     let deps = test.parent().unwrap();
     let names = [deps.parent().unwrap().join("libsimgpu.so"), deps.join("libsimgpu.so")];
     names.into_iter().find(|path| path.exists()).expect("cargo test builds libsimgpu.so first")
+}
+
+/// Queues a function of the host on a stream.
+pub(crate) fn launch_host_function(
+    stream: *mut c_void,
+    function: extern "C" fn(*mut c_void),
+    data: *mut c_void,
+) -> i32 {
+    type Call = unsafe extern "C" fn(*mut c_void, extern "C" fn(*mut c_void), *mut c_void) -> i32;
+    // SAFETY: the library exports this function with this signature.
+    let call: Symbol<'_, Call> = unsafe { library().get(b"cuLaunchHostFunc") }.unwrap();
+    // SAFETY: the caller passes what the function takes.
+    unsafe { call(stream, function, data) }
 }
 
 fn call_with_text(name: &[u8], text: &str) -> i32 {

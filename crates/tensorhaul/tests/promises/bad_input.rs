@@ -214,7 +214,13 @@ fn an_index_that_is_wrong_says_which_tensor_and_which_file() {
     }
     check(&[("a", one), ("b", "3.safetensors")], ErrorKind::NotFound, None, "3.safetensors");
     check(&[("a", one), ("missing", two)], ErrorKind::Malformed, Some("missing"), "no file has it");
-    check(&[("a", two), ("b", two)], ErrorKind::Malformed, Some("a"), "no file has it");
+    // The file that has it is not listed at all.
+    check(
+        &[("a", two), ("b", two)],
+        ErrorKind::Malformed,
+        Some("a"),
+        "listed for \"2.safetensors\", but it is in \"1.safetensors\"",
+    );
     check(
         &[("a", one), ("b", one), ("a ", two)],
         ErrorKind::Malformed,
