@@ -181,10 +181,12 @@ fn fixed_costs(bench: &Bench) -> String {
         let phases = &report.phases;
         let _ = writeln!(
             text,
-            "  {name:<10} {}: device {}, pinning {} (beside the rest); probe {}, plan {}, prepare {}, first byte {}, read {}",
+            "  {name:<10} {}: driver {}, context {}, pinning {} ({} of that beside reads); probe {}, plan {}, prepare {}, first byte {}, read {}",
             seconds(report.seconds),
-            seconds(phases.device_seconds),
+            seconds(phases.driver_seconds),
+            seconds(phases.context_seconds),
             seconds(phases.pin_seconds),
+            seconds(phases.hidden_seconds),
             seconds(phases.probe_seconds),
             seconds(phases.plan_seconds),
             seconds(phases.prepare_seconds),

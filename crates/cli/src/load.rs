@@ -98,6 +98,23 @@ impl Load {
             seconds(phases.first_byte_seconds),
             seconds(phases.read_seconds)
         );
+        if report.device != "host" {
+            let _ = writeln!(
+                text,
+                "  device    driver {}, context {}, allocate {}, pin {}",
+                seconds(phases.driver_seconds),
+                seconds(phases.context_seconds),
+                seconds(phases.allocate_seconds),
+                seconds(phases.pin_seconds)
+            );
+            let _ = writeln!(
+                text,
+                "  overlap   {} of that beside reads, {} read ahead; first copy {} after the first byte",
+                seconds(phases.hidden_seconds),
+                bytes(report.bytes_ahead),
+                seconds(phases.first_copy_seconds)
+            );
+        }
         for fallback in &report.fallbacks {
             let _ = writeln!(text, "  fallback  {}: {}", printable(&fallback.what), printable(&fallback.why));
         }

@@ -18,17 +18,26 @@ use std::sync::{Arc, OnceLock};
 
 pub use driver::Cuda;
 use tensorhaul_device::DeviceError;
-use tensorhaul_device::gpu::Gpu;
+use tensorhaul_device::gpu::{Found, Gpu};
 use tensorhaul_plan::DeviceId;
 
 /// Opens a device by its ordinal in the driver's order (`CUDA_VISIBLE_DEVICES` applies).
 ///
 /// # Errors
+/// Those of [`find`]; [`DeviceError::Driver`] when a call failed.
+pub fn open(ordinal: u32) -> Result<Gpu<Cuda>, DeviceError> {
+    find(ordinal)?.open()
+}
+
+/// Finds a device and describes it, which makes no context on it; the first call in a process loads and initializes
+/// the driver.
+///
+/// # Errors
 /// [`DeviceError::Unavailable`] when there is no driver or no such device, with the likely cause;
 /// [`DeviceError::Driver`] when a call failed.
-pub fn open(ordinal: u32) -> Result<Gpu<Cuda>, DeviceError> {
+pub fn find(ordinal: u32) -> Result<Found<Cuda>, DeviceError> {
     let unavailable = |why| DeviceError::Unavailable { device: DeviceId::Cuda(ordinal), why };
-    Gpu::open(driver().map_err(unavailable)?, ordinal)
+    Found::new(driver().map_err(unavailable)?, ordinal)
 }
 
 /// Loads and initializes the driver, once a process.

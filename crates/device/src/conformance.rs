@@ -4,7 +4,7 @@ mod operations;
 
 use std::sync::Arc;
 
-use tensorhaul_stage::{Layout, Ring};
+use tensorhaul_stage::{HostMemory, Layout, Ring};
 
 use crate::contract::{Allocation, Device, DeviceError, Stream, StridedCopy};
 
@@ -41,6 +41,7 @@ const PROMISES: &[(&str, Check)] = &[
     ("memory is reported with free within total", memory_is_reported),
     ("an impossible allocation is out of memory and names the bytes", impossible_allocations_are_refused),
     ("bytes come back as they went, at every offset around a boundary", bytes_come_back),
+    ("memory that was written before it was pinned is copied as it was written", written_memory_is_pinned),
     ("copies of one stream run in order", copies_run_in_order),
     ("strided copies gather and scatter", strided_copies_gather_and_scatter),
     ("a stream ordered after an event sees what was done before it", streams_are_ordered),
@@ -98,14 +99,34 @@ fn bytes_come_back(device: &dyn Device) -> Result<(), String> {
     Ok(())
 }
 
+fn written_memory_is_pinned(device: &dyn Device) -> Result<(), String> {
+    let layout = Layout::new(16 * BOUNDARY, 4096).map_err(text)?.at_most(1);
+    let ring = Ring::unpinned(HostMemory::allocate(layout.len_bytes()).map_err(text)?, layout);
+    let target = device.allocate(BOUNDARY as u64).map_err(text)?;
+    let (sent, mut filling) = (pattern(5, BOUNDARY), ring.take().ok_or("the ring closed")?);
+    filling.bytes_mut()[..BOUNDARY].copy_from_slice(&sent);
+    let filled = filling.filled(BOUNDARY);
+    let Some(pinned) = ring.pin(|memory| device.pin(memory)).map_err(text)? else {
+        return expect(!device.fallbacks().is_empty(), || "refused, and nothing says why".to_owned());
+    };
+    let buffer = filled.copying(&pinned);
+    // SAFETY: the buffer and the target live until the event below was waited for.
+    unsafe { device.copy(buffer.bytes(), &target, 0, Stream::Copy) }.map_err(text)?;
+    let event = device.record(Stream::Copy).map_err(text)?;
+    device.wait(&event).map_err(text)?;
+    buffer.copied();
+    expect(read(device, &target, 0, BOUNDARY)? == sent, || "other bytes arrived".to_owned())
+}
+
 fn copies_run_in_order(device: &dyn Device) -> Result<(), String> {
     let ring = ring(device, 4)?;
+    let pinned = ring.pinned().ok_or("staging memory is not pinned")?;
     let target = device.allocate(BOUNDARY as u64).map_err(text)?;
     let mut copying = Vec::new();
     for value in 1..=4u8 {
         let mut filling = ring.take().ok_or("the ring closed")?;
         filling.bytes_mut()[..BOUNDARY].fill(value);
-        let buffer = filling.filled(BOUNDARY).copying();
+        let buffer = filling.filled(BOUNDARY).copying(&pinned);
         // SAFETY: the buffer and the target live until the event below was waited for.
         unsafe { device.copy(buffer.bytes(), &target, 0, Stream::Copy) }.map_err(text)?;
         copying.push(buffer);
@@ -146,10 +167,11 @@ fn streams_are_ordered(device: &dyn Device) -> Result<(), String> {
     let target = device.allocate(BOUNDARY as u64).map_err(text)?;
     let sent = pattern(9, BOUNDARY);
     let ring = ring(device, 2)?;
+    let pinned = ring.pinned().ok_or("staging memory is not pinned")?;
     let (mut first, mut second) =
         (ring.take().ok_or("the ring closed")?, ring.take().ok_or("the ring closed")?);
     first.bytes_mut()[..BOUNDARY].copy_from_slice(&sent);
-    let first = first.filled(BOUNDARY).copying();
+    let first = first.filled(BOUNDARY).copying(&pinned);
     // SAFETY: both buffers and the target live until the last event below was waited for.
     unsafe { device.copy(first.bytes(), &target, 0, Stream::Copy) }.map_err(text)?;
     let copied = device.record(Stream::Copy).map_err(text)?;

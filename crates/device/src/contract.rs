@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tensorhaul_plan::DeviceId;
-use tensorhaul_stage::StagingMemory;
+use tensorhaul_stage::{HostMemory, StagingMemory};
 
 use crate::gpu::CallError;
 use crate::operation::{Operation, OperationKind};
@@ -43,14 +43,23 @@ pub trait Device: Send + Sync {
     /// [`DeviceError::OutOfHostMemory`].
     fn staging_memory(&self, len_bytes: usize) -> Result<Box<dyn StagingMemory>, DeviceError>;
 
+    /// Pins host memory where it is, also while storage writes to it, until what is returned is dropped.
+    ///
+    /// `None` when the driver pins no memory but its own: [`staging_memory`](Device::staging_memory) then gives that,
+    /// and [`fallbacks`](Device::fallbacks) says why.
+    ///
+    /// # Errors
+    /// [`DeviceError`] when the device could not even be asked.
+    fn pin(&self, memory: Arc<HostMemory>) -> Result<Option<Box<dyn StagingMemory>>, DeviceError>;
+
     /// Queues a copy from staging memory of this device into an allocation of it.
     ///
     /// # Errors
     /// [`DeviceError`] when the copy could not be queued; it then never runs.
     ///
     /// # Safety
-    /// - `source` lies in memory of this device's [`staging_memory`](Device::staging_memory) and is neither
-    ///   written nor freed before an event recorded after the copy is complete.
+    /// - `source` lies in memory of this device's [`staging_memory`](Device::staging_memory), or that it has
+    ///   [pinned](Device::pin), and is neither written nor freed before an event recorded after the copy is complete.
     /// - `target_offset_bytes + source.len()` is within `target`, which is an allocation of this device; nobody
     ///   else reads or writes that range before that event.
     unsafe fn copy(
@@ -297,6 +306,15 @@ pub enum DeviceError {
         /// Bytes it has, where it says.
         free_bytes: Option<u64>,
     },
+    /// The device's whole memory would not suffice.
+    TooSmall {
+        /// Which device.
+        device: DeviceId,
+        /// Bytes asked for.
+        needed_bytes: u64,
+        /// Bytes it has in all.
+        total_bytes: u64,
+    },
     /// The host has not enough memory for staging.
     OutOfHostMemory {
         /// Bytes asked for.
@@ -342,6 +360,9 @@ impl fmt::Display for DeviceError {
             }
             DeviceError::OutOfMemory { device, needed_bytes, free_bytes: None } => {
                 write!(f, "{device}: {needed_bytes} bytes do not fit")
+            }
+            DeviceError::TooSmall { device, needed_bytes, total_bytes } => {
+                write!(f, "{device}: {needed_bytes} bytes do not fit, it has {total_bytes} in all")
             }
             DeviceError::OutOfHostMemory { needed_bytes, .. } => {
                 write!(f, "no {needed_bytes} bytes of host memory for staging")

@@ -15,6 +15,13 @@ pub(crate) struct Config {
     pub(crate) link_mb_per_s: u64,
     /// `fail=CALL:N:CODE`: the N-th use of CALL (from 1) returns CODE. Codes from 700 to 719 lose the device. May repeat.
     pub(crate) fails: Vec<Fail>,
+    /// `slow=CALL:MILLISECONDS`: every use of CALL takes that long before it does anything, or until [`simgpu_fail`] sets
+    /// the machine anew. May repeat.
+    ///
+    /// [`simgpu_fail`]: crate::control::simgpu_fail
+    pub(crate) slows: Vec<Slow>,
+    /// `poison=0`: device memory is not written over when it is allocated and freed, which takes longer than any driver. Default: 1.
+    pub(crate) poison: bool,
     /// `pools=0`: the device has no stream-ordered allocator. Default: 1.
     pub(crate) pools: bool,
     /// `unified=0`: the device does not reach pinned host memory by its address. Default: 1.
@@ -31,6 +38,13 @@ pub(crate) struct Fail {
     pub(crate) code: i32,
 }
 
+/// One call that takes its time.
+#[derive(Clone, Debug)]
+pub(crate) struct Slow {
+    pub(crate) call: String,
+    pub(crate) millis: u64,
+}
+
 impl Default for Config {
     fn default() -> Config {
         Config {
@@ -40,6 +54,8 @@ impl Default for Config {
             seed: 1,
             link_mb_per_s: 0,
             fails: Vec::new(),
+            slows: Vec::new(),
+            poison: true,
             pools: true,
             unified: true,
             batches: true,
@@ -61,6 +77,7 @@ impl Config {
                 "delay_us" => config.delay_us = number()?,
                 "seed" => config.seed = number()?,
                 "link_mb_per_s" => config.link_mb_per_s = number()?,
+                "poison" => config.poison = number()? != 0,
                 "pools" => config.pools = number()? != 0,
                 "unified" => config.unified = number()? != 0,
                 "batches" => config.batches = number()? != 0,
@@ -69,6 +86,11 @@ impl Config {
                     let &[call, nth, code] = parts.as_slice() else { return Err(wrong()) };
                     let (nth, code) = (nth.parse().map_err(|_| wrong())?, code.parse().map_err(|_| wrong())?);
                     config.fails.push(Fail { call: call.to_owned(), nth, code });
+                }
+                "slow" => {
+                    let (call, millis) = value.split_once(':').ok_or_else(wrong)?;
+                    let millis = millis.parse().map_err(|_| wrong())?;
+                    config.slows.push(Slow { call: call.to_owned(), millis });
                 }
                 _ => return Err(wrong()),
             }

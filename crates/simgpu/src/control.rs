@@ -35,7 +35,8 @@ pub(crate) unsafe extern "C" fn simgpu_configure(text: *const c_char) -> i32 {
     }
 }
 
-/// Sets which calls fail from now on, counting from now, and keeps everything else. Returns as [`simgpu_configure`].
+/// Sets which calls fail and which are slow from now on, counting from now, and keeps everything else; calls that are being
+/// slow go on at once. Returns as [`simgpu_configure`].
 ///
 /// # Safety
 /// `text` is a terminated string.
@@ -45,12 +46,14 @@ pub(crate) unsafe extern "C" fn simgpu_fail(text: *const c_char) -> i32 {
     let text = unsafe { CStr::from_ptr(text) }.to_string_lossy();
     let Ok(config) = Config::parse(&text) else { return 1 };
     core::with(|machine| {
-        machine.config.fails = config.fails;
+        (machine.config.fails, machine.config.slows) = (config.fails, config.slows);
+        machine.pace += 1;
         machine.calls.clear();
         for device in &mut machine.devices {
             device.lost = None;
         }
     });
+    core::hurry();
     0
 }
 

@@ -3,7 +3,8 @@
 use std::alloc::{Layout, alloc, dealloc};
 use std::cell::Cell;
 use std::collections::{BTreeMap, HashMap};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use crate::config::Config;
 use crate::ptx::Entry;
@@ -24,6 +25,8 @@ pub(crate) struct Machine {
     pub(crate) functions: HashMap<usize, (usize, Entry)>,
     pub(crate) calls: BTreeMap<&'static str, u64>,
     pub(crate) violations: Vec<String>,
+    /// Goes up when it is set which calls are slow.
+    pub(crate) pace: u64,
     next_handle: usize,
 }
 
@@ -42,6 +45,8 @@ pub(crate) struct Device {
 
 static MACHINE: Mutex<Option<Machine>> = Mutex::new(None);
 
+static HURRY: Condvar = Condvar::new();
+
 thread_local! {
     /// The device whose context is current, from 1; 0 for none.
     static CURRENT: Cell<usize> = const { Cell::new(0) };
@@ -49,33 +54,59 @@ thread_local! {
 
 /// Runs `act` on the machine, made at the first use.
 pub(crate) fn with<T>(act: impl FnOnce(&mut Machine) -> T) -> T {
-    let mut guard: MutexGuard<'_, Option<Machine>> = MACHINE.lock().unwrap_or_else(PoisonError::into_inner);
-    act(guard.get_or_insert_with(|| {
-        let text = std::env::var("SIMGPU").unwrap_or_default();
-        Machine::new(Config::parse(&text).unwrap_or_else(|error| panic!("{error}")))
-    }))
+    act(machine(&mut MACHINE.lock().unwrap_or_else(PoisonError::into_inner)))
 }
 
-/// Counts a call, lets it fail where the configuration or a lost device says so, else runs it.
-pub(crate) fn call(name: &'static str, act: impl FnOnce(&mut Machine) -> Result<(), i32>) -> i32 {
-    with(|machine| {
+fn machine(made: &mut Option<Machine>) -> &mut Machine {
+    made.get_or_insert_with(|| {
+        let text = std::env::var("SIMGPU").unwrap_or_default();
+        Machine::new(Config::parse(&text).unwrap_or_else(|error| panic!("{error}")))
+    })
+}
+
+/// Wakes the calls that are being slow; those that no longer are go on.
+pub(crate) fn hurry() {
+    HURRY.notify_all();
+}
+
+/// Counts a call and takes the time that the configuration gives it, without holding the machine. Returns its count.
+fn begin(name: &'static str) -> (MutexGuard<'static, Option<Machine>>, u64) {
+    let mut guard = MACHINE.lock().unwrap_or_else(PoisonError::into_inner);
+    let (pace, nth, wait) = {
+        let machine = machine(&mut guard);
         let count = machine.calls.entry(name).or_default();
         *count += 1;
         let nth = *count;
-        if let Some(fail) = machine.config.fails.iter().find(|fail| fail.call == name && fail.nth == nth) {
-            let code = fail.code;
-            if LOST_CODES.contains(&code)
-                && let Some(device) = machine.current_device()
-            {
-                device.lost = Some(code);
-            }
-            return code;
+        let slow = machine.config.slows.iter().find(|slow| slow.call == name);
+        (machine.pace, nth, Duration::from_millis(slow.map_or(0, |slow| slow.millis)))
+    };
+    let start = Instant::now();
+    while let Some(left) = wait.checked_sub(start.elapsed()).filter(|left| !left.is_zero()) {
+        guard = HURRY.wait_timeout(guard, left).unwrap_or_else(PoisonError::into_inner).0;
+        if machine(&mut guard).pace != pace {
+            break;
         }
-        if let Some(code) = machine.current_device().and_then(|device| device.lost) {
-            return code;
+    }
+    (guard, nth)
+}
+
+/// Counts a call, takes its time, lets it fail where the configuration or a lost device says so, else runs it.
+pub(crate) fn call(name: &'static str, act: impl FnOnce(&mut Machine) -> Result<(), i32>) -> i32 {
+    let (mut guard, nth) = begin(name);
+    let machine = machine(&mut guard);
+    if let Some(fail) = machine.config.fails.iter().find(|fail| fail.call == name && fail.nth == nth) {
+        let code = fail.code;
+        if LOST_CODES.contains(&code)
+            && let Some(device) = machine.current_device()
+        {
+            device.lost = Some(code);
         }
-        act(machine).err().unwrap_or(0)
-    })
+        return code;
+    }
+    if let Some(code) = machine.current_device().and_then(|device| device.lost) {
+        return code;
+    }
+    act(machine).err().unwrap_or(0)
 }
 
 impl Machine {
@@ -92,6 +123,7 @@ impl Machine {
             functions: HashMap::new(),
             calls: BTreeMap::new(),
             violations: Vec::new(),
+            pace: 0,
             next_handle: 0x1000,
         }
     }
@@ -115,7 +147,7 @@ impl Machine {
 
     /// Allocates poisoned memory of a device.
     pub(crate) fn allocate(&mut self, len_bytes: u64) -> Result<u64, i32> {
-        let capacity = self.config.memory_bytes;
+        let (capacity, poison) = (self.config.memory_bytes, self.config.poison);
         let device = self.current_device().ok_or(INVALID_CONTEXT)?;
         if len_bytes == 0 {
             return Err(INVALID_VALUE);
@@ -129,8 +161,10 @@ impl Machine {
         if start.is_null() {
             return Err(OUT_OF_MEMORY);
         }
-        // SAFETY: just allocated, `len_bytes` long.
-        unsafe { start.write_bytes(POISON_NEW, len_bytes as usize) };
+        if poison {
+            // SAFETY: just allocated, `len_bytes` long.
+            unsafe { start.write_bytes(POISON_NEW, len_bytes as usize) };
+        }
         device.allocations.insert(start.expose_provenance() as u64, len_bytes);
         device.used_bytes += len_bytes;
         Ok(start.expose_provenance() as u64)
@@ -154,8 +188,10 @@ impl Machine {
         let removed = self.devices.iter_mut().find_map(|device| device.allocations.remove(&address));
         let len_bytes = removed.ok_or(INVALID_VALUE)?;
         let start = std::ptr::with_exposed_provenance_mut::<u8>(address as usize);
-        // SAFETY: allocated above with this length, and still the machine's own.
-        unsafe { start.write_bytes(POISON_FREED, len_bytes as usize) };
+        if self.config.poison {
+            // SAFETY: allocated above with this length, and still the machine's own.
+            unsafe { start.write_bytes(POISON_FREED, len_bytes as usize) };
+        }
         // SAFETY: allocated above with this layout.
         unsafe { dealloc(start, layout(len_bytes)) };
         Ok(())

@@ -9,6 +9,7 @@
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::ptr;
 use std::sync::Arc;
+use std::time::Instant;
 
 use crate::core::{
     self, INVALID_CONTEXT, INVALID_DEVICE, INVALID_HANDLE, INVALID_PTX, INVALID_VALUE, Machine, NO_DEVICE,
@@ -298,7 +299,7 @@ unsafe fn launch_params(
 }
 
 fn copy(machine: &mut Machine, stream: *mut c_void, rows: Rows) -> Result<(), i32> {
-    machine.stream(stream.addr())?.queue(Work::Copy(rows));
+    machine.stream(stream.addr())?.queue(Work::Copy(rows, Instant::now()));
     Ok(())
 }
 

@@ -5,7 +5,7 @@ use std::ffi::c_void;
 use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::config::Config;
 use crate::core;
@@ -13,8 +13,8 @@ use crate::kernels::Launch;
 
 /// Work in a queue.
 pub(crate) enum Work {
-    /// Copies of equal rows; plain copies are one row.
-    Copy(Rows),
+    /// Copies of equal rows, and when they were queued; plain copies are one row.
+    Copy(Rows, Instant),
     /// A kernel.
     Launch(Launch),
     /// Marks an event's recording as complete.
@@ -52,12 +52,13 @@ impl Stream {
         let (sender, queue) = mpsc::channel::<Work>();
         let (delay_us, link_mb_per_s, mut dice) = (config.delay_us, config.link_mb_per_s, config.seed);
         let work = move || {
+            let mut link = Link { mb_per_s: link_mb_per_s, free_at: Instant::now() };
             for work in queue {
                 if delay_us > 0 {
                     dice = splitmix64(dice);
                     thread::sleep(Duration::from_micros(dice % (delay_us + 1)));
                 }
-                work.run(link_mb_per_s);
+                work.run(&mut link);
             }
         };
         let thread = thread::Builder::new()
@@ -90,16 +91,13 @@ impl Stream {
 }
 
 impl Work {
-    fn run(self, link_mb_per_s: u64) {
+    fn run(self, link: &mut Link) {
         match self {
-            Work::Copy(rows) => {
-                let len_bytes = (rows.row_len * rows.row_count) as u64;
-                if let Some(micros) = len_bytes.checked_div(link_mb_per_s) {
-                    thread::sleep(Duration::from_micros(micros)); // Bytes by 1e6 bytes a second are microseconds.
-                }
+            Work::Copy(rows, queued_at) => {
                 if rows.is_still_valid() {
                     rows.copy();
                 }
+                link.carry((rows.row_len * rows.row_count) as u64, queued_at);
             }
             Work::Launch(launch) => launch.run(),
             Work::Complete(event, recording) => event.complete(recording),
@@ -111,6 +109,24 @@ impl Work {
             // SAFETY: the caller passes a function for this address, and keeps both until it was called.
             Work::Call(function, data) => unsafe { function(std::ptr::with_exposed_provenance_mut(data)) },
         }
+    }
+}
+
+/// A link that carries one copy after the other.
+struct Link {
+    /// 0 is no limit.
+    mb_per_s: u64,
+    /// When what was carried last had arrived. Kept as an instant, not slept copy by copy: a sleep that is too long
+    /// would make the link slower, and a copy that is ready waits for nothing but the one before it.
+    free_at: Instant,
+}
+
+impl Link {
+    /// Sleeps until this many bytes have arrived.
+    fn carry(&mut self, len_bytes: u64, queued_at: Instant) {
+        let Some(nanos) = (len_bytes * 1000).checked_div(self.mb_per_s) else { return };
+        self.free_at = self.free_at.max(queued_at) + Duration::from_nanos(nanos);
+        thread::sleep(self.free_at.saturating_duration_since(Instant::now()));
     }
 }
 

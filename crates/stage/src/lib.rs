@@ -12,6 +12,9 @@
 //! - A device may still be reading a [`Copying`] buffer, so dropping that one **leaks** it: memory
 //!   that hardware may touch is never reused. [`Copying::copied`] gives it back once its event is complete.
 //!
+//! - Only a ring whose memory is [`Pinned`] has buffers that are copied. Storage may fill them before: pinning takes
+//!   tenths of a second, and a driver's context, without which there is no pinning, takes as long again.
+//!
 //! When no buffer is free, [`Ring::take`] waits. Nothing grows.
 //!
 //! # Example
@@ -35,4 +38,4 @@ mod ring;
 
 pub use layout::{BUFFER_LEN_BYTES_MIN, Layout, LayoutError};
 pub use memory::{AllocateError, HUGE_PAGE_BYTES, HostMemory, StagingMemory};
-pub use ring::{Copying, Filled, Filling, Ring};
+pub use ring::{Copying, Filled, Filling, Pinned, Ring};

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::io;
 use std::ptr::NonNull;
+use std::sync::Arc;
 
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 
@@ -78,6 +79,17 @@ unsafe impl StagingMemory for HostMemory {
 
     fn len_bytes(&self) -> usize {
         self.len_bytes
+    }
+}
+
+// SAFETY: the promises of the memory inside, which lives at least as long.
+unsafe impl<M: StagingMemory> StagingMemory for Arc<M> {
+    fn as_ptr(&self) -> NonNull<u8> {
+        (**self).as_ptr()
+    }
+
+    fn len_bytes(&self) -> usize {
+        (**self).len_bytes()
     }
 }
 

@@ -2,10 +2,10 @@
 
 use std::fmt;
 use std::ptr::NonNull;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crate::layout::Layout;
-use crate::memory::StagingMemory;
+use crate::memory::{HostMemory, StagingMemory};
 
 /// A fixed set of equal staging buffers. Clones are handles of the same ring.
 #[derive(Clone)]
@@ -18,7 +18,15 @@ struct Shared {
     state: Mutex<State>,
     freed: Condvar,
     /// Dropped last, after every buffer that points into it.
-    memory: Box<dyn StagingMemory>,
+    memory: Memory,
+}
+
+/// What the buffers are cut from.
+enum Memory {
+    /// Memory that a device copies from, from the start.
+    Pinned(Box<dyn StagingMemory>),
+    /// The host's own, and the same bytes as a device pinned them, once it has.
+    Own { pinned: OnceLock<Box<dyn StagingMemory>>, memory: Arc<HostMemory> },
 }
 
 struct State {
@@ -29,7 +37,7 @@ struct State {
 }
 
 impl Ring {
-    /// Cuts memory into the buffers of a layout.
+    /// Cuts memory that a device copies from into the buffers of a layout.
     ///
     /// # Panics
     /// When the memory is shorter than the layout.
@@ -42,7 +50,20 @@ impl Ring {
     /// # Panics
     /// When the memory is shorter than the layout.
     pub fn from_boxed(memory: Box<dyn StagingMemory>, layout: Layout) -> Ring {
-        assert!(memory.len_bytes() >= layout.len_bytes(), "the ring's memory holds its layout");
+        Ring::cut(Memory::Pinned(memory), layout)
+    }
+
+    /// Cuts host memory that no device copies from yet: its buffers are filled at once, and copied once the
+    /// memory [is pinned](Ring::pin).
+    ///
+    /// # Panics
+    /// When the memory is shorter than the layout.
+    pub fn unpinned(memory: HostMemory, layout: Layout) -> Ring {
+        Ring::cut(Memory::Own { pinned: OnceLock::new(), memory: Arc::new(memory) }, layout)
+    }
+
+    fn cut(memory: Memory, layout: Layout) -> Ring {
+        assert!(memory.bytes().len_bytes() >= layout.len_bytes(), "the ring's memory holds its layout");
         let free = (0..layout.buffer_count()).rev().collect();
         let state = Mutex::new(State { free, leaked: 0, peak_taken: 0, closed: false });
         Ring { shared: Arc::new(Shared { layout, state, freed: Condvar::new(), memory }) }
@@ -107,7 +128,41 @@ impl Ring {
 
     /// Returns the whole block the buffers are cut from, for registering it with a kernel or a driver.
     pub fn memory(&self) -> &dyn StagingMemory {
-        &*self.shared.memory
+        self.shared.memory.bytes()
+    }
+
+    /// Lets a device pin the memory where it is, also while buffers of it are being filled. `None` when the device
+    /// refused. A ring that is pinned already does not ask again.
+    ///
+    /// # Errors
+    /// Those of `pin`, which returns the same bytes pinned, or `None`.
+    ///
+    /// # Panics
+    /// When `pin` returns other bytes, or two threads pin at once.
+    pub fn pin<E>(
+        &self,
+        pin: impl FnOnce(Arc<HostMemory>) -> Result<Option<Box<dyn StagingMemory>>, E>,
+    ) -> Result<Option<Pinned>, E> {
+        if let Memory::Own { pinned, memory } = &self.shared.memory
+            && pinned.get().is_none()
+        {
+            let Some(bytes) = pin(Arc::clone(memory))? else { return Ok(None) };
+            let (start, len_bytes) = (memory.as_ptr(), self.shared.layout.len_bytes());
+            assert!(
+                bytes.as_ptr() == start && bytes.len_bytes() >= len_bytes,
+                "the ring's own bytes are pinned"
+            );
+            assert!(pinned.set(bytes).is_ok(), "one thread pins a ring");
+        }
+        Ok(self.pinned())
+    }
+
+    /// Returns the proof that a device may copy from the ring's buffers; `None` while they are not pinned.
+    pub fn pinned(&self) -> Option<Pinned> {
+        match &self.shared.memory {
+            Memory::Own { pinned, .. } if pinned.get().is_none() => None,
+            _ => Some(Pinned { shared: Arc::clone(&self.shared) }),
+        }
     }
 
     fn pop(&self, state: &mut State) -> Option<Filling> {
@@ -130,6 +185,15 @@ impl fmt::Debug for Ring {
     }
 }
 
+impl Memory {
+    fn bytes(&self) -> &dyn StagingMemory {
+        match self {
+            Memory::Pinned(memory) => &**memory,
+            Memory::Own { memory, .. } => &**memory,
+        }
+    }
+}
+
 impl Shared {
     /// A panic elsewhere cannot leave the state half changed: every change is one assignment or push.
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -147,7 +211,7 @@ impl Buffer {
     fn ptr(&self) -> NonNull<u8> {
         let offset_bytes = self.index as usize * self.shared.layout.buffer_len_bytes();
         // SAFETY: `index` is below the layout's count, and the memory holds the whole layout.
-        unsafe { self.shared.memory.as_ptr().add(offset_bytes) }
+        unsafe { self.shared.memory.bytes().as_ptr().add(offset_bytes) }
     }
 
     fn len_bytes(&self) -> usize {
@@ -211,9 +275,20 @@ impl Filled {
     }
 
     /// Hands the buffer to a device that reads it while this value exists.
-    pub fn copying(self) -> Copying {
+    ///
+    /// # Panics
+    /// When the proof is of another ring.
+    pub fn copying(self, pinned: &Pinned) -> Copying {
+        assert!(Arc::ptr_eq(&self.buffer.shared, &pinned.shared), "the proof is of the buffer's own ring");
         Copying { filled: Some(self) }
     }
+}
+
+/// The proof that a ring's memory is pinned: without it no buffer can be [copied](Filled::copying).
+///
+/// A copy from memory that is not pinned is no asynchronous one: the driver then waits for it, or copies it twice.
+pub struct Pinned {
+    shared: Arc<Shared>,
 }
 
 /// A buffer that a device may still be reading. Dropping it leaks it; see [`Copying::copied`].
@@ -263,7 +338,7 @@ mod tests {
         assert!(ring.try_take().is_none());
         a.bytes_mut()[0] = 7;
         drop(b.filled(0));
-        let a = a.filled(1).copying();
+        let a = a.filled(1).copying(&ring.pinned().unwrap());
         assert_eq!(a.bytes(), [7]);
         a.copied();
         drop(c);
@@ -275,11 +350,36 @@ mod tests {
     #[test]
     fn a_buffer_dropped_while_copied_is_leaked_and_never_reused() {
         let ring = ring(2);
-        drop(ring.take().unwrap().filled(10).copying());
+        drop(ring.take().unwrap().filled(10).copying(&ring.pinned().unwrap()));
         assert_eq!(ring.leaked_count(), 1);
         assert!(!ring.is_whole());
         let _last = ring.take().unwrap();
         assert!(ring.try_take().is_none());
+    }
+
+    #[test]
+    fn a_ring_is_filled_before_it_is_pinned_and_copied_only_after() {
+        let layout = Layout::new(2 * 4096, 4096).unwrap();
+        let ring = Ring::unpinned(HostMemory::allocate(layout.len_bytes()).unwrap(), layout);
+        let mut filling = ring.take().unwrap();
+        filling.bytes_mut()[0] = 7;
+        let filled = filling.filled(1);
+        assert!(ring.pinned().is_none());
+        assert!(ring.pin(|_| Ok::<_, ()>(None)).unwrap().is_none(), "a refusal is no pin");
+        assert!(ring.pin(|_| Err("lost")).is_err());
+        let pinned = ring.pin(|memory| Ok::<_, ()>(Some(Box::new(memory)))).unwrap().unwrap();
+        let copying = filled.copying(&pinned);
+        assert_eq!(copying.bytes(), [7]);
+        copying.copied();
+        assert!(ring.pin(|_| Err("asked again")).unwrap().is_some());
+        assert!(ring.is_whole());
+    }
+
+    #[test]
+    #[should_panic(expected = "the proof is of the buffer's own ring")]
+    fn a_proof_is_of_one_ring() {
+        let (ours, other) = (ring(1), ring(1));
+        ours.take().unwrap().filled(0).copying(&other.pinned().unwrap()).copied();
     }
 
     #[test]

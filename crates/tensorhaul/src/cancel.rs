@@ -33,7 +33,7 @@ impl Cancel {
         self.shared.cancelled.load(Ordering::Acquire)
     }
 
-    /// Forgets the ring: the load is over.
+    /// Forgets the ring: the load is over, or takes another.
     pub(crate) fn lets_go(&self) {
         *self.shared.ring.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }

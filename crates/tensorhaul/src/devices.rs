@@ -1,13 +1,13 @@
 //! Devices that loads use, and the staging rings they leave for the next load.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
 
 use tensorhaul_device::host::Host;
-use tensorhaul_device::{Allocation, Device, Stream};
+use tensorhaul_device::{Allocation, Capabilities, Device, DeviceError, Stream};
 use tensorhaul_plan::DeviceId;
-use tensorhaul_stage::{Layout, Ring};
+use tensorhaul_stage::{HostMemory, Layout, Pinned, Ring};
 
 use crate::cancel::Cancel;
 use crate::error::{Error, Result};
@@ -20,15 +20,23 @@ struct Kept {
     process: u32,
 }
 
+impl Kept {
+    fn is_ours(&self) -> bool {
+        self.process == std::process::id()
+    }
+}
+
 /// Opening a device takes tenths of a second and pinning half a second for each GB, so both are kept.
 static KEPT: Mutex<BTreeMap<DeviceId, Kept>> = Mutex::new(BTreeMap::new());
+
+static PINNING_WAS_REFUSED: AtomicBool = AtomicBool::new(false);
 
 /// Lets go of the devices and the pinned staging memory that loads of this process have kept. Loads under
 /// way and tensors handed over are not touched; the next load opens and pins anew.
 pub fn release_devices() {
     let kept = std::mem::take(&mut *lock());
     // Dropped without the lock: a driver may take its time.
-    drop(kept.into_values().filter(|kept| kept.process == std::process::id()).collect::<Vec<_>>());
+    drop(kept.into_values().filter(Kept::is_ours).collect::<Vec<_>>());
 }
 
 /// Returns the device that `auto` means: the accelerator with the most memory, or the host where there is none.
@@ -46,45 +54,130 @@ pub fn default_device() -> DeviceId {
     DeviceId::Host
 }
 
-/// Returns a device, open for work, and the seconds that opening took.
-pub(crate) fn open(id: DeviceId) -> Result<(Arc<dyn Device>, f64)> {
-    let start = Instant::now();
-    if let Some(kept) = lock().get(&id).filter(|kept| kept.process == std::process::id()) {
-        return Ok((Arc::clone(&kept.device), start.elapsed().as_secs_f64()));
-    }
-    let device = backend(id)?;
-    if id != DeviceId::Host {
-        let kept = Kept { device: Arc::clone(&device), ring: None, process: std::process::id() };
-        let before = lock().insert(id, kept);
-        // What a parent of this process kept is not this process's to free.
-        std::mem::forget(before.filter(|before| before.process != std::process::id()));
-    }
-    Ok((device, start.elapsed().as_secs_f64()))
+/// A device that is there: what a plan needs of it is known, whether or not it is open for work.
+pub(crate) enum Found {
+    /// Open: the host, or what an earlier load opened.
+    Open(Arc<dyn Device>),
+    /// Described by its driver, without a context.
+    #[cfg(feature = "cuda")]
+    Cuda(tensorhaul_device::gpu::Found<tensorhaul_cuda::Cuda>),
 }
 
-/// Opens a device that nobody keeps.
-pub(crate) fn backend(id: DeviceId) -> Result<Arc<dyn Device>> {
+/// Finds a device; the first call in a process loads and initializes its driver.
+pub(crate) fn find(id: DeviceId) -> Result<Found> {
+    if let Some(kept) = lock().get(&id).filter(|kept| kept.is_ours()) {
+        return Ok(Found::Open(Arc::clone(&kept.device)));
+    }
     match id {
-        DeviceId::Host => Ok(Arc::new(Host)),
+        DeviceId::Host => Ok(Found::Open(Arc::new(Host))),
         #[cfg(feature = "cuda")]
-        DeviceId::Cuda(ordinal) => Ok(Arc::new(tensorhaul_cuda::open(ordinal)?)),
+        DeviceId::Cuda(ordinal) => Ok(Found::Cuda(tensorhaul_cuda::find(ordinal)?)),
         other => Err(Error::bad_request(format!("{other}: this build has no backend for it; host works"))),
     }
 }
 
-/// Returns a staging ring of the device and the seconds it took: the one kept, if it has this layout, or a new one.
-/// One of another layout is let go first: budgets hold for what is kept, too.
-pub(crate) fn ring(device: &dyn Device, layout: Layout) -> Result<(Ring, f64)> {
-    let start = Instant::now();
-    let kept = lock().get_mut(&device.id()).and_then(|kept| kept.ring.take());
-    let ring = match kept.filter(|ring| ring.layout() == layout) {
-        Some(ring) => {
-            ring.reset_peak();
-            ring
+impl Found {
+    /// Opens the device, unless it is open, and keeps it for the next load.
+    pub(crate) fn open(self) -> Result<Arc<dyn Device>> {
+        let device = match self {
+            Found::Open(device) => return Ok(device),
+            found => found.open_apart()?,
+        };
+        let kept = Kept { device: Arc::clone(&device), ring: None, process: std::process::id() };
+        let before = lock().insert(device.id(), kept);
+        // What a parent of this process kept is not this process's to free.
+        std::mem::forget(before.filter(|before| !before.is_ours()));
+        Ok(device)
+    }
+
+    /// Opens the device, unless it is open, for nobody but the caller.
+    pub(crate) fn open_apart(self) -> Result<Arc<dyn Device>> {
+        match self {
+            Found::Open(device) => Ok(device),
+            #[cfg(feature = "cuda")]
+            Found::Cuda(found) => Ok(Arc::new(found.open()?)),
         }
-        None => Ring::from_boxed(device.staging_memory(layout.len_bytes())?, layout),
-    };
-    Ok((ring, start.elapsed().as_secs_f64()))
+    }
+
+    /// Returns the device if it is open.
+    pub(crate) fn opened(&self) -> Option<&Arc<dyn Device>> {
+        match self {
+            Found::Open(device) => Some(device),
+            #[cfg(feature = "cuda")]
+            Found::Cuda(_) => None,
+        }
+    }
+
+    /// Returns what it can do.
+    pub(crate) fn capabilities(&self) -> Capabilities {
+        match self {
+            Found::Open(device) => device.capabilities(),
+            #[cfg(feature = "cuda")]
+            Found::Cuda(found) => found.capabilities(),
+        }
+    }
+
+    /// Returns the processors whose memory is nearest to it.
+    pub(crate) fn near_processors(&self) -> Vec<u32> {
+        match self {
+            Found::Open(device) => device.near_processors(),
+            #[cfg(feature = "cuda")]
+            Found::Cuda(found) => found.near_processors(),
+        }
+    }
+
+    /// Returns its memory in all; `None` for one that is open, which can be asked what is free.
+    pub(crate) fn total_bytes(&self) -> Option<u64> {
+        match self {
+            Found::Open(_) => None,
+            #[cfg(feature = "cuda")]
+            Found::Cuda(found) => Some(found.facts().total_bytes),
+        }
+    }
+}
+
+/// Returns a device, open for work.
+pub(crate) fn open(id: DeviceId) -> Result<Arc<dyn Device>> {
+    find(id)?.open()
+}
+
+/// Returns a staging ring for a device: the one kept, if it has this layout, or one of the host's own memory, which
+/// reads may fill before the device has pinned it. One of another layout is let go first: budgets hold for what
+/// is kept, too.
+pub(crate) fn ring(id: DeviceId, layout: Layout) -> Result<Ring> {
+    let kept = lock().get_mut(&id).filter(|kept| kept.is_ours()).and_then(|kept| kept.ring.take());
+    if let Some(ring) = kept.filter(|ring| ring.layout() == layout) {
+        ring.reset_peak();
+        return Ok(ring);
+    }
+    let memory = HostMemory::allocate(layout.len_bytes()).map_err(|error| DeviceError::OutOfHostMemory {
+        needed_bytes: layout.len_bytes() as u64,
+        source: error.into(),
+    })?;
+    Ok(Ring::unpinned(memory, layout))
+}
+
+/// Lets a device pin a ring, unless it is pinned; `None` when the device refuses. [`drivers_own_ring`] then helps.
+pub(crate) fn pin(device: &dyn Device, ring: &Ring) -> Result<Option<Pinned>> {
+    if let Some(pinned) = ring.pinned() {
+        return Ok(Some(pinned));
+    }
+    let pinned = ring.pin(|memory| device.pin(memory))?;
+    if device.id() != DeviceId::Host {
+        PINNING_WAS_REFUSED.store(pinned.is_none(), Ordering::Relaxed);
+    }
+    Ok(pinned)
+}
+
+/// Tells whether an accelerator refused to pin the last ring. What refuses (a container, a platform) does so for the life of the
+/// process, and a load that reads before it pins would read twice.
+pub(crate) fn pinning_was_refused(id: DeviceId) -> bool {
+    id != DeviceId::Host && PINNING_WAS_REFUSED.load(Ordering::Relaxed)
+}
+
+/// Returns a staging ring of memory that the device's driver allocated.
+pub(crate) fn drivers_own_ring(device: &dyn Device, layout: Layout) -> Result<Ring> {
+    Ok(Ring::from_boxed(device.staging_memory(layout.len_bytes())?, layout))
 }
 
 /// Keeps a ring for the next load on its device, if it came back whole from one that went well.
@@ -111,7 +204,7 @@ pub(crate) fn read_back(
     offset_bytes: u64,
     len_bytes: u64,
 ) -> Result<Vec<u8>> {
-    let (device, _) = open(id)?;
+    let device = open(id)?;
     let mut bytes = Vec::with_capacity(len_bytes as usize);
     let memory = device.staging_memory(len_bytes.min(READ_BACK_LEN_BYTES) as usize)?;
     while (bytes.len() as u64) < len_bytes {

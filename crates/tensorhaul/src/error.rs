@@ -213,7 +213,9 @@ impl From<LayoutError> for Error {
 impl From<DeviceError> for Error {
     fn from(error: DeviceError) -> Error {
         let kind = match error {
-            DeviceError::OutOfMemory { .. } | DeviceError::OutOfHostMemory { .. } => ErrorKind::OutOfMemory,
+            DeviceError::OutOfMemory { .. }
+            | DeviceError::TooSmall { .. }
+            | DeviceError::OutOfHostMemory { .. } => ErrorKind::OutOfMemory,
             _ => ErrorKind::Device,
         };
         Error::new(kind, error)

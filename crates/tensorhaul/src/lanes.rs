@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::thread;
 
-use tensorhaul_device::Device;
 use tensorhaul_io::memory::Memory;
 use tensorhaul_io::mmap::Mmap;
 use tensorhaul_io::pread::Pread;
@@ -17,13 +16,13 @@ use crate::pipeline::Lane;
 use crate::probed::Temperatures;
 use crate::report::Fallback;
 
-/// Chooses who reads what.
+/// Chooses who reads what; threads stay on the processors given, if there are any.
 pub(crate) fn lanes(
     model: &Inner,
     options: &LoadOptions,
     temperatures: &Temperatures,
     ring: Option<&Ring>,
-    device: &dyn Device,
+    near_processors: &[u32],
     fallbacks: &mut Vec<Fallback>,
 ) -> Result<Vec<Lane>> {
     let cores = thread::available_parallelism().map_or(1, |cores| cores.get() as u32);
@@ -45,7 +44,7 @@ pub(crate) fn lanes(
     };
     let pread = |threads: u32, reads: &[u32]| {
         let engine = Pread::new(Arc::clone(files), threads.min(reads.len() as u32));
-        Box::new(engine.near(device.near_processors()))
+        Box::new(engine.near(near_processors.to_vec()))
     };
     match options.engine {
         EngineChoice::Mmap => {

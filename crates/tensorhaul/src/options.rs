@@ -230,5 +230,5 @@ impl FromStr for Preference {
     }
 }
 
-/// 256 MiB of pinned memory takes about 0.1 s to pin, beside the headers' reading; see ARCHITECTURE.md.
+/// 256 MiB of memory takes about 0.1 s to pin, beside the first reads; see ARCHITECTURE.md.
 pub const STAGING_BYTES_DEFAULT: u64 = 256 << 20;

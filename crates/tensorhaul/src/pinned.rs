@@ -46,7 +46,7 @@ impl PinnedAllocator {
                 "memory is pinned by a device's driver; name one, such as cuda:0",
             ));
         }
-        Ok(PinnedAllocator { device: devices::open(device)?.0 })
+        Ok(PinnedAllocator { device: devices::open(device)? })
     }
 }
 

@@ -1,19 +1,16 @@
 //! The transfer: engines fill memory, the device takes it, tensors become ready. The only place that
 //! sees a staging buffer and a device's event together.
 
-use std::any::Any;
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::AtomicUsize;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use tensorhaul_device::{Allocation, Device, DeviceError, Event, Piece, Stream};
-use tensorhaul_io::{
-    Access, Counts, Done, Engine, Feed, Job, JobMemory, Landing, Next, ReadCause, ReadError, Sink,
-};
-use tensorhaul_plan::{Place, Plan, plan::Target};
+use tensorhaul_device::{DeviceError, Event, Piece, Stream};
+use tensorhaul_io::{Access, Counts, Done, Engine, JobMemory, ReadCause, ReadError, Sink};
+use tensorhaul_plan::Plan;
 use tensorhaul_stage::{Copying, Filled, Ring};
 
 use crate::cancel::Cancel;
@@ -22,7 +19,9 @@ use crate::error::{Error, Result};
 use crate::handover::{Emit, Ready};
 use crate::model::Inner;
 use crate::options::LoadOptions;
+use crate::prepare::{Prepared, Preparing};
 use crate::progress::Progress;
+use crate::queue::Queue;
 use crate::tensor::{Storage, Tensor};
 
 /// An engine and the reads it does, in order.
@@ -35,75 +34,138 @@ pub(crate) struct Lane {
 pub(crate) struct Transfer<'t> {
     pub(crate) model: &'t Inner,
     pub(crate) plan: &'t Plan,
-    pub(crate) device: &'t dyn Device,
-    pub(crate) arenas: Vec<Arc<dyn Allocation>>,
     pub(crate) ring: Option<Ring>,
     pub(crate) options: &'t LoadOptions,
     pub(crate) cancel: &'t Cancel,
+}
+
+/// How a transfer ended, when nothing failed.
+pub(crate) enum Ended {
+    /// Every byte is in place.
+    Complete(Transferred, Prepared),
+    /// The device refused to pin the ring that lanes were reading into. They were stopped, and what they had read
+    /// was let go; no tensor was emitted.
+    Refused(Prepared, Dropped),
+}
+
+/// What lanes read in vain.
+pub(crate) struct Dropped {
+    pub(crate) bytes: u64,
+    pub(crate) counts: Counts,
 }
 
 /// What a transfer did.
 pub(crate) struct Transferred {
     pub(crate) counts: Counts,
     pub(crate) first_byte: Option<Instant>,
+    /// When the first copy was seen to be complete.
+    pub(crate) first_copy: Option<Instant>,
+    pub(crate) ahead: Ahead,
     /// When every byte was in place; checksums may have taken longer.
     pub(crate) finished: Instant,
     pub(crate) checksums: Option<BTreeMap<String, String>>,
 }
 
+/// What had landed when the device was ready for it.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Ahead {
+    pub(crate) bytes: u64,
+    pub(crate) last_byte: Option<Instant>,
+}
+
 impl Transfer<'_> {
     /// Runs every lane to its end, and emits each tensor when its last byte is in place.
     ///
+    /// Where the device is prepared beside the reads, filled buffers wait in the channel, which the ring bounds.
+    ///
     /// On error the lanes stop at their next read, what is in flight is waited for, and the first error
     /// is returned: when this returns, no thread, kernel or device touches the transfer's memory.
-    pub(crate) fn run(&self, lanes: &[Lane], access: &[Access], emit: &mut Emit<'_>) -> Result<Transferred> {
-        let (counts, finished) = (Counts::default(), Instant::now());
-        let mut transferred = Transferred { counts, first_byte: None, finished, checksums: None };
-        transferred.checksums = checksum::with_pool(self.options.checksums, |hashing| {
+    pub(crate) fn run(
+        &self,
+        lanes: &[Lane],
+        access: &[Access],
+        preparing: Preparing<'_>,
+        emit: &mut Emit<'_>,
+    ) -> Result<Ended> {
+        let landing = match &preparing {
+            Preparing::Done(prepared) => prepared.arenas.clone(),
+            Preparing::Beside(_) => Vec::new(),
+        };
+        let mut ended = None;
+        let checksums = checksum::with_pool(self.options.checksums, |hashing| {
             let (sender, messages) = mpsc::channel();
+            let landed = Mutex::new(Landed::default());
             thread::scope(|scope| {
                 let _guard = StopLanes(self.cancel);
-                let mut arrivals = Arrivals::new(self, hashing, emit);
                 for lane in lanes {
-                    let sender = sender.clone();
+                    let answers = Answers { sender: sender.clone(), plan: self.plan, landed: &landed };
+                    let (reads, next) = (&*lane.reads, AtomicUsize::new(0));
+                    let (plan, ring, cancel) = (self.plan, self.ring.as_ref(), self.cancel);
+                    let queue = Queue { plan, access, reads, next, landing: &landing, ring, cancel };
                     let run = move || {
-                        let queue =
-                            Queue { transfer: self, access, reads: &lane.reads, next: AtomicUsize::new(0) };
-                        let counts = lane.engine.run(&queue, &Answers(sender.clone()));
-                        // The receiver outlives every lane.
-                        let _ = sender.send(Message::Ended(counts));
+                        let counts = lane.engine.run(&queue, &answers);
+                        answers.tell(Message::Ended(counts));
                     };
                     let name = format!("tensorhaul-{}", lane.engine.name());
                     if let Err(error) = thread::Builder::new().name(name).spawn_scoped(scope, run) {
-                        arrivals.fail(Error::new(crate::ErrorKind::OutOfMemory, error));
+                        self.cancel.cancel();
+                        return Err(Error::new(crate::ErrorKind::OutOfMemory, error));
                     }
                 }
                 drop(sender);
-                arrivals.take_all(&messages);
-                transferred.finished = Instant::now();
-                transferred.counts = arrivals.counts;
-                transferred.first_byte = arrivals.first_byte;
-                arrivals.result()
+                ended = Some(self.take(&messages, &landed, preparing, hashing, emit)?);
+                Ok(())
             })
         })?;
-        Ok(transferred)
+        let mut ended = ended.expect("a load without an error has ended");
+        if let Ended::Complete(transferred, _) = &mut ended {
+            transferred.checksums = checksums;
+        }
+        Ok(ended)
     }
 
-    /// Returns a range of an arena for storage to write into.
-    fn landing(&self, place: Place, len_bytes: u64) -> Landing {
-        let arena = Arc::clone(&self.arenas[place.arena as usize]);
-        // A direct read of a file's last sector may write up to the next multiple of the alignment.
-        let reach_bytes = len_bytes.next_multiple_of(self.plan.machine().direct_align_bytes);
-        let end_bytes = (place.offset_bytes + reach_bytes).min(arena.len_bytes());
-        let len = (end_bytes - place.offset_bytes) as usize;
-        assert!(len as u64 >= len_bytes, "the plan's reads land inside their arenas");
-        let start = arena.host_ptr().expect("reads in place are planned only for memory of the host");
-        // SAFETY: the offset is inside the arena, as just checked.
-        let start = unsafe { start.add(place.offset_bytes as usize) };
-        let owner: Arc<dyn Any + Send + Sync> = arena;
-        // SAFETY: arenas are initialized and kept alive by `owner`; the plan's reads are disjoint in the
-        // arena, each is taken once, and a tensor is emitted only after the last read that covers it.
-        unsafe { Landing::new(start, len, owner) }
+    /// Makes the device ready, then takes what the lanes have read meanwhile, and the rest.
+    fn take(
+        &self,
+        messages: &Receiver<Message>,
+        landed: &Mutex<Landed>,
+        preparing: Preparing<'_>,
+        hashing: &Hashing,
+        emit: &mut Emit<'_>,
+    ) -> Result<Ended> {
+        let (prepared, ahead) = match preparing {
+            Preparing::Done(prepared) => (prepared, Ahead::default()),
+            Preparing::Beside(prepare) => match prepare() {
+                Ok(prepared) => (prepared, lock(landed).ahead),
+                Err(error) => {
+                    self.cancel.cancel(); // The lanes stop; what they have read is dropped with the channel.
+                    return Err(error);
+                }
+            },
+        };
+        if let Some(ring) = self.ring.as_ref().filter(|_| prepared.pinned.is_none()) {
+            ring.close();
+            let mut counts = Counts::default();
+            for message in messages {
+                if let Message::Ended(ended) = message {
+                    counts += ended; // What else comes holds a buffer, which goes back.
+                }
+            }
+            let dropped = Dropped { bytes: lock(landed).ahead.bytes, counts };
+            return Ok(Ended::Refused(prepared, dropped));
+        }
+        let mut arrivals = Arrivals::new(self, &prepared, hashing, emit);
+        arrivals.take_all(messages);
+        let transferred = Transferred {
+            counts: arrivals.counts,
+            first_byte: lock(landed).first_byte,
+            first_copy: arrivals.first_copy,
+            ahead,
+            finished: Instant::now(),
+            checksums: None,
+        };
+        arrivals.result()?;
+        Ok(Ended::Complete(transferred, prepared))
     }
 }
 
@@ -119,59 +181,6 @@ impl Drop for StopLanes<'_> {
     }
 }
 
-/// A lane's reads, handed out in order.
-struct Queue<'q> {
-    transfer: &'q Transfer<'q>,
-    access: &'q [Access],
-    reads: &'q [u32],
-    next: AtomicUsize,
-}
-
-impl Feed for Queue<'_> {
-    fn next(&self, wait: bool) -> Next {
-        if self.transfer.cancel.is_cancelled() {
-            return Next::Done;
-        }
-        match (&self.transfer.ring, wait) {
-            // An engine that does not wait is the only one at its lane, so the read at hand stays its own.
-            (Some(ring), false) if self.peek().is_some_and(|read| self.is_staged(read)) => {
-                match ring.try_take() {
-                    Some(filling) => self.take(|_| Some(JobMemory::Staging(filling))),
-                    None => Next::Busy,
-                }
-            }
-            (ring, _) => self.take(|read| match (&self.transfer.plan.reads()[read as usize], ring) {
-                (tensorhaul_plan::Read { target: Target::InPlace(place), extent, .. }, _) => {
-                    Some(JobMemory::InPlace(self.transfer.landing(*place, extent.len_bytes)))
-                }
-                (_, Some(ring)) => ring.take().map(JobMemory::Staging),
-                (_, None) => unreachable!("a plan with staged reads has a ring"),
-            }),
-        }
-    }
-}
-
-impl Queue<'_> {
-    fn peek(&self) -> Option<u32> {
-        self.reads.get(self.next.load(Ordering::Relaxed)).copied()
-    }
-
-    fn is_staged(&self, read: u32) -> bool {
-        matches!(self.transfer.plan.reads()[read as usize].target, Target::Staged { .. })
-    }
-
-    fn take(&self, memory: impl FnOnce(u32) -> Option<JobMemory>) -> Next {
-        let Some(read) = self.reads.get(self.next.fetch_add(1, Ordering::Relaxed)).copied() else {
-            return Next::Done;
-        };
-        let Some(memory) = memory(read) else {
-            return Next::Done; // The ring was closed: the load is cancelled.
-        };
-        let (extent, access) = (self.transfer.plan.reads()[read as usize].extent, self.access[read as usize]);
-        Next::Job(Job { read, extent, access, memory })
-    }
-}
-
 /// What lanes tell the transfer.
 enum Message {
     Done(Done),
@@ -179,22 +188,51 @@ enum Message {
     Ended(Counts),
 }
 
-struct Answers(Sender<Message>);
+/// What has landed so far, noted where it lands: the loading thread may be busy with the device.
+#[derive(Default)]
+struct Landed {
+    first_byte: Option<Instant>,
+    ahead: Ahead,
+}
 
-impl Sink for Answers {
-    fn done(&self, done: Done) {
+struct Answers<'a> {
+    sender: Sender<Message>,
+    plan: &'a Plan,
+    landed: &'a Mutex<Landed>,
+}
+
+impl Answers<'_> {
+    fn tell(&self, message: Message) {
         // The receiver outlives every lane.
-        let _ = self.0.send(Message::Done(done));
+        let _ = self.sender.send(message);
+    }
+}
+
+impl Sink for Answers<'_> {
+    fn done(&self, done: Done) {
+        if done.result.is_ok() {
+            let (mut landed, now) = (lock(self.landed), Instant::now());
+            landed.first_byte.get_or_insert(now);
+            landed.ahead.last_byte = Some(now);
+            landed.ahead.bytes += self.plan.reads()[done.read as usize].extent.len_bytes;
+        }
+        self.tell(Message::Done(done));
     }
 
     fn lost(&self, read: u32, error: ReadError) {
-        let _ = self.0.send(Message::Lost(read, error));
+        self.tell(Message::Lost(read, error));
     }
+}
+
+/// A panic elsewhere cannot leave what landed half noted in a way that matters: it is figures for the report.
+fn lock(landed: &Mutex<Landed>) -> MutexGuard<'_, Landed> {
+    landed.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Takes what arrives, on the thread that called the load.
 struct Arrivals<'a, 'e> {
     transfer: &'a Transfer<'a>,
+    prepared: &'a Prepared,
     hashing: &'a Hashing,
     emit: &'a mut Emit<'e>,
     /// Reads that each tensor still waits for.
@@ -203,12 +241,17 @@ struct Arrivals<'a, 'e> {
     copying: VecDeque<(Event, Copying, u32)>,
     failed: Option<Error>,
     counts: Counts,
-    first_byte: Option<Instant>,
+    first_copy: Option<Instant>,
     progress: Progress,
 }
 
 impl<'a, 'e> Arrivals<'a, 'e> {
-    fn new(transfer: &'a Transfer<'a>, hashing: &'a Hashing, emit: &'a mut Emit<'e>) -> Arrivals<'a, 'e> {
+    fn new(
+        transfer: &'a Transfer<'a>,
+        prepared: &'a Prepared,
+        hashing: &'a Hashing,
+        emit: &'a mut Emit<'e>,
+    ) -> Arrivals<'a, 'e> {
         let plan = transfer.plan;
         let progress = Progress {
             total_bytes: plan.promised().read_bytes,
@@ -217,13 +260,14 @@ impl<'a, 'e> Arrivals<'a, 'e> {
         };
         Arrivals {
             transfer,
+            prepared,
             hashing,
             emit,
             missing: plan.tensors().iter().map(|tensor| tensor.read_count).collect(),
             copying: VecDeque::new(),
             failed: None,
             counts: Counts::default(),
-            first_byte: None,
+            first_copy: None,
             progress,
         }
     }
@@ -265,7 +309,6 @@ impl<'a, 'e> Arrivals<'a, 'e> {
         if let Err(error) = result {
             return self.read_failed(read, error);
         }
-        self.first_byte.get_or_insert_with(Instant::now);
         match memory {
             JobMemory::InPlace(landing) => {
                 drop(landing);
@@ -283,7 +326,8 @@ impl<'a, 'e> Arrivals<'a, 'e> {
         if self.failed.is_some() {
             return; // The load has failed; the buffer goes back, and nobody needs its bytes.
         }
-        let buffer = filled.copying();
+        let pinned = self.prepared.pinned.as_ref().expect("a ring that is not pinned was refused above");
+        let buffer = filled.copying(pinned);
         match self.queue_copies(read, &buffer) {
             Ok(event) => self.copying.push_back((event, buffer, read)),
             Err(error) => {
@@ -294,7 +338,7 @@ impl<'a, 'e> Arrivals<'a, 'e> {
     }
 
     fn queue_copies(&self, read: u32, buffer: &Copying) -> std::result::Result<Event, DeviceError> {
-        let Transfer { plan, device, arenas, .. } = self.transfer;
+        let (plan, Prepared { device, arenas, .. }) = (self.transfer.plan, self.prepared);
         let piece = |copy: &tensorhaul_plan::Copy| Piece {
             source_offset_bytes: copy.source_offset_bytes as usize,
             len_bytes: copy.len_bytes as usize,
@@ -312,12 +356,11 @@ impl<'a, 'e> Arrivals<'a, 'e> {
     /// Gives buffers back whose copies are done.
     fn take_copied(&mut self) {
         while let Some((event, _, _)) = self.copying.front() {
-            match self.transfer.device.is_complete(event) {
+            match self.prepared.device.is_complete(event) {
                 Ok(false) => return,
                 Ok(true) => {
                     if let Some((_, buffer, read)) = self.copying.pop_front() {
-                        buffer.copied();
-                        self.arrived(read);
+                        self.copied(buffer, read);
                     }
                 }
                 Err(error) => {
@@ -333,11 +376,8 @@ impl<'a, 'e> Arrivals<'a, 'e> {
     /// Waits for every copy.
     fn drain(&mut self) {
         while let Some((event, buffer, read)) = self.copying.pop_front() {
-            match self.transfer.device.wait(&event) {
-                Ok(()) => {
-                    buffer.copied();
-                    self.arrived(read);
-                }
+            match self.prepared.device.wait(&event) {
+                Ok(()) => self.copied(buffer, read),
                 Err(error) => {
                     self.give_back(buffer);
                     self.fail(error.into());
@@ -346,10 +386,16 @@ impl<'a, 'e> Arrivals<'a, 'e> {
         }
     }
 
+    fn copied(&mut self, buffer: Copying, read: u32) {
+        buffer.copied();
+        self.first_copy.get_or_insert_with(Instant::now);
+        self.arrived(read);
+    }
+
     /// Gives back a buffer whose copy or event failed: once the device has provably let go of it. When that
     /// cannot be proven, the buffer is leaked, never reused.
     fn give_back(&self, buffer: Copying) {
-        let device = self.transfer.device;
+        let device = &self.prepared.device;
         let drained = device.record(Stream::Copy).and_then(|event| device.wait(&event));
         match drained {
             Ok(()) => buffer.copied(),
@@ -377,7 +423,7 @@ impl<'a, 'e> Arrivals<'a, 'e> {
         if self.failed.is_some() || self.transfer.cancel.is_cancelled() {
             return;
         }
-        let Transfer { plan, device, arenas, .. } = self.transfer;
+        let (plan, Prepared { device, arenas, .. }) = (self.transfer.plan, self.prepared);
         let placed = &plan.tensors()[tensor];
         let arena = Arc::clone(&arenas[placed.place.arena as usize]);
         let storage = Storage::Arena(device.id(), arena);

@@ -1,12 +1,12 @@
 //! The private hand-over: tensors in memory of their own, read by engines.
 
-use std::sync::Arc;
 use std::thread;
 use std::time::Instant;
 
-use tensorhaul_device::{Allocation, Device, DeviceError};
+use tensorhaul_device::Device;
+use tensorhaul_io::Counts;
 use tensorhaul_plan::plan::{Machine, Target};
-use tensorhaul_plan::{Arena, DeviceId, Plan, Request};
+use tensorhaul_plan::{DeviceId, Plan, Request};
 use tensorhaul_stage::Ring;
 
 use crate::cancel::Cancel;
@@ -16,7 +16,8 @@ use crate::handover::{Emit, staging_layout};
 use crate::lanes::lanes;
 use crate::model::Inner;
 use crate::options::{LoadOptions, Preference};
-use crate::pipeline::{Lane, Transfer, Transferred};
+use crate::pipeline::{Dropped, Ended, Lane, Transfer, Transferred};
+use crate::prepare::{self, Opening, Prepared, Preparing, timed};
 use crate::probed::{Probed, Temperatures};
 use crate::report::{Fallback, Phases, Report};
 
@@ -42,88 +43,166 @@ pub(crate) fn run(
     result
 }
 
-/// Probes, plans, allocates, and reads.
+/// Finds the device beside the probe; then plans and reads, beside the device's opening.
 ///
-/// Opening a device and pinning its ring take longest and wait for nobody, so each runs beside what
-/// does not need it; the report shows them apart.
+/// What can be refused without a context is refused before the first read. What needs one is refused when it is there, and
+/// the lanes stop. Either way the context is waited for, because a driver's call cannot be interrupted.
 fn attempt(model: &Inner, options: &LoadOptions, cancel: &Cancel, emit: &mut Emit<'_>) -> Result<Report> {
     let start = Instant::now();
-    let (mut probed, opened) = thread::scope(|scope| {
-        let opening = scope.spawn(|| devices::open(options.request.device));
+    let (mut probed, (found, driver_seconds)) = thread::scope(|scope| {
+        let finding = scope.spawn(|| timed(|| devices::find(options.request.device)));
         let probed = Probed::new(model, options);
-        (probed, opening.join().expect("opening a device does not panic"))
+        (probed, finding.join().expect("finding a device does not panic"))
     });
-    let (device, device_seconds) = opened?;
-    let machine = machine(options, device.capabilities().in_place, &probed)?;
-    let probed_at = Instant::now();
+    let found = found?;
+    let (able, total_bytes) = (found.capabilities().in_place, found.total_bytes());
+    let near_processors = found.near_processors();
+    thread::scope(|scope| {
+        let opening = Opening::start(found, scope);
+        let machine = machine(options, able, &probed)?;
+        let probed_at = Instant::now();
 
-    let plan = Plan::new(&model.checkpoint, &request(options), &machine)?;
-    check_external(&plan, options)?;
-    check_memory(&plan, options, &*device)?;
-    let planned_at = Instant::now();
+        let plan = Plan::new(&model.checkpoint, &request(options), &machine)?;
+        prepare::check_external(&plan, options)?;
+        if let Some(total_bytes) = total_bytes {
+            prepare::check_total(&plan, options, total_bytes)?;
+        }
+        opening.check_memory(&plan, options)?;
+        let planned_at = Instant::now();
 
-    let mut fallbacks = std::mem::take(&mut probed.fallbacks);
-    let (ring, temperatures, arenas) = thread::scope(|scope| {
-        let pinning = scope.spawn(|| ring(&plan, options, &*device));
         let temperatures = Temperatures::new(model, &plan, &probed);
-        let arenas = allocate(&plan, options, &*device);
-        (pinning.join().expect("pinning does not panic"), temperatures, arenas)
-    });
-    let (arenas, (ring, pin_seconds)) = (arenas?, ring?);
-    let is_own =
-        |(arena, memory): &(&Arena, &Arc<dyn Allocation>)| !arena.is_external && memory.host_ptr().is_some();
-    let on_host: u64 =
-        plan.arenas().iter().zip(&arenas).filter(is_own).map(|(_, memory)| memory.len_bytes()).sum();
-    if let Some(ring) = &ring {
-        cancel.closes(ring);
-    }
-    let lanes = lanes(model, options, &temperatures, ring.as_ref(), &*device, &mut fallbacks)?;
-    let prepared_at = Instant::now();
+        let fallbacks = std::mem::take(&mut probed.fallbacks);
+        let load = Load { model, plan: &plan, temperatures: &temperatures, near_processors, options, cancel };
+        let Read { ring, prepared, started_at, done, engine, fallbacks } =
+            load.read(opening, fallbacks, emit)?;
+        model.check_unchanged(plan.reads().iter().map(|read| read.extent.file))?;
 
-    let transfer =
-        Transfer { model, plan: &plan, device: &*device, arenas, ring: ring.clone(), options, cancel };
-    let done = transfer.run(&lanes, &temperatures.access, emit)?;
-    model.check_unchanged(plan.reads().iter().map(|read| read.extent.file))?;
+        let since = |later: Option<Instant>, earlier: Instant| {
+            later.map_or(0.0, |later| later.saturating_duration_since(earlier).as_secs_f64())
+        };
+        let first_byte_at = done.first_byte.unwrap_or(started_at);
+        let promised = *plan.promised();
+        let peak_staging_bytes = ring.as_ref().map_or(0, Ring::peak_bytes);
+        let report = Report {
+            bytes: promised.payload_bytes,
+            tensors: plan.tensors().len() as u64,
+            device: options.request.device.to_string(),
+            engine,
+            handover: "private",
+            resident: true,
+            bytes_hot: temperatures.hot_bytes,
+            bytes_cold: promised.payload_bytes - temperatures.hot_bytes,
+            bytes_direct: temperatures.direct_bytes,
+            bytes_ahead: done.ahead.bytes,
+            bytes_in_place: promised.in_place_bytes,
+            peak_staging_bytes,
+            peak_host_bytes: host_bytes(&plan, &prepared) + peak_staging_bytes,
+            promised,
+            reads: promised.reads,
+            requests: done.counts.requests,
+            system_calls: done.counts.system_calls,
+            phases: Phases {
+                probe_seconds: (probed_at - start).as_secs_f64(),
+                plan_seconds: (planned_at - probed_at).as_secs_f64(),
+                prepare_seconds: (started_at - planned_at).as_secs_f64(),
+                first_byte_seconds: since(done.first_byte, started_at),
+                read_seconds: since(Some(done.finished), first_byte_at),
+                driver_seconds,
+                hidden_seconds: since(done.ahead.last_byte, started_at).min(prepared.seconds()),
+                first_copy_seconds: since(done.first_copy, first_byte_at),
+                ..prepared.phases
+            },
+            fallbacks,
+            checksums: done.checksums,
+            ..Report::of((done.finished - start).as_secs_f64(), promised.payload_bytes)
+        };
+        if let Some(ring) = ring {
+            devices::keep(&*prepared.device, ring, cancel);
+        }
+        Ok(report)
+    })
+}
 
-    let engine = engine_name(&lanes);
-    drop((transfer, lanes)); // Whoever still holds the ring lets go of it.
-    fallbacks.extend(late_fallbacks(&done, &*device));
-    let first_byte_at = done.first_byte.unwrap_or(prepared_at);
-    let promised = *plan.promised();
-    let report = Report {
-        bytes: promised.payload_bytes,
-        tensors: plan.tensors().len() as u64,
-        device: options.request.device.to_string(),
-        engine,
-        handover: "private",
-        resident: true,
-        bytes_hot: temperatures.hot_bytes,
-        bytes_cold: promised.payload_bytes - temperatures.hot_bytes,
-        bytes_direct: temperatures.direct_bytes,
-        bytes_in_place: promised.in_place_bytes,
-        peak_staging_bytes: ring.as_ref().map_or(0, Ring::peak_bytes),
-        peak_host_bytes: on_host + ring.as_ref().map_or(0, Ring::peak_bytes),
-        promised,
-        reads: promised.reads,
-        requests: done.counts.requests,
-        system_calls: done.counts.system_calls,
-        phases: Phases {
-            probe_seconds: (probed_at - start).as_secs_f64(),
-            plan_seconds: (planned_at - probed_at).as_secs_f64(),
-            prepare_seconds: (prepared_at - planned_at).as_secs_f64(),
-            first_byte_seconds: (first_byte_at - prepared_at).as_secs_f64(),
-            read_seconds: done.finished.saturating_duration_since(first_byte_at).as_secs_f64(),
-            device_seconds,
-            pin_seconds,
-        },
-        fallbacks,
-        checksums: done.checksums,
-        ..Report::of((done.finished - start).as_secs_f64(), promised.payload_bytes)
-    };
-    if let Some(ring) = ring {
-        devices::keep(&*device, ring, cancel);
+/// A load that is planned.
+struct Load<'l> {
+    model: &'l Inner,
+    plan: &'l Plan,
+    temperatures: &'l Temperatures,
+    near_processors: Vec<u32>,
+    options: &'l LoadOptions,
+    cancel: &'l Cancel,
+}
+
+/// What reading left.
+struct Read {
+    ring: Option<Ring>,
+    prepared: Prepared,
+    /// When the lanes started.
+    started_at: Instant,
+    done: Transferred,
+    engine: String,
+    fallbacks: Vec<Fallback>,
+}
+
+impl Load<'_> {
+    /// Reads beside the device's preparation, or after it where reads cannot begin without.
+    ///
+    /// When the device refuses to pin the ring, everything is read once more, through a ring of its driver's own.
+    fn read(&self, opening: Opening<'_>, mut fallbacks: Vec<Fallback>, emit: &mut Emit<'_>) -> Result<Read> {
+        let Load { model, plan, options, cancel, .. } = *self;
+        let mut ring = ring(plan, options)?;
+        let mut dropped = Counts::default();
+        let needs_arenas = plan.machine().in_place;
+        let needs_pin = devices::pinning_was_refused(options.request.device)
+            && ring.as_ref().is_some_and(|ring| ring.pinned().is_none());
+        let prepare = {
+            let ring = ring.clone();
+            move || prepare::prepare(plan, options, cancel, ring.as_ref(), opening)
+        };
+        let mut preparing = if needs_arenas || needs_pin {
+            Preparing::Done(prepare()?)
+        } else {
+            Preparing::Beside(Box::new(prepare))
+        };
+        loop {
+            if let Preparing::Done(prepared) = &mut preparing
+                && let Some(refused) = ring.take_if(|_| prepared.pinned.is_none())
+            {
+                let layout = refused.layout();
+                cancel.lets_go();
+                drop(refused); // Before the other is taken: the budget is for one.
+                let own = devices::drivers_own_ring(&*prepared.device, layout)?;
+                prepared.pinned = own.pinned();
+                ring = Some(own);
+            }
+            if let Some(ring) = &ring {
+                cancel.closes(ring);
+            }
+            let mut told = Vec::new();
+            let lanes =
+                lanes(model, options, self.temperatures, ring.as_ref(), &self.near_processors, &mut told)?;
+            let started_at = Instant::now();
+            let transfer = Transfer { model, plan, ring: ring.clone(), options, cancel };
+            match transfer.run(&lanes, &self.temperatures.access, preparing, emit)? {
+                Ended::Complete(mut done, prepared) => {
+                    done.counts += dropped;
+                    fallbacks.extend(told);
+                    fallbacks.extend(late_fallbacks(&done, &*prepared.device));
+                    let engine = engine_name(&lanes);
+                    return Ok(Read { ring, prepared, started_at, done, engine, fallbacks });
+                }
+                Ended::Refused(prepared, Dropped { bytes, counts }) => {
+                    dropped = counts;
+                    if bytes > 0 {
+                        let what = format!("{bytes} bytes were read twice");
+                        fallbacks
+                            .push(Fallback::new(what, "the driver refused to pin the memory they were in"));
+                    }
+                    preparing = Preparing::Done(prepared);
+                }
+            }
+        }
     }
-    Ok(report)
 }
 
 /// Completes the request with what the options say.
@@ -154,80 +233,21 @@ fn machine(options: &LoadOptions, able: bool, probed: &Probed) -> Result<Machine
     })
 }
 
-/// Checks that the caller's own memory is of the load's device and as long as what goes into it, before the first read.
-fn check_external(plan: &Plan, options: &LoadOptions) -> Result<()> {
-    for arena in plan.arenas().iter().filter(|arena| arena.is_external) {
-        let given = external(arena, options).map(|memory| memory.len_bytes());
-        if given != Some(arena.len_bytes) {
-            let what = match given {
-                Some(given) => format!("the memory given has {given} bytes, the tensor {}", arena.len_bytes),
-                None => "no memory is given for it".to_owned(),
-            };
-            return Err(Error::bad_request(what).about_tensor(&arena.group));
-        }
-    }
-    // Also where the tensor is not loaded and nothing would be written: it is a mistake all the same.
-    let wanted = options.request.device;
-    match options.targets.iter().find(|(_, memory)| memory.place() != wanted) {
-        Some((name, memory)) => {
-            let what = format!("the memory given is of {}, the load is for {wanted}", memory.place());
-            Err(Error::bad_request(what).about_tensor(name))
-        }
-        None => Ok(()),
-    }
-}
-
-/// Refuses a plan that promises more than the device has free.
-fn check_memory(plan: &Plan, options: &LoadOptions, device: &dyn Device) -> Result<()> {
-    if options.allocator.is_some() || device.id() == DeviceId::Host {
-        return Ok(()); // Another allocator has memory of its own; the host's system decides at the first touch.
-    }
-    let (needed_bytes, free_bytes) = (plan.promised().target_bytes, device.memory()?.free_bytes);
-    if needed_bytes <= free_bytes {
-        return Ok(());
-    }
-    Err(DeviceError::OutOfMemory { device: device.id(), needed_bytes, free_bytes: Some(free_bytes) }.into())
-}
-
-fn external(arena: &Arena, options: &LoadOptions) -> Option<Arc<dyn Allocation>> {
-    let (_, memory) = options.targets.iter().find(|(name, _)| *name == arena.group)?;
-    Some(Arc::new(memory.clone()))
-}
-
-/// Allocates the arenas, behind whatever the caller's stream still does with their memory.
-fn allocate(plan: &Plan, options: &LoadOptions, device: &dyn Device) -> Result<Vec<Arc<dyn Allocation>>> {
-    let allocate = |arena: &Arena| -> Result<Arc<dyn Allocation>> {
-        if let Some(memory) = external(arena, options).filter(|_| arena.is_external) {
-            return Ok(memory);
-        }
-        let Some(allocator) = &options.allocator else {
-            return Ok(device.allocate(arena.len_bytes)?);
-        };
-        let refused = |error| Error::new(ErrorKind::OutOfMemory, error);
-        let memory = allocator.allocate(arena.device, arena.len_bytes).map_err(refused)?;
-        if memory.len_bytes() < arena.len_bytes {
-            let what =
-                format!("the allocator gave {} bytes instead of {}", memory.len_bytes(), arena.len_bytes);
-            return Err(Error::bad_request(what));
-        }
-        Ok(memory)
-    };
-    let arenas = plan.arenas().iter().map(allocate).collect::<Result<Vec<_>>>()?;
-    if let Some(stream) = options.stream {
-        device.follow(stream)?;
-        arenas.iter().for_each(|arena| arena.release_after(stream));
-    }
-    Ok(arenas)
-}
-
-/// Makes a ring no larger than the plan's staged reads can use; none when nothing is staged. Returns the seconds it took.
-fn ring(plan: &Plan, options: &LoadOptions, device: &dyn Device) -> Result<(Option<Ring>, f64)> {
+/// Takes a ring no larger than the plan's staged reads can use; none when nothing is staged.
+fn ring(plan: &Plan, options: &LoadOptions) -> Result<Option<Ring>> {
     let staged = plan.reads().iter().filter(|read| matches!(read.target, Target::Staged { .. })).count();
     if staged == 0 {
-        return Ok((None, 0.0));
+        return Ok(None);
     }
-    let (ring, seconds) = devices::ring(device, staging_layout(options)?.at_most(staged as u64))?;
-    Ok((Some(ring), seconds))
+    let layout = staging_layout(options)?.at_most(staged as u64);
+    devices::ring(options.request.device, layout).map(Some)
+}
+
+/// Counts the host memory that the load allocated for its result.
+fn host_bytes(plan: &Plan, prepared: &Prepared) -> u64 {
+    let arenas = plan.arenas().iter().zip(&prepared.arenas);
+    let own = arenas.filter(|(arena, memory)| !arena.is_external && memory.host_ptr().is_some());
+    own.map(|(_, memory)| memory.len_bytes()).sum()
 }
 
 /// Names the engines that read, each once.

@@ -31,6 +31,8 @@ pub struct Report {
     pub bytes_cold: u64,
     /// Bytes read past the page cache.
     pub bytes_direct: u64,
+    /// Bytes that were read before the device was ready for them; at most the staging ring.
+    pub bytes_ahead: u64,
     /// Bytes that landed in the tensors' own memory at once.
     pub bytes_in_place: u64,
     /// The most staging memory that was in use.
@@ -62,25 +64,35 @@ impl Report {
     }
 }
 
-/// Where the seconds of a load went. The first five follow each other and make up `seconds`; the last two
-/// are fixed costs that run beside them.
+/// Where the seconds of a load went. The first five follow each other and make up `seconds`; the next four are fixed
+/// costs, which run beside them.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 #[non_exhaustive]
 pub struct Phases {
-    /// Asking what the page cache holds and how files can be read.
+    /// Asking what the page cache holds and how files can be read, and finding the device.
     pub probe_seconds: f64,
     /// Planning.
     pub plan_seconds: f64,
-    /// Allocating the result and the staging ring, setting up engines.
+    /// Taking staging memory and setting up engines. Making the device ready too, where reads cannot begin without:
+    /// where they land in its memory, and where its driver has refused to pin staging memory before.
     pub prepare_seconds: f64,
     /// From then to the first byte.
     pub first_byte_seconds: f64,
     /// From the first byte to the last.
     pub read_seconds: f64,
-    /// Opening the device (a driver's context), beside the probe; about 0 when an earlier load left it open.
-    pub device_seconds: f64,
-    /// Pinning the staging ring, beside the allocation; about 0 when an earlier load left it.
+    /// Loading and initializing the driver, beside the probe; about 0 but for the first load of a process.
+    pub driver_seconds: f64,
+    /// Making the device's context, beside the plan and the reads; 0 when an earlier load left it open.
+    pub context_seconds: f64,
+    /// Allocating the result, beside the reads.
+    pub allocate_seconds: f64,
+    /// Pinning the staging ring, beside the allocation and the reads; about 0 when an earlier load left it.
     pub pin_seconds: f64,
+    /// How much of the context, the allocation and the pinning passed while reads landed: from their beginning to the
+    /// last that landed before the device was ready. A ring that is full waits, and hides nothing more.
+    pub hidden_seconds: f64,
+    /// From the first byte read to the first byte seen to be copied to the device; 0 when none was.
+    pub first_copy_seconds: f64,
 }
 
 /// Something that could not be done as preferred.

@@ -37,7 +37,7 @@ pub struct Verdict {
 /// # Errors
 /// When the device cannot be opened or the checkpoint not be written; what does not hold is in the verdict.
 pub fn run(id: DeviceId, folder: &Path) -> Result<Verdict> {
-    let (device, _) = devices::open(id)?;
+    let device = devices::open(id)?;
     let promises = conformance::run(&*device);
     let mut failures: Vec<String> = promises
         .iter()

@@ -30,12 +30,19 @@ pub use driver::{
 use kernels::Modules;
 use memory::Memory;
 use tensorhaul_plan::DeviceId;
-use tensorhaul_stage::StagingMemory;
+use tensorhaul_stage::{HostMemory, StagingMemory};
 
 use crate::contract::{
     Allocation, Capabilities, Device, DeviceError, Event, MemoryInfo, Piece, Stream, StridedCopy,
 };
 use crate::operation::{Operation, OperationKind};
+
+/// A device that the driver sees, described and not touched: no context was made, nothing was allocated on it.
+pub struct Found<D: Driver> {
+    driver: Arc<D>,
+    ordinal: u32,
+    facts: DeviceFacts,
+}
 
 /// One device of a vendor. Clones are handles of the same one.
 pub struct Gpu<D: Driver> {
@@ -56,18 +63,20 @@ pub(crate) struct Shared<D: Driver> {
     /// Whether small pieces can be moved by a kernel, as far as is known.
     scatters: AtomicBool,
     modules: Modules,
+    /// Whether the driver pins memory that it did not allocate, as far as is known.
+    registers: AtomicBool,
     /// What could not be done as preferred: what, why.
     fallbacks: Mutex<Vec<(String, String)>>,
     /// Drivers do not survive a fork.
     process: u32,
 }
 
-impl<D: Driver> Gpu<D> {
-    /// Opens a device: its context and two streams.
+impl<D: Driver> Found<D> {
+    /// Finds a device by its ordinal. Takes microseconds where opening takes tenths of a second.
     ///
     /// # Errors
     /// [`DeviceError::Unavailable`] when there is no such device; [`DeviceError::Driver`] when a call failed.
-    pub fn open(driver: Arc<D>, ordinal: u32) -> Result<Gpu<D>, DeviceError> {
+    pub fn new(driver: Arc<D>, ordinal: u32) -> Result<Found<D>, DeviceError> {
         let device = driver.device_id(ordinal);
         let failed = |error| DeviceError::Driver { device, error };
         let count = driver.device_count().map_err(failed)?;
@@ -80,6 +89,32 @@ impl<D: Driver> Gpu<D> {
             return Err(DeviceError::Unavailable { device, why: have });
         }
         let facts = driver.describe(ordinal).map_err(failed)?;
+        Ok(Found { driver, ordinal, facts })
+    }
+
+    /// Returns what the device is.
+    pub fn facts(&self) -> &DeviceFacts {
+        &self.facts
+    }
+
+    /// Returns what it can do; the same as once it is open.
+    pub fn capabilities(&self) -> Capabilities {
+        CAPABILITIES
+    }
+
+    /// Returns the processors whose memory is nearest to it; empty when all are as near, or nobody knows.
+    pub fn near_processors(&self) -> Vec<u32> {
+        topology::near_processors(&self.facts.pci_bus_id)
+    }
+
+    /// Opens it: its context and two streams.
+    ///
+    /// # Errors
+    /// [`DeviceError::Driver`] when a call failed.
+    pub fn open(self) -> Result<Gpu<D>, DeviceError> {
+        let Found { driver, ordinal, facts } = self;
+        let device = driver.device_id(ordinal);
+        let failed = |error| DeviceError::Driver { device, error };
         let context = driver.open(ordinal).map_err(failed)?;
         // From here on dropping `shared` undoes what was done, whatever fails.
         let scatters = AtomicBool::new(facts.reads_pinned);
@@ -94,6 +129,7 @@ impl<D: Driver> Gpu<D> {
             batches: AtomicBool::new(true),
             scatters,
             modules: Modules::default(),
+            registers: AtomicBool::new(true),
             fallbacks: Mutex::default(),
             process: std::process::id(),
         };
@@ -104,6 +140,16 @@ impl<D: Driver> Gpu<D> {
         shared.compute = compute.as_ref().copied().unwrap_or(StreamHandle(0));
         copy.and(compute).map_err(failed)?;
         Ok(Gpu { shared: Arc::new(shared) })
+    }
+}
+
+impl<D: Driver> Gpu<D> {
+    /// Finds a device and opens it.
+    ///
+    /// # Errors
+    /// Those of [`Found::new`] and [`Found::open`].
+    pub fn open(driver: Arc<D>, ordinal: u32) -> Result<Gpu<D>, DeviceError> {
+        Found::new(driver, ordinal)?.open()
     }
 
     /// Returns what the device is.
@@ -329,7 +375,7 @@ impl<D: Driver> Device for Gpu<D> {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities { in_place: false, align_bytes: ALIGN_BYTES }
+        CAPABILITIES
     }
 
     fn memory(&self) -> Result<MemoryInfo, DeviceError> {
@@ -345,6 +391,10 @@ impl<D: Driver> Device for Gpu<D> {
 
     fn staging_memory(&self, len_bytes: usize) -> Result<Box<dyn StagingMemory>, DeviceError> {
         staging::allocate(&self.shared, len_bytes)
+    }
+
+    fn pin(&self, memory: Arc<HostMemory>) -> Result<Option<Box<dyn StagingMemory>>, DeviceError> {
+        staging::register(&self.shared, memory)
     }
 
     unsafe fn copy(
@@ -515,5 +565,5 @@ const SCATTER_MIN: usize = 8;
 /// From here on a copy's bytes take longer than its call, some 5 us at 12 GB/s, and copy engines read faster than kernels.
 const SCATTER_MEAN_LEN_BYTES: usize = 64 << 10;
 
-/// Both vendors' allocators align to this at least.
-const ALIGN_BYTES: u64 = 256;
+/// Both vendors' allocators align to 256 bytes at least.
+const CAPABILITIES: Capabilities = Capabilities { in_place: false, align_bytes: 256 };

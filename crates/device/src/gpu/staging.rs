@@ -4,6 +4,7 @@ use std::ffi::c_void;
 use std::mem::ManuallyDrop;
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use tensorhaul_stage::{HostMemory, StagingMemory};
 
@@ -15,16 +16,18 @@ use crate::contract::DeviceError;
 ///
 /// Registering memory of one's own comes first: on 2 MiB pages there are 512 times fewer of them to pin,
 /// and io_uring can register the same memory. Containers and some filesystems refuse it; the driver's own
-/// allocation then serves, and the refusal is noted for the report.
+/// allocation then serves, and the refusal is noted for the report and not provoked again.
 pub(super) fn allocate<D: Driver>(
     shared: &Arc<Shared<D>>,
     len_bytes: usize,
 ) -> Result<Box<dyn StagingMemory>, DeviceError> {
-    let refused = match register(shared, len_bytes)? {
-        Ok(pinned) => return Ok(Box::new(pinned)),
-        Err(refused) => refused,
-    };
-    shared.note("staging memory is the driver's own instead of registered huge pages", refused.to_string());
+    let memory = HostMemory::allocate(len_bytes.max(1)).map_err(|error| DeviceError::OutOfHostMemory {
+        needed_bytes: len_bytes as u64,
+        source: error.into(),
+    })?;
+    if let Some(pinned) = register(shared, Arc::new(memory))? {
+        return Ok(pinned);
+    }
     let _bound = shared.bind()?;
     match shared.driver.host_allocate(len_bytes.max(1)) {
         Ok(start) => {
@@ -40,32 +43,34 @@ pub(super) fn allocate<D: Driver>(
     }
 }
 
-/// Registers fresh host memory; the inner error is the driver's refusal.
-fn register<D: Driver>(
+/// Registers host memory; `None` when the driver refuses, or has refused before.
+pub(super) fn register<D: Driver>(
     shared: &Arc<Shared<D>>,
-    len_bytes: usize,
-) -> Result<Result<Registered<D>, super::CallError>, DeviceError> {
-    let out_of_memory = |source: tensorhaul_stage::AllocateError| DeviceError::OutOfHostMemory {
-        needed_bytes: len_bytes as u64,
-        source: source.into(),
-    };
-    let memory = HostMemory::allocate(len_bytes.max(1)).map_err(out_of_memory)?;
+    memory: Arc<HostMemory>,
+) -> Result<Option<Box<dyn StagingMemory>>, DeviceError> {
+    if !shared.registers.load(Ordering::Relaxed) {
+        return Ok(None);
+    }
     let _bound = shared.bind()?;
-    // SAFETY: the memory is mapped and page-aligned, and `Registered` unregisters it before it is unmapped.
-    let registered =
-        unsafe { shared.driver.host_register(memory.as_ptr().as_ptr().cast(), memory.len_bytes()) };
-    Ok(registered.map(|()| Registered {
-        shared: Arc::clone(shared),
-        memory: ManuallyDrop::new(memory),
-        len_bytes,
-    }))
+    // SAFETY: the memory is mapped and page-aligned, and `Registered` unregisters it before it lets go of it.
+    match unsafe { shared.driver.host_register(memory.as_ptr().as_ptr().cast(), memory.len_bytes()) } {
+        Ok(()) => {
+            let memory = ManuallyDrop::new(memory);
+            Ok(Some(Box::new(Registered { shared: Arc::clone(shared), memory })))
+        }
+        Err(refused) => {
+            shared.registers.store(false, Ordering::Relaxed);
+            let what = "staging memory is the driver's own instead of registered huge pages";
+            shared.note(what, refused.to_string());
+            Ok(None)
+        }
+    }
 }
 
 struct Registered<D: Driver> {
     shared: Arc<Shared<D>>,
-    /// Unmapped only once the driver has let go of it.
-    memory: ManuallyDrop<HostMemory>,
-    len_bytes: usize,
+    /// Let go of only once the driver has.
+    memory: ManuallyDrop<Arc<HostMemory>>,
 }
 
 struct Allocated<D: Driver> {
@@ -74,14 +79,14 @@ struct Allocated<D: Driver> {
     len_bytes: usize,
 }
 
-// SAFETY: `memory` is such memory, ours alone; `len_bytes` is at most its length.
+// SAFETY: `memory` is such memory, and kept alive.
 unsafe impl<D: Driver> StagingMemory for Registered<D> {
     fn as_ptr(&self) -> NonNull<u8> {
         self.memory.as_ptr()
     }
 
     fn len_bytes(&self) -> usize {
-        self.len_bytes
+        self.memory.len_bytes()
     }
 }
 

@@ -74,6 +74,10 @@ impl Device for Host {
         }
     }
 
+    fn pin(&self, memory: Arc<HostMemory>) -> Result<Option<Box<dyn StagingMemory>>, DeviceError> {
+        Ok(Some(Box::new(memory))) // The host copies from any memory.
+    }
+
     unsafe fn copy(
         &self,
         source: &[u8],

@@ -11,6 +11,7 @@ mod lifetimes;
 mod load;
 mod memory;
 mod missing;
+mod overlap;
 mod sim;
 
 use sim::Sim;

@@ -138,9 +138,16 @@ fn the_second_load_finds_the_device_open_and_the_ring_pinned() {
     let first = sim.report();
     drop(model.load(&options()).unwrap());
     let second = sim.report();
-    for call in ["cuDevicePrimaryCtxRetain", "cuMemHostRegister_v2", "cuStreamCreate"] {
+    for call in [
+        "cuDeviceGetName",
+        "cuDevicePrimaryCtxRetain",
+        "cuMemHostRegister_v2",
+        "cuMemHostAlloc",
+        "cuStreamCreate",
+    ] {
         assert_eq!(first.calls(call), second.calls(call), "{call}");
     }
+    assert_eq!(second.calls("cuMemGetInfo_v2"), 2, "each load asks once what is free");
     sim.assert_clean("after the devices were released");
 }
 

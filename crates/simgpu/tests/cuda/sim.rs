@@ -25,7 +25,7 @@ impl Sim {
         sim
     }
 
-    /// Sets which calls fail from now on, and forgets how often calls were made.
+    /// Sets which calls fail or are slow from now on, lets those that are being slow go on, and forgets how often calls were made.
     pub(crate) fn fail(&self, config: &str) {
         assert_eq!(call_with_text(b"simgpu_fail", config), 0, "{config}");
     }

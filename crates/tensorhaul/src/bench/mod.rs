@@ -385,7 +385,7 @@ impl<'b> Session<'b> {
             }
             Work::Link(direction) => {
                 // Taken for the run only: loads may need all of the device.
-                let (device, _) = devices::open(self.device)?;
+                let device = devices::open(self.device)?;
                 let link = Link::new(&*device, LINK_LEN_BYTES)?;
                 let meter = Meter::start();
                 let (bytes, _) = link.pass(direction, self.copied_bytes().div_ceil(LINK_LEN_BYTES as u64))?;

@@ -139,7 +139,7 @@ pub(super) fn measure(fact: &mut DeviceFact) {
 }
 
 fn speed(id: DeviceId) -> Result<CopySpeed> {
-    let device = opened::backend(id)?;
+    let device = opened::find(id)?.open_apart()?;
     let free_bytes = device.memory()?.free_bytes;
     Link::new(&*device, COPY_LEN_BYTES.min(free_bytes.max(1) as usize))?.speed()
 }

@@ -1,0 +1,88 @@
+//! A lane's reads, each with the memory it goes to.
+
+use std::any::Any;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use tensorhaul_device::Allocation;
+use tensorhaul_io::{Access, Feed, Job, JobMemory, Landing, Next};
+use tensorhaul_plan::{Place, Plan, Read, plan::Target};
+use tensorhaul_stage::Ring;
+
+use crate::cancel::Cancel;
+
+/// A lane's reads, handed out in order.
+pub(crate) struct Queue<'q> {
+    pub(crate) plan: &'q Plan,
+    /// How each read of the plan is done.
+    pub(crate) access: &'q [Access],
+    /// The lane's reads.
+    pub(crate) reads: &'q [u32],
+    pub(crate) next: AtomicUsize,
+    /// The arenas, when reads land in them.
+    pub(crate) landing: &'q [Arc<dyn Allocation>],
+    pub(crate) ring: Option<&'q Ring>,
+    pub(crate) cancel: &'q Cancel,
+}
+
+impl Feed for Queue<'_> {
+    fn next(&self, wait: bool) -> Next {
+        if self.cancel.is_cancelled() {
+            return Next::Done;
+        }
+        match (self.ring, wait) {
+            // An engine that does not wait is the only one at its lane, so the read at hand stays its own.
+            (Some(ring), false) if self.peek().is_some_and(|read| self.is_staged(read)) => {
+                match ring.try_take() {
+                    Some(filling) => self.take(|_| Some(JobMemory::Staging(filling))),
+                    None => Next::Busy,
+                }
+            }
+            (ring, _) => self.take(|read| match (&self.plan.reads()[read as usize], ring) {
+                (Read { target: Target::InPlace(place), extent, .. }, _) => {
+                    Some(JobMemory::InPlace(self.landing(*place, extent.len_bytes)))
+                }
+                (_, Some(ring)) => ring.take().map(JobMemory::Staging),
+                (_, None) => unreachable!("a plan with staged reads has a ring"),
+            }),
+        }
+    }
+}
+
+impl Queue<'_> {
+    /// Returns a range of an arena for storage to write into.
+    fn landing(&self, place: Place, len_bytes: u64) -> Landing {
+        let arena = Arc::clone(&self.landing[place.arena as usize]);
+        // A direct read of a file's last sector may write up to the next multiple of the alignment.
+        let reach_bytes = len_bytes.next_multiple_of(self.plan.machine().direct_align_bytes);
+        let end_bytes = (place.offset_bytes + reach_bytes).min(arena.len_bytes());
+        let len = (end_bytes - place.offset_bytes) as usize;
+        assert!(len as u64 >= len_bytes, "the plan's reads land inside their arenas");
+        let start = arena.host_ptr().expect("reads in place are planned only for memory of the host");
+        // SAFETY: the offset is inside the arena, as just checked.
+        let start = unsafe { start.add(place.offset_bytes as usize) };
+        let owner: Arc<dyn Any + Send + Sync> = arena;
+        // SAFETY: arenas are initialized and kept alive by `owner`; the plan's reads are disjoint in the
+        // arena, each is taken once, and a tensor is emitted only after the last read that covers it.
+        unsafe { Landing::new(start, len, owner) }
+    }
+
+    fn peek(&self) -> Option<u32> {
+        self.reads.get(self.next.load(Ordering::Relaxed)).copied()
+    }
+
+    fn is_staged(&self, read: u32) -> bool {
+        matches!(self.plan.reads()[read as usize].target, Target::Staged { .. })
+    }
+
+    fn take(&self, memory: impl FnOnce(u32) -> Option<JobMemory>) -> Next {
+        let Some(read) = self.reads.get(self.next.fetch_add(1, Ordering::Relaxed)).copied() else {
+            return Next::Done;
+        };
+        let Some(memory) = memory(read) else {
+            return Next::Done; // The ring was closed: the load is cancelled.
+        };
+        let (extent, access) = (self.plan.reads()[read as usize].extent, self.access[read as usize]);
+        Next::Job(Job { read, extent, access, memory })
+    }
+}
