@@ -9,12 +9,14 @@
 //! queues work returns before the work is done; an [`Event`] recorded behind it tells when it is.
 //!
 //! The [host backend](host::Host) is a product, not a mock: it loads into the host's own memory, and
-//! it is what accelerators are compared with.
+//! it is what accelerators are compared with. [`dequantize`] is its arithmetic for quantized tensors.
 
 pub mod cast;
 #[cfg(feature = "conformance")]
 pub mod conformance;
 mod contract;
+pub mod dequantize;
+pub mod float;
 pub mod gpu;
 pub mod host;
 mod operation;

@@ -1,6 +1,7 @@
 //! Quantized checkpoints: which tensors belong together, and how their bytes become numbers.
 
 mod recipe;
+mod sizes;
 
 pub use recipe::{Codes, Element, Global, Grid, Number, Recipe, Role, Scale, ZeroOffset, ZeroPoint};
 

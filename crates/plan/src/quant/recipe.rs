@@ -51,13 +51,15 @@ pub struct Recipe {
     /// Multiplied at last: one number a column, found by [`Role::Fold`].
     pub fold: Option<Dtype>,
     /// The group of each column, where [`Role::GroupIndex`] (I32, one a column) says it instead of the grids' `cols_per_group`.
-    /// The number of groups, to check the indices against; an index outside reads the last group.
+    /// The number of groups, to check the indices against; an index outside, negative ones too, reads the last group. It is the
+    /// `g` of every grid and of packed zero-points; no `col_first` is added to it. All matrices of the batch share it.
     pub group_index: Option<u32>,
     /// Whether codes of neighbouring *rows* lie side by side in the file, so that `[cols, rows]` is the cheap output.
     pub is_column_major: bool,
 }
 
-/// Where the code of `[e, n, k]` lies. `e` adds `e * batch_stride_bytes` throughout, which is the payload's length divided by the batch.
+/// Where the code of `[e, n, k]` lies. `e` adds `e * batch_stride_bytes` throughout, which is the length of the tensor that holds the codes,
+/// the payload or packed zero-points, divided by the batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub enum Codes {
@@ -106,7 +108,7 @@ pub enum Codes {
         /// Whether nibbles are in AWQ's order.
         is_interleaved: bool,
     },
-    /// Bytes `[rows / 2, cols]`: row `2i` in the low nibble, `2i + 1` in the high one.
+    /// Bytes `[ceil(rows / 2), cols]`: row `2i` in the low nibble, `2i + 1` in the high one.
     RowPairs,
     /// Units of `unit_bytes` (1 or 4) `[unit_rows, cols]`: rows are cut in `unit_bytes * 8 / bits` chunks of `unit_rows`, chunk `c`
     /// in the bits from `bits * (chunks - 1 - c)` of its unit. The last chunk may reach past `rows`.
@@ -118,7 +120,7 @@ pub enum Codes {
         /// Rows of units.
         unit_rows: u64,
     },
-    /// 16-bit words `[rows / 4, cols]`, 4 rows by 64 columns in each 64 words. Of the 256 nibbles of those, numbered word after word and LSB-first,
+    /// 16-bit words `[rows / 4, cols]`, 4 rows by 64 columns in each 64 words; rows are a multiple of 4, columns of 64. Of the 256 nibbles of those, numbered word after word and LSB-first,
     /// nibble `64 * r + p` is of row `r` and column `k`, where `p = 32 * (k / 32) + (k / 2 % 4) * 8 + (k % 2) * 4 + k % 32 / 8` with `k` counted
     /// in the 64.
     AwqFast,
@@ -151,7 +153,7 @@ pub enum Element {
     E5m2Fnuz,
     /// 8 bits of exponent: `2^(x - 127)`, NaN at 255.
     E8m0,
-    /// An entry of [`Role::Table`]: F32, 16 of them.
+    /// An entry of [`Role::Table`]: F32, 16 of them, for codes of at most 4 bits.
     Table,
 }
 
@@ -161,15 +163,18 @@ pub enum Element {
 pub enum ZeroPoint {
     /// Nothing.
     None,
-    /// This integer, from every code.
+    /// This integer, from every code, which is `Unsigned` or `Signed`. At most 2^16 in magnitude, so that f32 is exact too.
     Constant(i32),
-    /// Packed integers in [`Role::ZeroPoint`]: the matrix of zero-points has the group as one index and the row as the other.
+    /// Packed integers in [`Role::ZeroPoint`], one for each scale, subtracted from codes that are `Unsigned` or `Signed`: their matrix
+    /// has the scale's groups of rows as one index and its groups of columns as the other, both with `row_first` and `col_first`
+    /// of the scale's grid added. Without a scale there are none.
     Packed {
-        /// Where the zero-point of `[n, g]` lies. Read as the code of "row" `n` and "column" `g`, or the other way round where `is_swapped`.
+        /// Where a zero-point lies: read as the code of "row" `(n + row_first) / rows_per_group` and "column" `g`, or the other way round
+        /// where `is_swapped`, in a matrix of as many rows and columns as the scale's grid has groups.
         codes: Codes,
         /// Whether `codes` counts groups as rows and rows as columns.
         is_swapped: bool,
-        /// Whether a zero-point is two's complement of its width.
+        /// Whether a zero-point is two's complement of its width: after `WordWise` or `Modular` added to it, before a constant is added.
         is_signed: bool,
         /// What must be added to what is stored.
         offset: ZeroOffset,
@@ -182,12 +187,12 @@ pub enum ZeroPoint {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub enum ZeroOffset {
-    /// This number, which may be 0 or negative.
+    /// This number, which may be 0 or negative. At most 2^16 in magnitude.
     Constant(i32),
     /// One to every field of each 32-bit word, by one wrapping addition to the word, so that a carry crosses fields: the inverse of what
-    /// writers of the first GPTQ format do. Width 2, 4 and 8.
+    /// writers of the first GPTQ format do. Width 2, 4 and 8, in `Rows` of whole words.
     WordWise,
-    /// One, modulo `2^bits`. Width 3.
+    /// One, modulo `2^bits`. Any width; what width 3 has.
     Modular,
 }
 
@@ -200,7 +205,7 @@ pub struct Scale {
     pub global: Option<Global>,
 }
 
-/// A scale of scales: one number, or one for each matrix of the batch.
+/// A scale of scales: one number, or one for each matrix of the batch, at element `e * batch_stride`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Global {
     /// F32, F16 or BF16.
@@ -234,7 +239,8 @@ pub struct Grid {
     /// Columns of the first group that lie before column 0.
     pub col_first: u32,
     /// Whether the grid lies in tiles of 128 rows by 4 columns: `[row groups, column groups]` padded to multiples of those, tiles in row-major
-    /// order of 512 elements, in a tile at `(r % 32) * 16 + (r / 32) * 4 + c`. `row_stride` is then the padded number of columns.
+    /// order of 512 elements, in a tile at `(r % 32) * 16 + (r / 32) * 4 + c` with `r` and `c` counted in the tile. `row_stride` is then
+    /// the padded number of columns, and `col_stride` is not used.
     pub is_swizzled: bool,
 }
 
@@ -254,10 +260,11 @@ pub enum Number {
     E4m3,
     /// 1 byte, two's complement.
     I8,
-    /// 1 byte, `2^x` of two's complement `x`: the inline scales of [`Codes::RowsWithScales`], which lie in [`Role::Payload`].
+    /// 1 byte, `2^x` of two's complement `x`: the inline scales of [`Codes::RowsWithScales`], which lie in [`Role::Payload`], so that the
+    /// grid's strides count the payload's bytes (`row_stride` is `row_stride_bytes`, `col_stride` 17). 2^-128 is a subnormal f32.
     SignedExponent,
-    /// 1 byte that selects an F32 of [`Role::NestedTable`] (256 of them), times the F32 of [`Role::NestedScale`] at the number's index divided by
-    /// `per_scale`, plus `offset`.
+    /// 1 byte that selects an F32 of [`Role::NestedTable`] (256 of them), times the F32 of [`Role::NestedScale`] at the number's index in the
+    /// grid's tensor divided by `per_scale`, plus `offset`; each rounded to f32.
     Nested {
         /// Numbers that share a nested scale.
         per_scale: u32,
