@@ -6,17 +6,22 @@
 //!
 //! Asked: 60 ms for 100,000 tensors and 0.8 s for 1,000,000, parsed and planned on one core, and memory that grows no
 //! faster than the number of tensors. Memory is counted by the allocator and printed first.
+//!
+//! `recognize` joins the 50,000 tensors of quantized experts to groups, in the formats with the fewest and the most tensors to a
+//! weight; asked: 100 ms. `plain` is what looking for quantization costs where there is none.
 
 use std::alloc::{GlobalAlloc, Layout, System};
+use std::collections::BTreeMap;
 use std::hint::black_box;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput};
 use safetensors::tensor::Metadata;
-use tensorhaul_plan::header::Header;
+use tensorhaul_plan::header::{Header, NewTensor, encode};
 use tensorhaul_plan::plan::Machine;
-use tensorhaul_plan::{Checkpoint, File, Plan, Request};
+use tensorhaul_plan::quant::{Configs, Survey, Values};
+use tensorhaul_plan::{Checkpoint, Dtype, File, Plan, Request};
 
 const TENSOR_COUNTS: [usize; 2] = [100_000, 1_000_000];
 
@@ -24,6 +29,7 @@ fn main() {
     memory();
     let mut criterion = Criterion::default().configure_from_args();
     time(&mut criterion);
+    recognize(&mut criterion);
     criterion.final_summary();
 }
 
@@ -50,6 +56,42 @@ fn time(criterion: &mut Criterion) {
             });
             bench("reference_parse", &|json| reference(json).tensors().len());
         }
+    }
+    group.finish();
+}
+
+/// Recognises experts of several formats.
+fn recognize(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("quant");
+    group.sample_size(10);
+    for (format, config, tensors) in FORMATS {
+        let checkpoint = experts(tensors);
+        let mut configs = Configs::none();
+        configs.insert("config.json", config);
+        // What small tensors hold, which is the shape of every weight here.
+        let shape = [64u64.to_le_bytes(), 256u64.to_le_bytes()].concat();
+        let values = |survey: &Survey| {
+            let mut values = Values::none();
+            for need in survey.needs() {
+                values.insert(need.tensor, &shape[..shape.len().min(need.len_bytes as usize)]);
+            }
+            values
+        };
+        let run = || {
+            let survey =
+                Survey::new(&checkpoint, black_box(&configs)).expect("the configuration is well-formed");
+            let quantization = survey.recognize(&checkpoint, &values(&survey));
+            assert!(quantization.refused().is_empty(), "{format}: {}", quantization.refused()[0].error);
+            quantization.groups().len()
+        };
+        let expected = if format == "plain" { 0 } else { QUANT_TENSOR_COUNT / tensors.len() };
+        assert_eq!(run(), expected, "{format}");
+        group.bench_function(
+            BenchmarkId::new(format!("recognize/{format}"), QUANT_TENSOR_COUNT),
+            |bencher| {
+                bencher.iter(&run);
+            },
+        );
     }
     group.finish();
 }
@@ -112,6 +154,78 @@ fn moe_header(tensor_count: usize, step: usize) -> (Vec<u8>, u64) {
     let file_len_bytes = 8 + json.len() as u64 + start_bytes;
     (json, file_len_bytes)
 }
+
+/// Returns a checkpoint of experts, each weight stored as these tensors, in files of 5,000 tensors.
+fn experts(tensors: &[(&str, Dtype, &[u64])]) -> Checkpoint {
+    const FILE_TENSOR_COUNT: usize = 5_000;
+    let parts = ["gate_proj", "up_proj", "down_proj"];
+    let all: Vec<(String, Dtype, &[u64])> = (0..QUANT_TENSOR_COUNT / tensors.len())
+        .flat_map(|weight| {
+            let (expert, part) = (weight / 3, parts[weight % 3]);
+            let module = format!("model.layers.{}.mlp.experts.{}.{part}", expert / 128, expert % 128);
+            tensors.iter().map(move |(leaf, dtype, shape)| (format!("{module}.{leaf}"), *dtype, *shape))
+        })
+        .collect();
+    let file = |tensors: &[(String, Dtype, &[u64])]| {
+        let list: Vec<NewTensor<'_>> =
+            tensors.iter().map(|(name, dtype, shape)| NewTensor { name, dtype: *dtype, shape }).collect();
+        let bytes = encode(&list, &BTreeMap::new(), 0).expect("names listed once");
+        let bits = |list: &NewTensor<'_>| list.shape.iter().product::<u64>() * list.dtype.bits();
+        let data_len_bytes: u64 = list.iter().map(|tensor| bits(tensor) / 8).sum();
+        parse(&bytes[8..], bytes.len() as u64 + data_len_bytes)
+    };
+    let files = all.chunks(FILE_TENSOR_COUNT).enumerate();
+    let files =
+        files.map(|(number, tensors)| File::new(format!("model-{number}.safetensors"), file(tensors)));
+    Checkpoint::new(files.collect()).expect("names are listed once")
+}
+
+const QUANT_TENSOR_COUNT: usize = 50_000;
+
+/// A format's name, its configuration, and the tensors of a weight.
+type Format = (&'static str, &'static str, &'static [(&'static str, Dtype, &'static [u64])]);
+
+const FORMATS: [Format; 5] = [
+    ("plain", r#"{"model_type":"mixture"}"#, &[("weight", Dtype::Bf16, &[64, 256])]),
+    (
+        "fp8_blocks",
+        r#"{"quantization_config":{"quant_method":"fp8","weight_block_size":[128,128],"ignored_layers":["lm_head"]}}"#,
+        &[("weight", Dtype::F8E4m3, &[64, 256]), ("weight_scale_inv", Dtype::F32, &[1, 2])],
+    ),
+    (
+        "gptq",
+        r#"{"quantization_config":{"quant_method":"gptq","bits":4,"group_size":128,"sym":true,
+            "dynamic":{"-:.*\\.gate$":{},"+:.*down_proj":{"bits":4}}}}"#,
+        &[
+            ("g_idx", Dtype::I32, &[256]),
+            ("qweight", Dtype::I32, &[32, 64]),
+            ("qzeros", Dtype::I32, &[2, 8]),
+            ("scales", Dtype::F16, &[2, 64]),
+        ],
+    ),
+    (
+        "compressed_tensors",
+        r#"{"quantization_config":{"quant_method":"compressed-tensors","format":"pack-quantized",
+            "ignore":["lm_head","re:.*mlp.gate$"],"config_groups":{"group_0":{"targets":["Linear"],
+            "weights":{"num_bits":4,"symmetric":false,"strategy":"group","group_size":128}}}}}"#,
+        &[
+            ("weight_shape", Dtype::I64, &[2]),
+            ("weight_packed", Dtype::I32, &[64, 32]),
+            ("weight_scale", Dtype::Bf16, &[64, 2]),
+            ("weight_zero_point", Dtype::I32, &[8, 2]),
+        ],
+    ),
+    (
+        "nvfp4",
+        r#"{"quantization_config":{"quant_method":"modelopt","quant_algo":"NVFP4","ignore":["*router*","lm_head"]}}"#,
+        &[
+            ("weight", Dtype::U8, &[64, 128]),
+            ("weight_scale", Dtype::F8E4m3, &[64, 16]),
+            ("weight_scale_2", Dtype::F32, &[]),
+            ("input_scale", Dtype::F32, &[]),
+        ],
+    ),
+];
 
 /// The system's allocator, counting.
 struct Peak {

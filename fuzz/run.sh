@@ -5,7 +5,7 @@ cd "$(dirname "$0")"
 
 seconds=${1:-60}
 [ $# -eq 0 ] || shift
-[ $# -gt 0 ] || set -- header index extents
+[ $# -gt 0 ] || set -- header index extents quant
 
 missing() {
     echo "fuzz/run.sh: needs $1; $2" >&2

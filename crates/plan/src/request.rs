@@ -153,6 +153,11 @@ fn matching(checkpoint: &Checkpoint, globs: &[String]) -> Result<Vec<TensorId>, 
     Ok(ids)
 }
 
+/// Tells whether one of the globs matches, or is, one of the names. What is not a glob matches nothing.
+pub fn any_matches(globs: &[String], names: &[&str]) -> bool {
+    Globs::new(globs).is_ok_and(|mut globs| names.iter().any(|name| globs.is_hit(name)))
+}
+
 /// Globs, each of which must match something.
 pub(crate) struct Globs<'r> {
     texts: &'r [String],

@@ -1,9 +1,47 @@
 //! Quantized checkpoints: which tensors belong together, and how their bytes become numbers.
+//!
+//! Recognition takes two steps, because some formats describe themselves in small tensors. A [`Survey`] of the headers and the
+//! [`Configs`] says which bytes it [needs](Survey::needs); with these [`Values`] it [recognises](Survey::recognize) a
+//! [`Quantization`]: a [`Group`] for each quantized tensor, and for each that cannot be dequantized the reason, as data. Loading a
+//! checkpoint as stored needs none of this.
+//!
+//! What the configuration says comes first, and is held against names, dtypes and shapes; what tensors alone leave no doubt about
+//! needs no configuration. A guess is never made: where two readings fit, a [`QuantError`] names the key that would decide.
+//!
+//! # Example
+//! ```
+//! use tensorhaul_plan::quant::{Configs, Family, Survey, Values};
+//! use tensorhaul_plan::{Checkpoint, File, Header};
+//!
+//! let json = br#"{"a.weight":{"dtype":"F8_E4M3","shape":[2,4],"data_offsets":[0,8]},
+//!     "a.weight_scale":{"dtype":"F32","shape":[2,1],"data_offsets":[8,16]}}"#;
+//! let header = Header::parse(json, 8 + json.len() as u64 + 16)?;
+//! let checkpoint = Checkpoint::new(vec![File::new("model.safetensors", header)])?;
+//!
+//! let survey = Survey::new(&checkpoint, &Configs::none())?;
+//! assert!(survey.needs().is_empty());
+//! let quantization = survey.recognize(&checkpoint, &Values::none());
+//! assert_eq!(quantization.groups()[0].family, Family::Fp8);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
+mod config;
+mod dispatch;
+mod error;
+mod families;
+mod quantization;
 mod recipe;
+mod scene;
 mod sizes;
+mod survey;
+mod values;
 
+pub use config::Configs;
+pub use error::QuantError;
+pub use quantization::{Part, Pass, Quantization, Refusal};
 pub use recipe::{Codes, Element, Global, Grid, Number, Recipe, Role, Scale, ZeroOffset, ZeroPoint};
+pub use survey::Survey;
+pub use values::{NEED_LEN_BYTES_MAX, Need, Values};
 
 use std::fmt;
 
@@ -68,6 +106,8 @@ pub enum Family {
     Hqq,
     /// MLX.
     Mlx,
+    /// ComfyUI's integers.
+    Comfy,
     /// A tensor of a dtype below 16 bits, without scales: a cast.
     Plain,
 }
@@ -87,6 +127,7 @@ impl fmt::Display for Family {
             Family::Torchao => "torchao",
             Family::Hqq => "HQQ",
             Family::Mlx => "MLX",
+            Family::Comfy => "ComfyUI",
             Family::Plain => "cast",
         })
     }

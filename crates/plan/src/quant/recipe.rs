@@ -28,6 +28,10 @@ use crate::dtype::Dtype;
 ///
 /// Every range that a recipe names is one of the [members](Role) of its group. A tensor of any shape is seen as
 /// `[batch, rows, cols]`: the leading dimensions as the batch where scales differ by them, all but the last as rows else.
+///
+/// Where groups or bytes run on across the ends of rows, `rows` and `cols` are not those of the result, whose numbers are the same ones
+/// in the same row-major order: HQQ's groups, bitsandbytes' blocks that fit no row (one row of everything), casts whose rows end within a
+/// byte.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Recipe {
     /// Number of matrices, usually 1; experts otherwise.
@@ -56,6 +60,26 @@ pub struct Recipe {
     pub group_index: Option<u32>,
     /// Whether codes of neighbouring *rows* lie side by side in the file, so that `[cols, rows]` is the cheap output.
     pub is_column_major: bool,
+}
+
+impl Recipe {
+    /// A plain cast of one matrix; what else is done to it is added by whoever recognises it.
+    pub(super) fn of(rows: u64, cols: u64, codes: Codes, element: Element) -> Recipe {
+        Recipe {
+            batch: 1,
+            rows,
+            cols,
+            codes,
+            element,
+            zero_point: ZeroPoint::None,
+            scale: None,
+            factor: None,
+            bias: None,
+            fold: None,
+            group_index: None,
+            is_column_major: false,
+        }
+    }
 }
 
 /// Where the code of `[e, n, k]` lies. `e` adds `e * batch_stride_bytes` throughout, which is the length of the tensor that holds the codes,
@@ -302,6 +326,20 @@ pub enum Role {
 }
 
 impl Role {
+    /// Every role whose bytes a recipe reads.
+    pub const READ: [Role; 10] = [
+        Role::Payload,
+        Role::Scale,
+        Role::Global,
+        Role::ZeroPoint,
+        Role::GroupIndex,
+        Role::Bias,
+        Role::Table,
+        Role::NestedTable,
+        Role::NestedScale,
+        Role::Fold,
+    ];
+
     /// Returns the word for it, as plans print it.
     pub fn name(self) -> &'static str {
         match self {

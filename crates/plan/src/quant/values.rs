@@ -1,0 +1,40 @@
+//! The bytes of small tensors that recognition asks for.
+
+use std::collections::HashMap;
+
+use crate::checkpoint::TensorId;
+
+/// The first bytes of a tensor, which recognition wants to see.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Need {
+    /// The tensor.
+    pub tensor: TensorId,
+    /// How many bytes from its first one: never more than the tensor has, nor than [`NEED_LEN_BYTES_MAX`].
+    pub len_bytes: u64,
+}
+
+/// The most bytes that are asked for of one tensor: a description in JSON takes a few hundred, samples this much.
+pub const NEED_LEN_BYTES_MAX: u64 = 4096;
+
+/// What was read for [`Need`]s.
+#[derive(Clone, Debug, Default)]
+pub struct Values {
+    bytes: HashMap<TensorId, Vec<u8>>,
+}
+
+impl Values {
+    /// Returns no bytes, for a survey that needs none.
+    pub fn none() -> Values {
+        Values::default()
+    }
+
+    /// Adds the first bytes of a tensor, as many as its need says.
+    pub fn insert(&mut self, tensor: TensorId, bytes: impl Into<Vec<u8>>) {
+        self.bytes.insert(tensor, bytes.into());
+    }
+
+    /// Returns the bytes of a tensor.
+    pub(super) fn get(&self, tensor: TensorId) -> Option<&[u8]> {
+        self.bytes.get(&tensor).map(|bytes| &**bytes)
+    }
+}
