@@ -11,10 +11,15 @@ typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
+typedef signed char i8;
+typedef int i32;
 
 /// Sixteen bytes that one instruction loads or stores, where the address is a multiple of 16.
 typedef u64 Vector __attribute__((vector_size(16)));
 constexpr u32 VECTOR_LEN = sizeof(Vector);
+
+/// Threads of a block, for kernels in which those of a block work together.
+constexpr u32 BLOCK_THREADS = 256;
 
 #if defined(__NVPTX__) || defined(__AMDGCN__)
 
@@ -26,16 +31,44 @@ constexpr u32 VECTOR_LEN = sizeof(Vector);
 /// Both vendors number global memory 1. Without it every access would first find out what memory it is of.
 #define GLOBAL __attribute__((address_space(1)))
 
+/// Defines a kernel whose blocks take the items of `params.item_count` in turn, each in some phases. All threads of a block
+/// end a phase before one begins the next, and what a phase leaves in `shared` the next finds there. `item`, `thread` (of
+/// the block) and `phase` are what the body is called for; a launch has blocks of BLOCK_THREADS.
+#define KERNEL_PHASES(name, Params, Shared, phases)                                                                    \
+  DEVICE void name##_phase(const Params &params, Shared &shared, u64 item, u32 thread, u32 phase);                     \
+  extern "C" __attribute__((global, launch_bounds(BLOCK_THREADS))) void name(const Params params) {                    \
+    static __attribute__((shared)) Shared shared;                                                                      \
+    for (u64 item = block_index(); item < params.item_count; item += block_count()) {                                  \
+      _Pragma("unroll") for (u32 phase = 0; phase < phases; ++phase) {                                                 \
+        name##_phase(params, shared, item, thread_of_block(), phase);                                                  \
+        barrier();                                                                                                     \
+      }                                                                                                                \
+    }                                                                                                                  \
+  }                                                                                                                    \
+  DEVICE void name##_phase(const Params &params, Shared &shared, u64 item, u32 thread, u32 phase)
+
 #if defined(__NVPTX__)
+DEVICE u32 block_index() { return __nvvm_read_ptx_sreg_ctaid_x(); }
+DEVICE u32 block_count() { return __nvvm_read_ptx_sreg_nctaid_x(); }
+DEVICE u32 thread_of_block() { return __nvvm_read_ptx_sreg_tid_x(); }
+DEVICE void barrier() { __syncthreads(); }
 DEVICE u32 thread_index() {
   return __nvvm_read_ptx_sreg_ctaid_x() * __nvvm_read_ptx_sreg_ntid_x() + __nvvm_read_ptx_sreg_tid_x();
 }
 DEVICE u32 thread_count() { return __nvvm_read_ptx_sreg_nctaid_x() * __nvvm_read_ptx_sreg_ntid_x(); }
 #else
+DEVICE u32 block_index() { return __builtin_amdgcn_workgroup_id_x(); }
+// AMD's grid is counted in threads.
+DEVICE u32 block_count() { return __builtin_amdgcn_grid_size_x() / BLOCK_THREADS; }
+DEVICE u32 thread_of_block() { return __builtin_amdgcn_workitem_id_x(); }
+DEVICE void barrier() {
+  __builtin_amdgcn_fence(__ATOMIC_RELEASE, "workgroup");
+  __builtin_amdgcn_s_barrier();
+  __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "workgroup");
+}
 DEVICE u32 thread_index() {
   return __builtin_amdgcn_workgroup_id_x() * __builtin_amdgcn_workgroup_size_x() + __builtin_amdgcn_workitem_id_x();
 }
-// AMD's grid is counted in threads.
 DEVICE u32 thread_count() { return __builtin_amdgcn_grid_size_x(); }
 #endif
 
@@ -52,7 +85,7 @@ template <class T> DEVICE void store(u64 address, T value) { *(GLOBAL T *)addres
 /// Asks whether memory may be touched so; the simulator notes what may not, and the access is left out.
 extern "C" bool simgpu_touch(u64 address, u32 len, bool is_write);
 
-/// The thread that runs now; the host runs them one after the other, so kernels with barriers cannot run here.
+/// The thread that runs now; the host runs them one after the other, so that kernels with barriers are written in phases.
 struct Thread {
   u32 index, count;
 };
@@ -81,6 +114,21 @@ template <class T> DEVICE void store(u64 address, T value) {
     }                                                                                                                  \
   }                                                                                                                    \
   static void name(const Params &params)
+
+/// As above for a kernel whose blocks work together: every thread of a block runs a phase before one runs the next.
+#define KERNEL_PHASES(name, Params, Shared, phases)                                                                    \
+  static void name##_phase(const Params &params, Shared &shared, u64 item, u32 thread, u32 phase);                     \
+  extern "C" u32 name##_params_len() { return sizeof(Params); }                                                        \
+  extern "C" void name##_host(u32 threads, const void *bytes) {                                                        \
+    const Params &params = *static_cast<const Params *>(bytes);                                                        \
+    static thread_local Shared shared;                                                                                 \
+    for (u64 block = 0; block < threads / BLOCK_THREADS; ++block)                                                      \
+      for (u64 item = block; item < params.item_count; item += threads / BLOCK_THREADS)                                \
+        for (u32 phase = 0; phase < phases; ++phase)                                                                   \
+          for (u32 thread = 0; thread < BLOCK_THREADS; ++thread)                                                       \
+            name##_phase(params, shared, item, thread, phase);                                                         \
+  }                                                                                                                    \
+  static void name##_phase(const Params &params, Shared &shared, u64 item, u32 thread, u32 phase)
 
 #endif
 

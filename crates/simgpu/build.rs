@@ -50,13 +50,15 @@ fn main() {
     fs::write(out.join("kernels.rs"), text).expect("OUT_DIR is writable");
 }
 
-/// Returns the names of the kernels, which stand in lines `KERNEL(name, Params) {`.
+/// Returns the names of the kernels, which stand in lines `KERNEL(name, Params) {` and `KERNEL_PHASES(name, ..) {`.
 fn kernels(sources: &[PathBuf]) -> Vec<String> {
     let mut names = Vec::new();
     for source in sources {
         let text = fs::read_to_string(source).expect("a kernel's source");
-        let heads = text.lines().filter_map(|line| line.strip_prefix("KERNEL(")?.split_once(','));
-        names.extend(heads.map(|(name, _)| name.to_owned()));
+        for macro_name in ["KERNEL(", "KERNEL_PHASES("] {
+            let heads = text.lines().filter_map(|line| line.strip_prefix(macro_name)?.split_once(','));
+            names.extend(heads.map(|(name, _)| name.to_owned()));
+        }
     }
     names
 }

@@ -45,6 +45,7 @@ impl Cuda {
         }
         let meaning = match code {
             sys::OUT_OF_MEMORY => Meaning::OutOfMemory,
+            sys::DEVICE_UNAVAILABLE => Meaning::Busy,
             sys::UNSUPPORTED_PTX_VERSION => Meaning::DriverTooOld,
             code if sys::WRONG_ARCHITECTURE.contains(&code) => Meaning::WrongArchitecture,
             code if sys::NO_COMPILER.contains(&code) => Meaning::NoCompiler,

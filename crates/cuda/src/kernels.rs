@@ -8,4 +8,11 @@ macro_rules! ptx {
 }
 
 /// The modules of `kernels/`, by name.
-pub(crate) const PTX: &[(&str, &str)] = &[ptx!("cast"), ptx!("scatter"), ptx!("strided")];
+pub(crate) const PTX: &[(&str, &str)] = &[
+    ptx!("cast"),
+    ptx!("dequantize_any"),
+    ptx!("dequantize_rows"),
+    ptx!("dequantize_tiles"),
+    ptx!("scatter"),
+    ptx!("strided"),
+];

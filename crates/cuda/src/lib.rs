@@ -18,7 +18,7 @@ use std::sync::{Arc, OnceLock};
 
 pub use driver::Cuda;
 use tensorhaul_device::DeviceError;
-use tensorhaul_device::gpu::{Found, Gpu};
+use tensorhaul_device::gpu::{FORKED, Found, Gpu};
 use tensorhaul_plan::DeviceId;
 
 /// Opens a device by its ordinal in the driver's order (`CUDA_VISIBLE_DEVICES` applies).
@@ -43,10 +43,15 @@ pub fn find(ordinal: u32) -> Result<Found<Cuda>, DeviceError> {
 /// Loads and initializes the driver, once a process.
 ///
 /// # Errors
-/// A sentence with the likely cause.
+/// A sentence with the likely cause. In a child forked after the first call: that it was.
 pub fn driver() -> Result<Arc<Cuda>, String> {
-    static DRIVER: OnceLock<Result<Arc<Cuda>, String>> = OnceLock::new();
-    DRIVER.get_or_init(|| Cuda::load(&candidates()).map(Arc::new)).clone()
+    static DRIVER: OnceLock<(u32, Result<Arc<Cuda>, String>)> = OnceLock::new();
+    let load = || (std::process::id(), Cuda::load(&candidates()).map(Arc::new));
+    let (process, driver) = DRIVER.get_or_init(load);
+    if driver.is_ok() && *process != std::process::id() {
+        return Err(FORKED.to_owned());
+    }
+    driver.clone()
 }
 
 /// The names to try: the user's own, or what the driver installs.

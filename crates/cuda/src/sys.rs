@@ -114,9 +114,11 @@ pub(crate) const OUT_OF_MEMORY: c_int = 2;
 pub(crate) const NO_DEVICE: c_int = 100;
 /// `CUDA_ERROR_NOT_READY`.
 pub(crate) const NOT_READY: c_int = 600;
-/// After these the context answers every call with the same error: deinitialized, device unavailable, ECC, illegal
+/// `CUDA_ERROR_DEVICE_UNAVAILABLE`.
+pub(crate) const DEVICE_UNAVAILABLE: c_int = 46;
+/// After these the context answers every call with the same error: deinitialized, ECC, NVLink, a contained fault, illegal
 /// address, launch timeout, destroyed context, assert, and the hardware faults from 714 to 719.
-pub(crate) const LOST: &[c_int] = &[4, 46, 214, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719];
+pub(crate) const LOST: &[c_int] = &[4, 214, 220, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719];
 
 /// `CUDA_ERROR_NO_BINARY_FOR_GPU` and `CUDA_ERROR_INVALID_PTX`: kernels for newer devices than this one.
 pub(crate) const WRONG_ARCHITECTURE: &[c_int] = &[209, 218];

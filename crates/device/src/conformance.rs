@@ -1,5 +1,6 @@
 //! The suite every backend passes: in tests with [`assert_passes`], on a real machine with [`run`].
 
+mod dequantize;
 mod operations;
 
 use std::sync::Arc;
@@ -56,6 +57,7 @@ const PROMISES: &[(&str, Check)] = &[
         operations::strided_copies_on_the_device_keep_their_pieces,
     ),
     ("many small pieces land where they belong", operations::many_small_pieces_land),
+    ("dequantization equals the host's bit for bit", dequantize::dequantization_equals_the_host),
 ];
 
 fn allocations_are_aligned(device: &dyn Device) -> Result<(), String> {

@@ -24,4 +24,4 @@ mod operation;
 pub use contract::{
     Allocation, Capabilities, Device, DeviceError, Event, Kept, MemoryInfo, Piece, Stream, StridedCopy,
 };
-pub use operation::{Cast, Location, Operation, OperationKind, Strided};
+pub use operation::{Cast, Dequantize, Location, Operation, OperationKind, Source, Strided};

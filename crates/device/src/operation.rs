@@ -6,8 +6,10 @@ use std::fmt;
 use std::sync::Arc;
 
 use tensorhaul_plan::Dtype;
+use tensorhaul_plan::quant::{Recipe, Role};
 
 use crate::contract::Allocation;
+use crate::dequantize::Output;
 
 /// One operation on memory of one device.
 #[derive(Clone, Copy)]
@@ -17,6 +19,8 @@ pub enum Operation<'a> {
     Cast(Cast<'a>),
     /// Equal pieces at equal distances are copied.
     Strided(Strided<'a>),
+    /// The tensors of a quantized one become its numbers.
+    Dequantize(Dequantize<'a>),
 }
 
 /// What kind of operation.
@@ -27,6 +31,8 @@ pub enum OperationKind {
     Cast,
     /// [`Operation::Strided`].
     Strided,
+    /// [`Operation::Dequantize`].
+    Dequantize,
 }
 
 /// Casts elements as [`crate::cast::cast`] does, for every pair of [`crate::cast::can_cast`]. Source and
@@ -62,6 +68,31 @@ pub struct Strided<'a> {
     pub piece_count: u64,
 }
 
+/// Dequantizes as [`crate::dequantize::dequantize`] does, but for the bits of results that are NaN. Everything may start at any
+/// byte; multiples of 16 are fastest.
+#[derive(Clone, Copy)]
+pub struct Dequantize<'a> {
+    /// How bytes become numbers.
+    pub recipe: &'a Recipe,
+    /// The tensors that the recipe reads, each role once; others may be among them.
+    pub sources: &'a [Source<'a>],
+    /// Where the numbers go.
+    pub target: Location<'a>,
+    /// What they become, and in which order.
+    pub output: Output,
+}
+
+/// A tensor that a recipe reads.
+#[derive(Clone, Copy)]
+pub struct Source<'a> {
+    /// What it is to the recipe.
+    pub role: Role,
+    /// Where it starts.
+    pub start: Location<'a>,
+    /// All of it: matrices of a batch lie at equal parts of this.
+    pub len_bytes: u64,
+}
+
 /// A byte of an allocation.
 #[derive(Clone, Copy)]
 pub struct Location<'a> {
@@ -77,6 +108,7 @@ impl Operation<'_> {
         match self {
             Operation::Cast(_) => OperationKind::Cast,
             Operation::Strided(_) => OperationKind::Strided,
+            Operation::Dequantize(_) => OperationKind::Dequantize,
         }
     }
 }
@@ -86,6 +118,7 @@ impl fmt::Display for OperationKind {
         f.write_str(match self {
             OperationKind::Cast => "cast",
             OperationKind::Strided => "strided copy",
+            OperationKind::Dequantize => "dequantization",
         })
     }
 }
@@ -115,6 +148,16 @@ impl Strided<'_> {
 
     fn reach_bytes(&self, stride_bytes: u64) -> u64 {
         self.piece_count.checked_sub(1).map_or(0, |last| last * stride_bytes + self.piece_len_bytes)
+    }
+}
+
+impl Dequantize<'_> {
+    /// Returns the number of bytes written.
+    ///
+    /// # Panics
+    /// When they overflow: no allocation is as long.
+    pub fn target_len_bytes(&self) -> u64 {
+        self.recipe.target_len_bytes(self.output.dtype).expect("a result that fits into memory")
     }
 }
 

@@ -10,7 +10,7 @@ use crate::contract::{Allocation, Device, Piece, Stream};
 use crate::operation::{Cast, Location, Operation, OperationKind, Strided};
 
 pub(super) fn operations_are_prepared_once(device: &dyn Device) -> Result<(), String> {
-    for kind in [OperationKind::Cast, OperationKind::Strided] {
+    for kind in [OperationKind::Cast, OperationKind::Strided, OperationKind::Dequantize] {
         device.prepare(kind).map_err(text)?;
         let again = device.prepare(kind).map_err(text)?;
         expect(again.is_zero(), || format!("{kind} took {again:?} the second time"))?;
@@ -186,19 +186,30 @@ fn run(
     expected: &[u8],
     stream: Stream,
 ) -> Result<(), String> {
+    let found = run_and_read(device, operations, target, expected.len(), stream)?;
+    let at = found.iter().zip(expected).position(|(found, expected)| found != expected);
+    at.map_or(Ok(()), |at| Err(format!("byte {at} is {:#04x} instead of {:#04x}", found[at], expected[at])))
+}
+
+/// Runs operations and returns what their common target's allocation then holds.
+pub(super) fn run_and_read(
+    device: &dyn Device,
+    operations: &[Operation<'_>],
+    target: &Arc<dyn Allocation>,
+    len: usize,
+    stream: Stream,
+) -> Result<Vec<u8>, String> {
     for operation in operations {
         // SAFETY: the allocations live until the event was waited for, and nobody else touches them.
         unsafe { device.run(operation, stream) }.map_err(text)?;
     }
     let event = device.record(stream).map_err(text)?;
     device.wait(&event).map_err(text)?;
-    let found = read(device, target, 0, expected.len())?;
-    let at = found.iter().zip(expected).position(|(found, expected)| found != expected);
-    at.map_or(Ok(()), |at| Err(format!("byte {at} is {:#04x} instead of {:#04x}", found[at], expected[at])))
+    read(device, target, 0, len)
 }
 
 /// Allocates memory that shows where nobody wrote.
-fn guarded(device: &dyn Device, len: usize) -> Result<Arc<dyn Allocation>, String> {
+pub(super) fn guarded(device: &dyn Device, len: usize) -> Result<Arc<dyn Allocation>, String> {
     let target = device.allocate(len as u64).map_err(text)?;
     write(device, &vec![GUARD; len], &target, 0)?;
     Ok(target)
@@ -252,7 +263,7 @@ const SOURCES: [Dtype; 9] = [
 
 const TARGETS: [Dtype; 4] = [Dtype::F64, Dtype::F32, Dtype::F16, Dtype::Bf16];
 
-const STREAMS: [Stream; 2] = [Stream::Copy, Stream::Compute];
+pub(super) const STREAMS: [Stream; 2] = [Stream::Copy, Stream::Compute];
 
-const GUARD: u8 = 0xee;
-const GUARD_LEN: usize = 33;
+pub(super) const GUARD: u8 = 0xee;
+pub(super) const GUARD_LEN: usize = 33;

@@ -100,7 +100,7 @@ pub enum Layout {
 fn check(recipe: &Recipe, sources: &Sources<'_>, output: Output, target: &[u8]) {
     let is_float = matches!(output.dtype, Dtype::F32 | Dtype::F16 | Dtype::Bf16);
     assert!(is_float, "{} is not written, F32, F16 and BF16 are", output.dtype);
-    for role in READ_ROLES {
+    for role in Role::READ {
         if let Some(least) = recipe.source_len_bytes(role) {
             let len_bytes = sources.of(role).len() as u64;
             assert!(len_bytes >= least, "{role:?} has {len_bytes} bytes, the recipe reads {least}");
@@ -109,16 +109,3 @@ fn check(recipe: &Recipe, sources: &Sources<'_>, output: Output, target: &[u8]) 
     let len_bytes = target.len() as u64;
     assert_eq!(Some(len_bytes), recipe.target_len_bytes(output.dtype), "the target is as long as the result");
 }
-
-const READ_ROLES: [Role; 10] = [
-    Role::Payload,
-    Role::Scale,
-    Role::Global,
-    Role::ZeroPoint,
-    Role::GroupIndex,
-    Role::Bias,
-    Role::Table,
-    Role::NestedTable,
-    Role::NestedScale,
-    Role::Fold,
-];

@@ -336,6 +336,8 @@ pub enum Meaning {
     OutOfMemory,
     /// The device no longer works in this process.
     Lost,
+    /// Another process has the device for itself, or nobody may use it.
+    Busy,
     /// The driver is older than the kernels.
     DriverTooOld,
     /// The kernels are not for this device.
@@ -356,7 +358,13 @@ impl Meaning {
             Meaning::NoCompiler => {
                 Some("the driver's own compiler is missing or switched off (libnvidia-ptxjitcompiler)")
             }
-            Meaning::OutOfMemory | Meaning::Other => None,
+            Meaning::Busy => {
+                Some("another process has the device for itself, or its compute mode forbids use")
+            }
+            Meaning::OutOfMemory => {
+                Some("the memory that the driver itself needs is taken, by this process or others")
+            }
+            Meaning::Other => None,
         }
     }
 }

@@ -9,7 +9,7 @@ use tensorhaul_plan::Dtype;
 
 use super::driver::{BatchPiece, Driver, FunctionHandle, LaunchShape, ModuleHandle, StreamHandle};
 use super::params::{
-    CastParams, Params, SCATTER_PIECES_MAX, ScatterParams, ScatterPiece, StridedParams, dtype_code,
+    CastParams, Kernel, Params, SCATTER_PIECES_MAX, ScatterParams, ScatterPiece, StridedParams, dtype_code,
 };
 use super::{Shared, lock};
 use crate::cast::can_cast;
@@ -35,10 +35,10 @@ impl<D: Driver> Shared<D> {
     /// Loads what a kind of operation needs. The device is current.
     pub(super) fn prepare(&self, kind: OperationKind) -> Result<Duration, DeviceError> {
         match kind {
-            OperationKind::Cast => self.load::<CastParams>(),
-            OperationKind::Strided => self.load::<StridedParams>(),
+            OperationKind::Cast => self.load(CastParams::KERNEL).map(|(_, time)| time),
+            OperationKind::Strided => self.load(StridedParams::KERNEL).map(|(_, time)| time),
+            OperationKind::Dequantize => self.prepare_dequantize(),
         }
-        .map(|(_, time)| time)
     }
 
     /// Queues an operation. The device is current.
@@ -55,6 +55,8 @@ impl<D: Driver> Shared<D> {
             Operation::Cast(cast) => unsafe { self.run_cast(cast, stream) },
             // SAFETY: as above.
             Operation::Strided(strided) => unsafe { self.run_strided(strided, stream) },
+            // SAFETY: as above.
+            Operation::Dequantize(dequantize) => unsafe { self.run_dequantize(dequantize, stream) },
         }
     }
 
@@ -155,7 +157,7 @@ impl<D: Driver> Shared<D> {
     }
 
     /// Threads that run at once; kernels stride over the rest.
-    fn threads_max(&self) -> u64 {
+    pub(super) fn threads_max(&self) -> u64 {
         u64::from(self.facts.processor_count.max(1)) * PROCESSOR_THREADS
     }
 
@@ -169,7 +171,6 @@ impl<D: Driver> Shared<D> {
         threads: u64,
         stream: StreamHandle,
     ) -> Result<(), DeviceError> {
-        let (function, _) = self.load::<P>()?;
         let threads = threads.clamp(1, self.threads_max());
         let shape = LaunchShape {
             // Groups of threads are powers of two, so that a whole number of blocks holds a whole number of groups.
@@ -178,34 +179,49 @@ impl<D: Driver> Shared<D> {
             shared_bytes: 0,
         };
         // SAFETY: `P` is what the kernel takes; the rest is the caller's promise.
-        unsafe { self.driver.launch(function, shape, params.bytes(), stream) }
-            .map_err(|error| self.failed(error))
+        unsafe { self.queue(P::KERNEL, shape, params.bytes(), stream) }
     }
 
-    /// Returns the kernel that takes `P`, loaded now if it was not, and the time that took.
-    fn load<P: Params>(&self) -> Result<(FunctionHandle, Duration), DeviceError> {
+    /// Queues a kernel.
+    ///
+    /// # Safety
+    /// `params` are the bytes of what it takes, and what they point to is valid until it is done.
+    pub(super) unsafe fn queue(
+        &self,
+        kernel: Kernel,
+        shape: LaunchShape,
+        params: &[u8],
+        stream: StreamHandle,
+    ) -> Result<(), DeviceError> {
+        let (function, _) = self.load(kernel)?;
+        // SAFETY: the caller's promise.
+        unsafe { self.driver.launch(function, shape, params, stream) }.map_err(|error| self.failed(error))
+    }
+
+    /// Returns a kernel, loaded now if it was not, and the time that took.
+    pub(super) fn load(&self, kernel: Kernel) -> Result<(FunctionHandle, Duration), DeviceError> {
         let mut loaded = lock(&self.modules.loaded);
-        if let Some(function) = loaded.functions.get(P::KERNEL) {
+        if let Some(function) = loaded.functions.get(kernel.name) {
             return Ok((*function, Duration::ZERO));
         }
         let start = Instant::now();
-        let module = match loaded.modules.get(P::MODULE) {
+        let module = match loaded.modules.get(kernel.module) {
             Some(module) => *module,
             None => {
                 let architecture = &self.facts.architecture;
-                let image = self.driver.kernels(architecture, P::MODULE).ok_or_else(|| {
+                let image = self.driver.kernels(architecture, kernel.module).ok_or_else(|| {
                     DeviceError::NoKernels { device: self.id(), architecture: architecture.clone() }
                 })?;
                 // SAFETY: the driver's own image.
                 let module = unsafe { self.driver.module_load(image) }.map_err(|error| self.failed(error))?;
-                loaded.modules.insert(P::MODULE, module);
+                loaded.modules.insert(kernel.module, module);
                 module
             }
         };
         // SAFETY: loaded above or before, and unloaded only with the device.
         let function =
-            unsafe { self.driver.function(module, P::KERNEL) }.map_err(|error| self.failed(error))?;
-        loaded.functions.insert(P::KERNEL, function);
+            unsafe { self.driver.function(module, kernel.name) }.map_err(|error| self.failed(error))?;
+        loaded.functions.insert(kernel.name, function);
         Ok((function, start.elapsed()))
     }
 
@@ -230,7 +246,7 @@ impl<D: Driver> Shared<D> {
 }
 
 /// Threads of a block: a multiple of every vendor's width, small enough that registers never limit it.
-const BLOCK_THREADS: u64 = 256;
+pub(super) const BLOCK_THREADS: u64 = 256;
 
 /// Threads that one processor holds, both vendors' alike.
 const PROCESSOR_THREADS: u64 = 2048;

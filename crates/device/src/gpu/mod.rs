@@ -11,6 +11,8 @@
 //!   stream a consumer named with [`Allocation::release_after`]. If that order cannot be had, it is leaked.
 //! - The calling thread's own current device is put back after every call.
 
+mod dequantize;
+mod dequantize_params;
 mod driver;
 mod kernels;
 mod memory;
@@ -183,9 +185,7 @@ impl<D: Driver> Shared<D> {
     /// Makes the device current on this thread until the guard is dropped.
     fn bind(&self) -> Result<Bound<'_, D>, DeviceError> {
         if std::process::id() != self.process {
-            let why = "the process was forked after the driver was initialized; load in the process that opened the device, \
-                       or open it after the fork";
-            return Err(DeviceError::Unavailable { device: self.id(), why: why.to_owned() });
+            return Err(DeviceError::Unavailable { device: self.id(), why: FORKED.to_owned() });
         }
         let before = self.driver.current().map_err(|error| self.failed(error))?;
         if before == self.context {
@@ -555,6 +555,10 @@ fn within(allocation: &Arc<dyn Allocation>, offset_bytes: u64, len_bytes: u64) -
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+/// Why a child of a fork has no devices, and what would help.
+pub const FORKED: &str = "the process was forked after the driver was initialized, which no driver survives; \
+                          fork before the first load, or start processes anew (spawn)";
 
 /// One copy is as cheap without a batch.
 const BATCH_MIN: usize = 2;

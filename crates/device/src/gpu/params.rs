@@ -5,15 +5,22 @@ use std::mem::offset_of;
 
 use tensorhaul_plan::Dtype;
 
+/// A kernel by name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Kernel {
+    /// The file of `kernels/` that it is in.
+    pub(super) module: &'static str,
+    /// Its own name.
+    pub(super) name: &'static CStr,
+}
+
 /// The parameters of one kernel.
 ///
 /// # Safety
 /// The type is `#[repr(C)]`, has no padding, and is what [`Params::KERNEL`] takes.
 pub(super) unsafe trait Params: Copy {
-    /// The file of `kernels/` that the kernel is in.
-    const MODULE: &'static str;
-    /// Its name.
-    const KERNEL: &'static CStr;
+    /// The kernel that takes them.
+    const KERNEL: Kernel;
 
     /// Returns the parameters as the driver takes them.
     fn bytes(&self) -> &[u8] {
@@ -36,8 +43,7 @@ const _: () = assert!(size_of::<CastParams>() == 32 && offset_of!(CastParams, so
 
 // SAFETY: the sum of the fields is the size.
 unsafe impl Params for CastParams {
-    const MODULE: &'static str = "cast";
-    const KERNEL: &'static CStr = c"cast";
+    const KERNEL: Kernel = Kernel { module: "cast", name: c"cast" };
 }
 
 #[repr(C)]
@@ -57,8 +63,7 @@ const _: () = assert!(size_of::<StridedParams>() == 56 && offset_of!(StridedPara
 
 // SAFETY: the sum of the fields is the size.
 unsafe impl Params for StridedParams {
-    const MODULE: &'static str = "strided";
-    const KERNEL: &'static CStr = c"strided";
+    const KERNEL: Kernel = Kernel { module: "strided", name: c"strided" };
 }
 
 #[repr(C)]
@@ -88,8 +93,7 @@ const _: () = assert!(size_of::<ScatterParams>() == 4088 && offset_of!(ScatterPa
 
 // SAFETY: the sum of the fields is the size.
 unsafe impl Params for ScatterParams {
-    const MODULE: &'static str = "scatter";
-    const KERNEL: &'static CStr = c"scatter";
+    const KERNEL: Kernel = Kernel { module: "scatter", name: c"scatter" };
 }
 
 /// Returns the number by which kernels know an element type.

@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering;
 use tensorhaul_stage::{HostMemory, StagingMemory};
 
 use super::Shared;
-use super::driver::Driver;
+use super::driver::{Driver, Meaning};
 use crate::contract::DeviceError;
 
 /// Pins staging memory by the first way that works.
@@ -37,6 +37,7 @@ pub(super) fn allocate<D: Driver>(
             unsafe { start.write_bytes(0, len_bytes) };
             Ok(Box::new(Allocated { shared: Arc::clone(shared), start, len_bytes }))
         }
+        Err(error) if error.meaning == Meaning::Lost => Err(shared.failed(error)),
         Err(error) => {
             Err(DeviceError::OutOfHostMemory { needed_bytes: len_bytes as u64, source: error.into() })
         }
@@ -58,6 +59,7 @@ pub(super) fn register<D: Driver>(
             let memory = ManuallyDrop::new(memory);
             Ok(Some(Box::new(Registered { shared: Arc::clone(shared), memory })))
         }
+        Err(error) if error.meaning == Meaning::Lost => Err(shared.failed(error)),
         Err(refused) => {
             shared.registers.store(false, Ordering::Relaxed);
             let what = "staging memory is the driver's own instead of registered huge pages";

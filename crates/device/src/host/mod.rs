@@ -145,6 +145,8 @@ impl Device for Host {
             Operation::Cast(cast) => unsafe { twins::run_cast(cast) },
             // SAFETY: as above.
             Operation::Strided(strided) => unsafe { twins::run_strided(strided) },
+            // SAFETY: as above.
+            Operation::Dequantize(dequantize) => unsafe { twins::run_dequantize(dequantize) },
         }
         Ok(())
     }

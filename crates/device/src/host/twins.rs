@@ -1,7 +1,10 @@
 //! The scalar twin of every kernel: plain loops that say what an operation means.
 
+use std::thread::available_parallelism;
+
 use crate::cast::cast;
-use crate::operation::{Cast, Location, Strided};
+use crate::dequantize::dequantize;
+use crate::operation::{Cast, Dequantize, Location, Strided};
 
 /// # Safety
 /// Nobody else writes the source's range or touches the target's meanwhile, and the two do not overlap.
@@ -26,6 +29,20 @@ pub(super) unsafe fn run_strided(operation: &Strided<'_>) {
         let to = (piece * operation.target_stride_bytes) as usize;
         target[to..to + len].copy_from_slice(&source[from..from + len]);
     }
+}
+
+/// # Safety
+/// As for [`run_cast`], for every source.
+pub(super) unsafe fn run_dequantize(operation: &Dequantize<'_>) {
+    let sources = operation.sources.iter().map(|source| {
+        // SAFETY: the caller's promise.
+        (source.role, unsafe { bytes(source.start, source.len_bytes) })
+    });
+    let sources = sources.collect();
+    // SAFETY: as above.
+    let target = unsafe { bytes_mut(operation.target, operation.target_len_bytes()) };
+    let thread_count = available_parallelism().map_or(1, usize::from);
+    dequantize(operation.recipe, &sources, operation.output, target, thread_count);
 }
 
 /// # Safety
