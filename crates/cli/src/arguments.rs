@@ -2,7 +2,7 @@
 
 use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
-use tensorhaul::{DeviceId, Dtype, EngineChoice, LoadOptions, Preference, Request, Select};
+use tensorhaul::{Dequantization, DeviceId, Dtype, EngineChoice, LoadOptions, Preference, Request, Select};
 
 /// What to load, onto what, through how much memory.
 #[derive(Args)]
@@ -13,6 +13,13 @@ pub(crate) struct Selection {
 
     #[command(flatten)]
     placement: Placement,
+
+    #[command(flatten)]
+    dequantizing: Dequantizing,
+
+    /// The most device memory for packed tensors that wait to be dequantized [default: 256MiB, or what the largest needs]
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes, requires = "dequantize")]
+    transient: Option<u64>,
 }
 
 impl Selection {
@@ -23,7 +30,50 @@ impl Selection {
         };
         let mut request = Request::of(select);
         request.device = self.placement.device.named().unwrap_or_else(tensorhaul::default_device);
-        self.placement.options().request(request)
+        let mut options = self.placement.options().request(request);
+        if let Some(dequantization) = self.dequantizing.dequantization() {
+            options = options.dequantize(dequantization);
+        }
+        match self.transient {
+            Some(transient_bytes) => options.transient_bytes(transient_bytes),
+            None => options,
+        }
+    }
+}
+
+/// Which quantized tensors become numbers.
+#[derive(Args)]
+pub(crate) struct Dequantizing {
+    /// Turn quantized tensors (GPTQ, AWQ, FP8, MXFP4, NVFP4, ...) into this dtype, under the names they had before
+    #[arg(long, value_name = "DTYPE", value_parser = cast_targets())]
+    dequantize: Option<Dtype>,
+
+    /// Dequantize only results that match, such as '*.mlp.*'; may be given several times
+    #[arg(long = "dequantize-only", value_name = "GLOB", requires = "dequantize")]
+    only: Vec<String>,
+
+    /// Multiply factors for input channels (pre_quant_scale) into the weights instead of handing them over
+    #[arg(long, requires = "dequantize")]
+    fold: bool,
+
+    /// Keep [in, out] for formats that store it so (GPTQ, AWQ GEMM), which spares a transposition
+    #[arg(long, requires = "dequantize")]
+    as_stored: bool,
+}
+
+impl Dequantizing {
+    pub(crate) fn dequantization(&self) -> Option<Dequantization> {
+        let mut dequantization = Dequantization::to(self.dequantize?);
+        if !self.only.is_empty() {
+            dequantization = dequantization.only(&self.only);
+        }
+        if self.fold {
+            dequantization = dequantization.fold();
+        }
+        if self.as_stored {
+            dequantization = dequantization.as_stored();
+        }
+        Some(dequantization)
     }
 }
 

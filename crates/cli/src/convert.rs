@@ -7,21 +7,23 @@ use clap::Args;
 use tensorhaul::convert::{ConvertOptions, ConvertReport, convert};
 use tensorhaul::{Dtype, Model};
 
-use crate::arguments::{cast_targets, parse_bytes};
+use crate::arguments::{Device, cast_targets, parse_bytes, parse_device};
 use crate::failure::Outcome;
 use crate::interrupt;
 use crate::output::{bytes, count, print, print_json, printable, seconds};
 use crate::progress::Bar;
 
-/// Write a checkpoint into another folder, in other shards or cast to another dtype
+/// Write a checkpoint into another folder, in other shards, cast to another dtype, or dequantized
 ///
 /// Files get their names when all of them are complete; on an error or Ctrl-C nothing is left. Data begins at a
 /// multiple of 4096 bytes, so that it can be read directly. Configuration and tokenizer files come along.
-/// Quantized tensors and their scales keep their dtype under --cast, and are listed.
+/// Quantized tensors and their scales keep their dtype under --cast, and are listed; with --dequantize they become
+/// plain tensors, and the configuration says nothing of quantization any more.
 #[derive(Args)]
 #[command(after_help = "Examples:
   tensorhaul convert model out --cast bf16
   tensorhaul convert model out --max-shard-bytes 5GB
+  tensorhaul convert model-GPTQ-Int4 out --dequantize bf16
   tensorhaul convert org/name out --cast f16 --json | jq .kept")]
 pub(crate) struct Convert {
     /// A .safetensors file, a folder, an index json, or an org/name in the Hugging Face cache
@@ -34,11 +36,19 @@ pub(crate) struct Convert {
     #[arg(long, value_name = "DTYPE", value_parser = cast_targets())]
     cast: Option<Dtype>,
 
+    /// Turn quantized tensors (GPTQ, AWQ, FP8, MXFP4, NVFP4, ...) into this dtype, under the names they had before
+    #[arg(long, value_name = "DTYPE", value_parser = cast_targets())]
+    dequantize: Option<Dtype>,
+
+    /// Where tensors are dequantized; the bytes are the same everywhere
+    #[arg(long, value_name = "host|cuda:N|auto", default_value = "host", value_parser = parse_device, requires = "dequantize")]
+    device: Device,
+
     /// The most bytes of tensors in one file: bytes, or with a unit such as 5GB [default: one file]
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
     max_shard_bytes: Option<u64>,
 
-    /// Print one JSON object: files, sidecars, tensors, bytes, tensors_cast, kept, overflowed, left_out, ...
+    /// Print one JSON object: files, sidecars, tensors, bytes, tensors_cast, tensors_dequantized, kept, overflowed, left_out, ...
     #[arg(long)]
     json: bool,
 }
@@ -51,6 +61,10 @@ impl Convert {
         options = options.cancel_on(interrupt::set_a_flag_instead());
         if let Some(dtype) = self.cast {
             options = options.cast(dtype);
+        }
+        if let Some(dtype) = self.dequantize {
+            options = options.dequantize(dtype);
+            options = options.device(self.device.named().unwrap_or_else(tensorhaul::default_device));
         }
         if let Some(max_shard_bytes) = self.max_shard_bytes {
             options = options.max_shard_bytes(max_shard_bytes);
@@ -76,6 +90,9 @@ impl Convert {
         list(&mut text, "file", written.cloned());
         if let Some(dtype) = self.cast {
             let _ = writeln!(text, "  cast      {} to {dtype}", count(report.tensors_cast, "tensor"));
+        }
+        if let Some(dtype) = self.dequantize {
+            let _ = writeln!(text, "  dequant   {} to {dtype}", count(report.tensors_dequantized, "tensor"));
         }
         list(&mut text, "kept", report.kept.iter().map(ToString::to_string));
         let overflow =

@@ -12,10 +12,11 @@ use tensorhaul::{Model, TensorRef};
 
 use crate::failure::Outcome;
 use crate::output::{bytes, count, grouped, print, print_json, printable};
+use crate::quantized::{self, Quantized};
 
 /// Show the tensors of a checkpoint: names, dtypes, shapes, files, metadata
 ///
-/// Reads the headers and nothing else, however large the checkpoint is.
+/// Reads the headers, the configuration and the few bytes that describe quantized tensors, however large the checkpoint is.
 #[derive(Args)]
 #[command(after_help = "Examples:
   tensorhaul inspect examples/models/tiny-llama
@@ -25,7 +26,7 @@ pub(crate) struct Inspect {
     /// A .safetensors file, a folder, an index json, or an org/name in the Hugging Face cache
     path: PathBuf,
 
-    /// Print one JSON object: files, tensors, metadata, totals, file_details
+    /// Print one JSON object: files, tensors, metadata, totals, quantization, file_details
     #[arg(long)]
     json: bool,
 }
@@ -42,11 +43,20 @@ fn text(model: &Model) -> String {
     let mut table = Table::new();
     // Wrapping would break names in two, and scripts cut columns at spaces.
     table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
-    table.set_header(["name", "dtype", "shape", "bytes", "file"]);
-    for TensorRef { info, file, .. } in model.checkpoint().tensors() {
+    let quantized = Quantized::of(model);
+    let mut header = vec!["name", "dtype", "shape", "bytes", "file"];
+    if !quantized.is_plain() {
+        header.push("quantization");
+    }
+    table.set_header(header);
+    for TensorRef { id, info, file, .. } in model.checkpoint().tensors() {
         let (dtype, shape) = (info.dtype.to_string(), format!("{:?}", info.shape));
-        let file = printable(files[file as usize].name());
-        table.add_row([&*printable(info.name), &dtype, &shape, &grouped(info.len_bytes()), &*file]);
+        let (name, file) = (printable(info.name), printable(files[file as usize].name()));
+        let mut row = vec![name.into_owned(), dtype, shape, grouped(info.len_bytes()), file.into_owned()];
+        if !quantized.is_plain() {
+            row.push(quantized.describe(id));
+        }
+        table.add_row(row);
     }
     if let Some(column) = table.column_mut(3) {
         column.set_cell_alignment(CellAlignment::Right);
@@ -73,6 +83,7 @@ fn text(model: &Model) -> String {
             grouped(total.bytes)
         );
     }
+    text.push_str(&quantized.summary());
     for (key, value) in metadata(model) {
         let _ = writeln!(text, "metadata {} = {}", printable(key), printable(value));
     }
@@ -88,6 +99,7 @@ struct View<'m> {
     /// Of all files; where two have a key, the first counts.
     metadata: BTreeMap<&'m str, &'m str>,
     totals: Totals,
+    quantization: quantized::View,
     file_details: Vec<FileView<'m>>,
 }
 
@@ -106,6 +118,7 @@ impl<'m> View<'m> {
             tensors: Tensors(model),
             metadata: metadata(model),
             totals: Totals::of(model),
+            quantization: Quantized::of(model).view(model),
             file_details: details.collect(),
         }
     }

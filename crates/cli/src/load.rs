@@ -20,6 +20,7 @@ use crate::progress::Bar;
   tensorhaul load examples/models/tiny-llama
   tensorhaul load model --engine io-uring --staging 64MiB
   tensorhaul load model --tensor '*.q_proj.*' --tensor '*.k_proj.*' --checksum
+  tensorhaul load model-GPTQ-Int4 --device cuda:0 --dequantize bf16
   tensorhaul load model --json | jq '.gb_per_s, .fallbacks'")]
 pub(crate) struct Load {
     /// A .safetensors file, a folder, an index json, or an org/name in the Hugging Face cache

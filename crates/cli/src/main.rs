@@ -16,6 +16,7 @@ mod load;
 mod output;
 mod plan;
 mod progress;
+mod quantized;
 mod verify;
 
 use std::panic;

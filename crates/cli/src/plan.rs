@@ -17,6 +17,7 @@ use crate::output::{print, print_json, printable};
 #[command(after_help = "Examples:
   tensorhaul plan examples/models/tiny-llama
   tensorhaul plan model --tensor 'model.layers.0.*' --staging 16MiB
+  tensorhaul plan model-AWQ --dequantize bf16
   tensorhaul plan model --json | jq .promised")]
 pub(crate) struct PlanLoad {
     /// A .safetensors file, a folder, an index json, or an org/name in the Hugging Face cache
@@ -25,7 +26,7 @@ pub(crate) struct PlanLoad {
     #[command(flatten)]
     selection: Selection,
 
-    /// Print one JSON object: promised, machine, files, arenas, reads, tensors
+    /// Print one JSON object: promised, machine, files, arenas, operations, reads, tensors
     #[arg(long)]
     json: bool,
 }

@@ -36,6 +36,8 @@ pub(crate) struct Device {
     /// Start to length.
     pub(crate) allocations: BTreeMap<u64, u64>,
     pub(crate) used_bytes: u64,
+    /// Freed in the order of a stream, and kept by the pool until somebody waits for the device.
+    pub(crate) reserved_bytes: u64,
     pub(crate) retained: u32,
     /// The code that every call returns once the device is lost.
     pub(crate) lost: Option<i32>,
@@ -167,20 +169,29 @@ impl Machine {
         }
         device.allocations.insert(start.expose_provenance() as u64, len_bytes);
         device.used_bytes += len_bytes;
+        device.reserved_bytes = device.reserved_bytes.saturating_sub(len_bytes);
         Ok(start.expose_provenance() as u64)
     }
 
     /// Gives the bytes of an allocation back to its device's capacity. A free that is only queued does so too: in
-    /// the order of its stream, later allocations may have the memory.
+    /// the order of its stream, later allocations may have the memory. Nobody else has it before [`Machine::trim_pools`].
     pub(crate) fn give_back(&mut self, address: u64) -> Result<(), i32> {
         for device in &mut self.devices {
             if let Some(len_bytes) = device.allocations.get(&address) {
                 device.used_bytes -= len_bytes;
+                device.reserved_bytes += len_bytes;
                 return Ok(());
             }
         }
         self.violations.push(format!("free of {address:#x}, which is not allocated"));
         Err(INVALID_VALUE)
+    }
+
+    /// Lets the pools give back what they keep, but for what is not freed yet.
+    pub(crate) fn trim_pools(&mut self) {
+        for device in &mut self.devices {
+            device.reserved_bytes = device.allocations.values().sum::<u64>() - device.used_bytes;
+        }
     }
 
     /// Frees memory whose bytes were given back.

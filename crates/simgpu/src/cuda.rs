@@ -75,9 +75,10 @@ calls! {
     };
     fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) |machine| {
         let capacity = machine.config.memory_bytes;
-        let used = machine.current_device().ok_or(INVALID_CONTEXT)?.used_bytes;
+        let device = machine.current_device().ok_or(INVALID_CONTEXT)?;
+        let held = device.used_bytes + device.reserved_bytes;
         write!(total, capacity as usize)?;
-        write!(free, (capacity - used) as usize)
+        write!(free, (capacity - held) as usize)
     };
 
     fn cuStreamCreate(stream: *mut *mut c_void, _flags: c_uint) |machine| {
@@ -167,11 +168,16 @@ calls! {
         copy(machine, stream, Rows { source, source_stride: 0, target, target_stride: 0, row_len: len, row_count: 1 })
     };
     fn cuMemcpyBatchAsync(
-        targets: *mut u64, sources: *mut u64, lens: *mut usize, count: usize, _attributes: *mut c_void,
-        _first_with_attributes: *mut usize, attribute_count: usize, failed: *mut usize, stream: *mut c_void,
+        targets: *mut u64, sources: *mut u64, lens: *mut usize, count: usize, attributes: *mut c_uint,
+        first_with_attributes: *mut usize, attribute_count: usize, failed: *mut usize, stream: *mut c_void,
     ) |machine| {
         if !machine.config.batches { return Err(NOT_SUPPORTED) }
         if count == 0 || attribute_count == 0 || stream.is_null() { return Err(INVALID_VALUE) }
+        // SAFETY: the caller passes sets of attributes, each of which begins with the order of accesses.
+        let order = unsafe { *attributes };
+        // SAFETY: as many numbers as sets: of the piece that each is for first.
+        let first = unsafe { *first_with_attributes };
+        if !(1..=3).contains(&order) || first != 0 { return Err(INVALID_VALUE) }
         // SAFETY: the caller passes arrays of `count` entries.
         let (targets, sources) = (unsafe { array(targets, count) }, unsafe { array(sources, count) });
         // SAFETY: as above.
@@ -385,10 +391,18 @@ pub(crate) unsafe extern "C" fn cuMemFree_v2(address: u64) -> c_int {
         tails = machine.streams.values().map(|stream| stream.tail()).collect();
         Ok(())
     });
+    if code != 0 {
+        return code;
+    }
     for (event, recording) in tails {
         event.wait(recording);
     }
-    if code == 0 { core::with(|machine| machine.free(address)).err().unwrap_or(0) } else { code }
+    let freed = core::with(|machine| {
+        machine.free(address)?;
+        machine.trim_pools();
+        Ok(())
+    });
+    freed.err().unwrap_or(0)
 }
 
 #[unsafe(no_mangle)]
@@ -402,12 +416,14 @@ pub(crate) unsafe extern "C" fn cuCtxSynchronize() -> c_int {
     for (event, recording) in tails {
         event.wait(recording);
     }
+    core::with(Machine::trim_pools);
     code
 }
 
 fn wait(recorded: Option<(Arc<Event>, u64)>, code: c_int) -> c_int {
     if let Some((event, recording)) = recorded {
         event.wait(recording);
+        core::with(Machine::trim_pools);
     }
     code
 }
@@ -452,6 +468,7 @@ const ERROR_NAMES: &[(c_int, &std::ffi::CStr)] = &[
     (1, c"CUDA_ERROR_INVALID_VALUE"),
     (2, c"CUDA_ERROR_OUT_OF_MEMORY"),
     (3, c"CUDA_ERROR_NOT_INITIALIZED"),
+    (46, c"CUDA_ERROR_DEVICE_UNAVAILABLE"),
     (100, c"CUDA_ERROR_NO_DEVICE"),
     (101, c"CUDA_ERROR_INVALID_DEVICE"),
     (201, c"CUDA_ERROR_INVALID_CONTEXT"),

@@ -154,6 +154,7 @@ pub(crate) fn ring(id: DeviceId, layout: Layout) -> Result<Ring> {
         needed_bytes: layout.len_bytes() as u64,
         source: error.into(),
     })?;
+    memory.keep_from_children();
     Ok(Ring::unpinned(memory, layout))
 }
 

@@ -195,7 +195,7 @@ impl From<PlanError> for Error {
     fn from(error: PlanError) -> Error {
         let tensor = error.tensor().map(str::to_owned);
         let kind = match error {
-            PlanError::OverBudget { .. } => ErrorKind::OutOfMemory,
+            PlanError::OverBudget { .. } | PlanError::OverTransientBudget { .. } => ErrorKind::OutOfMemory,
             _ => ErrorKind::BadRequest,
         };
         let mut wrapped = Error::new(kind, error);

@@ -36,6 +36,7 @@ pub mod dlpack;
 pub mod doctor;
 mod error;
 mod external;
+mod gate;
 mod handover;
 mod lanes;
 mod link;
@@ -44,6 +45,7 @@ mod locate;
 pub mod manifest;
 mod mapped;
 mod model;
+mod operations;
 mod options;
 mod pinned;
 mod pipeline;
@@ -51,6 +53,7 @@ mod prepare;
 mod private;
 mod probed;
 mod progress;
+mod quantized;
 mod queue;
 mod raw;
 mod report;
@@ -73,6 +76,7 @@ pub use model::Model;
 pub use options::{EngineChoice, Handover, LoadOptions, Preference, STAGING_BYTES_DEFAULT};
 pub use pinned::PinnedAllocator;
 pub use progress::Progress;
+pub use quantized::Dequantization;
 pub use raw::{MemoryOwner, RawTensor};
 pub use report::{Fallback, Phases, Report};
 pub use stream::TensorStream;
@@ -84,6 +88,6 @@ pub use tensorhaul_device::{Allocation, Kept, cast};
 pub use tensorhaul_io::memory::{FailsAt, Faults};
 pub use tensorhaul_plan::placement::UnknownDevice;
 pub use tensorhaul_plan::{
-    Checkpoint, DeviceId, Dtype, DtypeKind, File, Plan, Promised, Request, Select, Slice, TensorInfo,
-    TensorRef,
+    Checkpoint, DeviceId, Dtype, DtypeKind, File, Plan, Promised, Request, Select, Slice, TensorId,
+    TensorInfo, TensorRef, quant,
 };

@@ -10,6 +10,7 @@ use memmap2::Mmap;
 use tensorhaul_io::OpenFile;
 use tensorhaul_io::memory::Faults;
 use tensorhaul_plan::header::{LEN_PREFIX_BYTES, header_len_bytes};
+use tensorhaul_plan::quant::Quantization;
 use tensorhaul_plan::{Checkpoint, File, Header, Index, IndexError, Plan, Request, Select, Slice, TensorRef};
 
 use crate::cancel::Cancel;
@@ -36,6 +37,7 @@ pub(crate) struct Inner {
     pub(crate) source: Source,
     pub(crate) checkpoint: Arc<Checkpoint>,
     mappings: Vec<OnceLock<Arc<Mmap>>>,
+    pub(crate) quantization: OnceLock<Arc<Quantization>>,
 }
 
 /// Where the bytes are.
@@ -99,7 +101,9 @@ impl Model {
 
     fn new(path: PathBuf, folder: PathBuf, source: Source, checkpoint: Checkpoint) -> Model {
         let mappings = checkpoint.files().iter().map(|_| OnceLock::new()).collect();
-        Model { inner: Arc::new(Inner { path, folder, source, checkpoint: Arc::new(checkpoint), mappings }) }
+        let checkpoint = Arc::new(checkpoint);
+        let quantization = OnceLock::new();
+        Model { inner: Arc::new(Inner { path, folder, source, checkpoint, mappings, quantization }) }
     }
 
     /// Returns the path it was opened by.
@@ -120,6 +124,16 @@ impl Model {
     /// Returns the path of a file, by its place in [`Checkpoint::files`].
     pub fn file_path(&self, file: usize) -> PathBuf {
         self.inner.file_path(file)
+    }
+
+    /// Tells what is quantized and how. Reads the configuration files beside the tensors, and the few bytes of small tensors that describe
+    /// others, at the first call.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Malformed`] when a configuration cannot be understood; I/O errors. Tensors that cannot be dequantized are no error:
+    /// they are listed with the reason.
+    pub fn quantization(&self) -> Result<Arc<Quantization>> {
+        self.inner.quantization()
     }
 
     /// Plans a private load without doing it: every read, place and copy, and the memory they take.

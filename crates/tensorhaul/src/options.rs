@@ -9,6 +9,7 @@ use tensorhaul_plan::Request;
 use crate::error::Error;
 use crate::external::{Allocator, ExternalMemory};
 use crate::progress::Progress;
+use crate::quantized::Dequantization;
 
 /// How to load. What to load is the [`Request`].
 ///
@@ -29,6 +30,8 @@ pub struct LoadOptions {
     #[cfg(feature = "io-uring")]
     pub(crate) io_uring_refusal: Option<i32>,
     pub(crate) thread_count: Option<u32>,
+    pub(crate) dequantization: Option<Dequantization>,
+    pub(crate) transient_bytes: Option<u64>,
     pub(crate) targets: Vec<(String, ExternalMemory)>,
     pub(crate) allocator: Option<Arc<dyn Allocator>>,
     pub(crate) stream: Option<u64>,
@@ -48,6 +51,8 @@ impl Default for LoadOptions {
             #[cfg(feature = "io-uring")]
             io_uring_refusal: None,
             thread_count: None,
+            dequantization: None,
+            transient_bytes: None,
             targets: Vec::new(),
             allocator: None,
             stream: None,
@@ -104,6 +109,17 @@ impl LoadOptions {
         LoadOptions { thread_count: Some(thread_count.max(1)), ..self }
     }
 
+    /// Which quantized tensors arrive as numbers. Default: none, all arrive as they are stored. Makes the load private.
+    pub fn dequantize(self, dequantization: Dequantization) -> Self {
+        LoadOptions { dequantization: Some(dequantization), ..self }
+    }
+
+    /// The most device memory, in bytes, for packed tensors that wait to be dequantized; free again when the load is over. Default:
+    /// 256 MiB, or what the largest tensor needs. A smaller limit than that refuses the load.
+    pub fn transient_bytes(self, transient_bytes: u64) -> Self {
+        LoadOptions { transient_bytes: Some(transient_bytes), ..self }
+    }
+
     /// Memory of the caller's own for one tensor, exactly as long as the tensor's bytes (a mismatch is an error
     /// before the first read). May be given for any number of tensors. Makes the load private.
     pub fn target(mut self, tensor: impl Into<String>, memory: ExternalMemory) -> Self {
@@ -150,6 +166,7 @@ impl fmt::Debug for LoadOptions {
             .field("staging_bytes", &self.staging_bytes)
             .field("in_place", &self.in_place)
             .field("resident", &self.resident)
+            .field("dequantization", &self.dequantization)
             .field("checksums", &self.checksums)
             .finish_non_exhaustive()
     }

@@ -16,8 +16,10 @@ use tensorhaul_stage::{Copying, Filled, Ring};
 use crate::cancel::Cancel;
 use crate::checksum::{self, Hashing};
 use crate::error::{Error, Result};
+use crate::gate::Gate;
 use crate::handover::{Emit, Ready};
 use crate::model::Inner;
+use crate::operations::Operations;
 use crate::options::LoadOptions;
 use crate::prepare::{Prepared, Preparing};
 use crate::progress::Progress;
@@ -95,13 +97,15 @@ impl Transfer<'_> {
         let checksums = checksum::with_pool(self.options.checksums, |hashing| {
             let (sender, messages) = mpsc::channel();
             let landed = Mutex::new(Landed::default());
+            let gate = Gate::new(self.plan.operations().len());
             thread::scope(|scope| {
                 let _guard = StopLanes(self.cancel);
                 for lane in lanes {
                     let answers = Answers { sender: sender.clone(), plan: self.plan, landed: &landed };
                     let (reads, next) = (&*lane.reads, AtomicUsize::new(0));
                     let (plan, ring, cancel) = (self.plan, self.ring.as_ref(), self.cancel);
-                    let queue = Queue { plan, access, reads, next, landing: &landing, ring, cancel };
+                    let queue =
+                        Queue { plan, access, reads, next, landing: &landing, ring, gate: &gate, cancel };
                     let run = move || {
                         let counts = lane.engine.run(&queue, &answers);
                         answers.tell(Message::Ended(counts));
@@ -113,7 +117,7 @@ impl Transfer<'_> {
                     }
                 }
                 drop(sender);
-                ended = Some(self.take(&messages, &landed, preparing, hashing, emit)?);
+                ended = Some(self.take(&messages, &landed, &gate, preparing, hashing, emit)?);
                 Ok(())
             })
         })?;
@@ -129,6 +133,7 @@ impl Transfer<'_> {
         &self,
         messages: &Receiver<Message>,
         landed: &Mutex<Landed>,
+        gate: &Gate,
         preparing: Preparing<'_>,
         hashing: &Hashing,
         emit: &mut Emit<'_>,
@@ -145,6 +150,7 @@ impl Transfer<'_> {
         };
         if let Some(ring) = self.ring.as_ref().filter(|_| prepared.pinned.is_none()) {
             ring.close();
+            gate.close();
             let mut counts = Counts::default();
             for message in messages {
                 if let Message::Ended(ended) = message {
@@ -154,7 +160,7 @@ impl Transfer<'_> {
             let dropped = Dropped { bytes: lock(landed).ahead.bytes, counts };
             return Ok(Ended::Refused(prepared, dropped));
         }
-        let mut arrivals = Arrivals::new(self, &prepared, hashing, emit);
+        let mut arrivals = Arrivals::new(self, &prepared, gate, hashing, emit);
         arrivals.take_all(messages);
         let transferred = Transferred {
             counts: arrivals.counts,
@@ -233,12 +239,14 @@ fn lock(landed: &Mutex<Landed>) -> MutexGuard<'_, Landed> {
 struct Arrivals<'a, 'e> {
     transfer: &'a Transfer<'a>,
     prepared: &'a Prepared,
+    gate: &'a Gate,
     hashing: &'a Hashing,
     emit: &'a mut Emit<'e>,
     /// Reads that each tensor still waits for.
     missing: Vec<u32>,
     /// Buffers that the device is copying from, oldest first.
     copying: VecDeque<(Event, Copying, u32)>,
+    operations: Operations,
     failed: Option<Error>,
     counts: Counts,
     first_copy: Option<Instant>,
@@ -249,6 +257,7 @@ impl<'a, 'e> Arrivals<'a, 'e> {
     fn new(
         transfer: &'a Transfer<'a>,
         prepared: &'a Prepared,
+        gate: &'a Gate,
         hashing: &'a Hashing,
         emit: &'a mut Emit<'e>,
     ) -> Arrivals<'a, 'e> {
@@ -261,10 +270,12 @@ impl<'a, 'e> Arrivals<'a, 'e> {
         Arrivals {
             transfer,
             prepared,
+            gate,
             hashing,
             emit,
             missing: plan.tensors().iter().map(|tensor| tensor.read_count).collect(),
             copying: VecDeque::new(),
+            operations: Operations::new(plan.operations().len()),
             failed: None,
             counts: Counts::default(),
             first_copy: None,
@@ -275,11 +286,11 @@ impl<'a, 'e> Arrivals<'a, 'e> {
     fn take_all(&mut self, messages: &Receiver<Message>) {
         for tensor in 0..self.missing.len() {
             if self.missing[tensor] == 0 {
-                self.ready(tensor); // It has no bytes to wait for.
+                self.complete(tensor); // It has no bytes to wait for.
             }
         }
         loop {
-            let message = if self.copying.is_empty() {
+            let message = if self.copying.is_empty() && self.operations.are_over() {
                 messages.recv().map_err(|_| RecvTimeoutError::Disconnected)
             } else {
                 messages.recv_timeout(EVENT_POLL)
@@ -292,6 +303,7 @@ impl<'a, 'e> Arrivals<'a, 'e> {
                 Err(RecvTimeoutError::Disconnected) => break,
             }
             self.take_copied();
+            self.take_made();
         }
         self.drain();
     }
@@ -337,7 +349,7 @@ impl<'a, 'e> Arrivals<'a, 'e> {
         }
     }
 
-    fn queue_copies(&self, read: u32, buffer: &Copying) -> std::result::Result<Event, DeviceError> {
+    fn queue_copies(&mut self, read: u32, buffer: &Copying) -> std::result::Result<Event, DeviceError> {
         let (plan, Prepared { device, arenas, .. }) = (self.transfer.plan, self.prepared);
         let piece = |copy: &tensorhaul_plan::Copy| Piece {
             source_offset_bytes: copy.source_offset_bytes as usize,
@@ -345,7 +357,9 @@ impl<'a, 'e> Arrivals<'a, 'e> {
             target: &arenas[copy.target.arena as usize],
             target_offset_bytes: copy.target.offset_bytes,
         };
-        let pieces: Vec<_> = plan.copies(&plan.reads()[read as usize]).iter().map(piece).collect();
+        let read = &plan.reads()[read as usize];
+        self.operations.order_copies(&read.after, &**device)?;
+        let pieces: Vec<_> = plan.copies(read).iter().map(piece).collect();
         // SAFETY: the buffer is of this device's staging memory, and goes back to the ring only when an event recorded
         // after the copies is complete; the plan's copies are disjoint and inside their arenas, and a tensor is
         // emitted only after the last of them.
@@ -373,7 +387,7 @@ impl<'a, 'e> Arrivals<'a, 'e> {
         }
     }
 
-    /// Waits for every copy.
+    /// Waits for every copy, and every operation.
     fn drain(&mut self) {
         while let Some((event, buffer, read)) = self.copying.pop_front() {
             match self.prepared.device.wait(&event) {
@@ -383,6 +397,9 @@ impl<'a, 'e> Arrivals<'a, 'e> {
                     self.fail(error.into());
                 }
             }
+        }
+        while let Some((tensor, over)) = self.operations.wait_for_next(&*self.prepared.device) {
+            self.made(tensor, over);
         }
     }
 
@@ -411,11 +428,43 @@ impl<'a, 'e> Arrivals<'a, 'e> {
             let tensor = *tensor as usize;
             self.missing[tensor] -= 1;
             if self.missing[tensor] == 0 {
-                self.ready(tensor);
+                self.complete(tensor);
             }
         }
         if let Some(progress) = &self.transfer.options.progress {
             progress(self.progress);
+        }
+    }
+
+    /// Every read of a tensor is done: it is ready, or can be made.
+    fn complete(&mut self, tensor: usize) {
+        let Some(number) = self.transfer.plan.tensors()[tensor].operation else { return self.ready(tensor) };
+        if self.failed.is_some() || self.transfer.cancel.is_cancelled() {
+            return;
+        }
+        match self.operations.start(number, self.transfer.plan, self.prepared) {
+            // Where reads land in the sources' own memory, nothing but the end of the operation keeps them apart.
+            Ok(()) if !self.transfer.plan.machine().in_place => self.gate.pass(number),
+            Ok(()) => {}
+            Err(error) => self.fail(error.into()),
+        }
+    }
+
+    /// Hands over what operations have made meanwhile.
+    fn take_made(&mut self) {
+        while let Some((tensor, over)) = self.operations.next_over(&*self.prepared.device) {
+            self.made(tensor, over);
+        }
+    }
+
+    fn made(&mut self, tensor: u32, over: std::result::Result<(), DeviceError>) {
+        match (over, self.transfer.plan.tensors()[tensor as usize].operation) {
+            (Ok(()), Some(number)) => {
+                self.gate.pass(number);
+                self.ready(tensor as usize);
+            }
+            (Err(error), _) => self.fail(error.into()),
+            (Ok(()), None) => unreachable!("what an operation made names it"),
         }
     }
 
@@ -461,6 +510,7 @@ impl<'a, 'e> Arrivals<'a, 'e> {
     fn fail(&mut self, error: Error) {
         self.failed.get_or_insert(error);
         self.transfer.cancel.cancel();
+        self.gate.close();
     }
 }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::thread::{self, Scope, ScopedJoinHandle};
 use std::time::Instant;
 
-use tensorhaul_device::{Allocation, Device, DeviceError};
+use tensorhaul_device::{Allocation, Device, DeviceError, OperationKind, Stream};
 use tensorhaul_plan::{Arena, DeviceId, Plan};
 use tensorhaul_stage::{Pinned, Ring};
 
@@ -101,6 +101,9 @@ pub(crate) fn prepare(
     };
     (phases.allocate_seconds, phases.pin_seconds) = (arenas.1, pinned.1);
     let (arenas, pinned) = (arenas.0?, pinned.0?);
+    if !plan.operations().is_empty() {
+        phases.module_seconds = device.prepare(OperationKind::Dequantize)?.as_secs_f64();
+    }
     Ok(Prepared { device, arenas, pinned, phases })
 }
 
@@ -135,7 +138,7 @@ pub(crate) fn check_external(plan: &Plan, options: &LoadOptions) -> Result<()> {
 
 /// Refuses a plan that promises more than the device has in all, which is known before there is a context.
 pub(crate) fn check_total(plan: &Plan, options: &LoadOptions, total_bytes: u64) -> Result<()> {
-    let (device, needed_bytes) = (options.request.device, plan.promised().target_bytes);
+    let (device, needed_bytes) = (options.request.device, device_bytes(plan));
     if options.allocator.is_some() || needed_bytes <= total_bytes {
         return Ok(());
     }
@@ -147,11 +150,21 @@ fn check_free(plan: &Plan, options: &LoadOptions, device: &dyn Device) -> Result
     if options.allocator.is_some() || device.id() == DeviceId::Host {
         return Ok(()); // Another allocator has memory of its own; the host's system decides at the first touch.
     }
-    let (needed_bytes, free_bytes) = (plan.promised().target_bytes, device.memory()?.free_bytes);
+    let needed_bytes = device_bytes(plan);
+    if needed_bytes <= device.memory()?.free_bytes {
+        return Ok(());
+    }
+    // What was freed in the order of a stream stays with the driver's pool until somebody waits for that stream.
+    device.wait(&device.record(Stream::Copy)?)?;
+    let free_bytes = device.memory()?.free_bytes;
     if needed_bytes <= free_bytes {
         return Ok(());
     }
     Err(DeviceError::OutOfMemory { device: device.id(), needed_bytes, free_bytes: Some(free_bytes) }.into())
+}
+
+fn device_bytes(plan: &Plan) -> u64 {
+    plan.promised().target_bytes + plan.promised().transient_bytes
 }
 
 fn external(arena: &Arena, options: &LoadOptions) -> Option<Arc<dyn Allocation>> {

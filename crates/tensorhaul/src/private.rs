@@ -19,6 +19,7 @@ use crate::options::{LoadOptions, Preference};
 use crate::pipeline::{Dropped, Ended, Lane, Transfer, Transferred};
 use crate::prepare::{self, Opening, Prepared, Preparing, timed};
 use crate::probed::{Probed, Temperatures};
+use crate::quantized;
 use crate::report::{Fallback, Phases, Report};
 
 /// Plans a private load and does nothing else.
@@ -26,7 +27,7 @@ pub(crate) fn plan(model: &Inner, options: &LoadOptions) -> Result<Plan> {
     let probed = Probed::new(model, options);
     // An accelerator is not opened to make a plan: storage cannot write into its memory.
     let machine = machine(options, options.request.device == DeviceId::Host, &probed)?;
-    Ok(Plan::new(&model.checkpoint, &request(options), &machine)?)
+    Ok(Plan::new(&model.checkpoint, &request(model, options)?, &machine)?)
 }
 
 /// Loads; forgets a device that failed, so that the next load opens it anew.
@@ -49,6 +50,7 @@ pub(crate) fn run(
 /// the lanes stop. Either way the context is waited for, because a driver's call cannot be interrupted.
 fn attempt(model: &Inner, options: &LoadOptions, cancel: &Cancel, emit: &mut Emit<'_>) -> Result<Report> {
     let start = Instant::now();
+    let request = request(model, options)?;
     let (mut probed, (found, driver_seconds)) = thread::scope(|scope| {
         let finding = scope.spawn(|| timed(|| devices::find(options.request.device)));
         let probed = Probed::new(model, options);
@@ -62,7 +64,7 @@ fn attempt(model: &Inner, options: &LoadOptions, cancel: &Cancel, emit: &mut Emi
         let machine = machine(options, able, &probed)?;
         let probed_at = Instant::now();
 
-        let plan = Plan::new(&model.checkpoint, &request(options), &machine)?;
+        let plan = Plan::new(&model.checkpoint, &request, &machine)?;
         prepare::check_external(&plan, options)?;
         if let Some(total_bytes) = total_bytes {
             prepare::check_total(&plan, options, total_bytes)?;
@@ -205,11 +207,15 @@ impl Load<'_> {
     }
 }
 
-/// Completes the request with what the options say.
-fn request(options: &LoadOptions) -> Request {
+/// Completes the request with what the options say, and with what is quantized where that is asked for.
+fn request(model: &Inner, options: &LoadOptions) -> Result<Request> {
     let mut request = options.request.clone();
     request.external.extend(options.targets.iter().map(|(name, _)| name.clone()));
-    request
+    if let Some(dequantization) = &options.dequantization {
+        request.dequantize = Some(quantized::dequantize(model, dequantization)?);
+        request.transient_bytes_max = options.transient_bytes;
+    }
+    Ok(request)
 }
 
 fn machine(options: &LoadOptions, able: bool, probed: &Probed) -> Result<Machine> {

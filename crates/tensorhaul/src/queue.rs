@@ -10,6 +10,7 @@ use tensorhaul_plan::{Place, Plan, Read, plan::Target};
 use tensorhaul_stage::Ring;
 
 use crate::cancel::Cancel;
+use crate::gate::{Gate, Passage};
 
 /// A lane's reads, handed out in order.
 pub(crate) struct Queue<'q> {
@@ -22,6 +23,7 @@ pub(crate) struct Queue<'q> {
     /// The arenas, when reads land in them.
     pub(crate) landing: &'q [Arc<dyn Allocation>],
     pub(crate) ring: Option<&'q Ring>,
+    pub(crate) gate: &'q Gate,
     pub(crate) cancel: &'q Cancel,
 }
 
@@ -30,8 +32,16 @@ impl Feed for Queue<'_> {
         if self.cancel.is_cancelled() {
             return Next::Done;
         }
-        match (self.ring, wait) {
+        if !wait && let Some(read) = self.peek() {
             // An engine that does not wait is the only one at its lane, so the read at hand stays its own.
+            match self.gate.passage(&self.plan.reads()[read as usize].after, false, self.cancel) {
+                Passage::Free => {}
+                Passage::Blocked => return Next::Busy,
+                Passage::Closed => return Next::Done,
+            }
+        }
+        match (self.ring, wait) {
+            // As above: the read at hand stays its own.
             (Some(ring), false) if self.peek().is_some_and(|read| self.is_staged(read)) => {
                 match ring.try_take() {
                     Some(filling) => self.take(|_| Some(JobMemory::Staging(filling))),
@@ -79,6 +89,11 @@ impl Queue<'_> {
         let Some(read) = self.reads.get(self.next.fetch_add(1, Ordering::Relaxed)).copied() else {
             return Next::Done;
         };
+        // Before it takes a buffer: what it waits for may need that.
+        let after = &self.plan.reads()[read as usize].after;
+        if self.gate.passage(after, true, self.cancel) == Passage::Closed {
+            return Next::Done;
+        }
         let Some(memory) = memory(read) else {
             return Next::Done; // The ring was closed: the load is cancelled.
         };

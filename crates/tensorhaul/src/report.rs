@@ -64,7 +64,7 @@ impl Report {
     }
 }
 
-/// Where the seconds of a load went. The first five follow each other and make up `seconds`; the next four are fixed
+/// Where the seconds of a load went. The first five follow each other and make up `seconds`; the next five are fixed
 /// costs, which run beside them.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 #[non_exhaustive]
@@ -88,6 +88,8 @@ pub struct Phases {
     pub allocate_seconds: f64,
     /// Pinning the staging ring, beside the allocation and the reads; about 0 when an earlier load left it.
     pub pin_seconds: f64,
+    /// Loading kernels, before the first copy; 0 where nothing is dequantized, and about 0 when an earlier load left them.
+    pub module_seconds: f64,
     /// How much of the context, the allocation and the pinning passed while reads landed: from their beginning to the
     /// last that landed before the device was ready. A ring that is full waits, and hides nothing more.
     pub hidden_seconds: f64,

@@ -14,12 +14,20 @@ use crate::locate::{check_inside, read_limited};
 use crate::model::Model;
 use crate::save::OutFolder;
 
-/// Copies a model's sidecar files, and writes the new dtype into `config.json` where tensors are cast.
-/// Nothing has its name yet.
+/// What changes for the configuration.
+#[derive(Clone, Copy)]
+pub(crate) struct Change {
+    /// The dtype that most tensors have now.
+    pub(crate) dtype: Option<Dtype>,
+    /// Whether nothing is quantized any more.
+    pub(crate) plain: bool,
+}
+
+/// Copies a model's sidecar files, and writes into `config.json` what changes. Nothing has its name yet.
 pub(crate) fn copy(
     model: &Model,
     folder: &OutFolder,
-    cast: Option<Dtype>,
+    change: Change,
     left_out: &mut Vec<LeftOut>,
 ) -> Result<Vec<NewFile>> {
     let source = model.folder();
@@ -31,7 +39,10 @@ pub(crate) fn copy(
     for entry in fs::read_dir(source).map_err(listing)? {
         // A name that is no UTF-8 is none of these.
         if let Ok(name) = entry.map_err(listing)?.file_name().into_string() {
-            if is_sidecar(&name) {
+            if change.plain && QUANTIZATION_NAMES.contains(&&*name) {
+                let why = "it describes the quantization, and nothing is quantized any more";
+                left_out.push(LeftOut { what: name, why: why.to_owned() });
+            } else if is_sidecar(&name) {
                 names.push(name);
             } else if !is_weights(&name) {
                 strangers.push(name);
@@ -47,7 +58,7 @@ pub(crate) fn copy(
         let path = source.join(&name);
         match obstacle(&path, source) {
             Some(why) => left_out.push(LeftOut { what: name, why: why.to_owned() }),
-            None => files.push(copy_one(&path, &folder.new_path(&name)?, cast)?),
+            None => files.push(copy_one(&path, &folder.new_path(&name)?, change)?),
         }
     }
     Ok(files)
@@ -86,12 +97,15 @@ fn obstacle(path: &Path, folder: &Path) -> Option<&'static str> {
     }
 }
 
-fn copy_one(source: &Path, target: &Path, cast: Option<Dtype>) -> Result<NewFile> {
+fn copy_one(source: &Path, target: &Path, change: Change) -> Result<NewFile> {
     let mut file = NewFile::create(target)?;
-    match cast {
+    match change.dtype {
         Some(dtype) if source.ends_with(CONFIG_NAME) => {
             let config = read_limited(source, CONFIG_LEN_BYTES_MAX)?;
             match std::str::from_utf8(&config) {
+                Ok(config) if change.plain => {
+                    file.write(with_dtype(&without_quantization(config), dtype).as_bytes())?;
+                }
                 Ok(config) => file.write(with_dtype(config, dtype).as_bytes())?,
                 Err(_) => file.write(&config)?,
             }
@@ -140,6 +154,55 @@ fn with_dtype(config: &str, dtype: Dtype) -> String {
     out + rest
 }
 
+/// Removes the keys that describe quantization, with their values, at any depth. Every other byte stays.
+fn without_quantization(config: &str) -> String {
+    let (mut out, mut rest) = (String::with_capacity(config.len()), config);
+    while let Some((begin, end)) = next_string(rest) {
+        let behind = rest[end + 1..].trim_start();
+        let is_key = behind.starts_with(':') && QUANTIZATION_KEYS.contains(&&rest[begin + 1..end]);
+        if !is_key {
+            out.push_str(&rest[..=end]);
+            rest = &rest[end + 1..];
+            continue;
+        }
+        out.push_str(&rest[..begin]);
+        rest = behind_value(&behind[1..]).trim_start();
+        match rest.strip_prefix(',') {
+            Some(next) => rest = next.trim_start(),
+            // It was the last of its object: the comma before it goes, too.
+            None => {
+                let kept = out.trim_end().trim_end_matches(',').len();
+                out.truncate(kept);
+            }
+        }
+    }
+    out + rest
+}
+
+/// Returns what stands behind the value that the text begins with.
+fn behind_value(text: &str) -> &str {
+    let (mut depth, mut rest) = (0usize, text);
+    loop {
+        let Some(place) = rest.find(['"', '{', '[', '}', ']', ',']) else { return "" };
+        let (mark, next) = (rest.as_bytes()[place], &rest[place + 1..]);
+        match mark {
+            b'"' => match next_string(rest) {
+                Some((_, end)) => rest = &rest[end + 1..],
+                None => return "",
+            },
+            b'{' | b'[' => (depth, rest) = (depth + 1, next),
+            // The end of the object around it.
+            b'}' | b']' if depth == 0 => return &rest[place..],
+            b'}' | b']' => (depth, rest) = (depth - 1, next),
+            _ if depth == 0 => return &rest[place..],
+            _ => rest = next,
+        }
+        if depth == 0 && matches!(mark, b'}' | b']') {
+            return rest;
+        }
+    }
+}
+
 /// Finds the quotes around the next string.
 fn next_string(json: &str) -> Option<(usize, usize)> {
     let begin = json.find('"')?;
@@ -156,6 +219,12 @@ fn next_string(json: &str) -> Option<(usize, usize)> {
 }
 
 const CONFIG_NAME: &str = "config.json";
+
+/// Files that describe quantization and nothing else.
+const QUANTIZATION_NAMES: [&str; 3] = ["quantize_config.json", "quant_config.json", "hf_quant_config.json"];
+
+/// Keys of a configuration that do.
+const QUANTIZATION_KEYS: [&str; 3] = ["quantization_config", "compression_config", "quantization"];
 
 /// Far beyond any; a configuration is a few kilobytes.
 const CONFIG_LEN_BYTES_MAX: u64 = 16 << 20;
@@ -189,6 +258,19 @@ mod tests {
             "tokenizer.safetensors",
         ] {
             assert!(!is_sidecar(name), "{name}");
+        }
+    }
+
+    #[test]
+    fn quantization_is_taken_out_of_a_configuration_and_nothing_else() {
+        let with = r#"{"a": NaN, "quantization_config": {"bits": 4, "x": ["}", {"y": "\"}"}]}, "b": 1}"#;
+        assert_eq!(without_quantization(with), r#"{"a": NaN, "b": 1}"#);
+        let last = "{\n  \"b\": [1, 2],\n  \"quantization\": null\n}";
+        assert_eq!(without_quantization(last), "{\n  \"b\": [1, 2]}");
+        let only = r#"{"text_config": {"compression_config": "none"}, "say": "quantization"}"#;
+        assert_eq!(without_quantization(only), r#"{"text_config": {}, "say": "quantization"}"#);
+        for cut in 0..with.len() {
+            without_quantization(&with[..cut]); // Whatever it is, it does not panic.
         }
     }
 

@@ -36,8 +36,10 @@ fn a_failed_call_is_a_typed_error_and_the_next_load_works() {
                 let what = format!("{machine:?}: {call} fails at use {nth} of {count}");
                 let sim = &sim;
                 tensorhaul::release_devices(); // The load at hand opens and pins anew.
+                let before = sim.report().live;
                 sim.fail(&format!("fail={call}:{nth}:1"));
                 let result = model.load(&options());
+                let may_leave = SURVIVED.contains(&call.as_str()) || result.is_ok();
                 match result {
                     Ok(loaded) => {
                         // The failure was of a call after the last byte, or of one that has an alternative.
@@ -66,6 +68,9 @@ fn a_failed_call_is_a_typed_error_and_the_next_load_works() {
                     .unwrap_or_else(|error| panic!("{what}: the next load: {}", error.one_line()));
                 assert_same_bytes(&model, &again);
                 drop(again);
+                tensorhaul::release_devices();
+                let left = sim.report().live;
+                assert!(may_leave || left == before, "{what}: {left:?}, before {before:?}");
                 assert!(sim.report().violations.is_empty(), "{what}: {:?}", sim.report().violations);
             }
         }
@@ -94,5 +99,30 @@ fn a_lost_device_fails_the_load_and_hangs_nothing() {
         sim.fail(&format!("fail={call}"));
         let error = model.load(&options()).unwrap_err().one_line();
         assert!(error.contains("the device is lost to this process"), "{call}: {error}");
+    }
+}
+
+#[test]
+fn a_device_that_somebody_else_has_is_not_called_lost() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let model = Model::open(checkpoint(folder.path())).unwrap();
+    let sim = Sim::new("fail=cuDevicePrimaryCtxRetain:1:46");
+    let error = model.load(&options()).unwrap_err().one_line();
+    assert!(error.contains("(CUDA_ERROR_DEVICE_UNAVAILABLE); another process has the device"), "{error}");
+    assert_same_bytes(&model, &model.load(&options()).unwrap());
+    sim.assert_clean("after the load");
+}
+
+#[test]
+fn a_device_lost_while_it_pins_is_not_called_a_lack_of_memory() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let model = Model::open(checkpoint(folder.path())).unwrap();
+    for calls in
+        ["fail=cuMemHostRegister_v2:1:719", "fail=cuMemHostRegister_v2:1:801;fail=cuMemHostAlloc:1:719"]
+    {
+        let _sim = Sim::new(calls);
+        let error = model.load(&options()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Device, "{calls}");
+        assert!(error.one_line().contains("the device is lost"), "{calls}: {}", error.one_line());
     }
 }

@@ -6,12 +6,14 @@ mod bench;
 mod consumer;
 mod cudarc_slices;
 mod faults;
+mod fork;
 mod kernels;
 mod lifetimes;
 mod load;
 mod memory;
 mod missing;
 mod overlap;
+mod quantized;
 mod sim;
 
 use sim::Sim;

@@ -152,6 +152,21 @@ fn the_second_load_finds_the_device_open_and_the_ring_pinned() {
 }
 
 #[test]
+fn memory_that_a_pool_keeps_is_there_for_the_next_load() {
+    let (_folder, model) = model();
+    let sim = Sim::new("memory=10000000");
+    let device = tensorhaul_cuda::open(0).unwrap();
+    let loaded = model.load(&options()).unwrap();
+    let needed_bytes = loaded.report.promised.target_bytes;
+    drop(loaded);
+    let free_bytes = device.memory().unwrap().free_bytes;
+    assert!(free_bytes < needed_bytes, "{free_bytes} are free: nothing to wait for");
+    drop(model.load(&options()).unwrap());
+    drop(device);
+    sim.assert_clean("after both loads");
+}
+
+#[test]
 fn a_smaller_budget_holds_also_when_a_larger_ring_was_kept() {
     let (_folder, model) = model();
     let sim = Sim::new("");

@@ -9,7 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use tensorhaul::{EngineChoice, ErrorKind, LoadOptions, Loaded, Model, Result};
-use tensorhaul_device::Device;
+use tensorhaul_device::{Device, Stream};
 
 use crate::load::{assert_same_bytes, checkpoint, options};
 use crate::sim::Sim;
@@ -160,6 +160,9 @@ fn whatever_fails_beside_the_reads_stops_them_and_leaves_nothing() {
         let kind = if out_of_memory { ErrorKind::OutOfMemory } else { ErrorKind::Device };
         assert_eq!(error.kind(), kind, "{what}: {}", error.one_line());
         assert!(error.one_line().starts_with("cuda:0: "), "{what}: {}", error.one_line());
+        let tells_both =
+            error.one_line().contains(" bytes do not fit, ") && error.one_line().ends_with(" are free");
+        assert_eq!(tells_both, out_of_memory, "{what}: {}", error.one_line());
         sim.fail("");
         sim.assert_clean(&what);
         let again = model.load(&options()).unwrap();
@@ -225,6 +228,8 @@ fn a_plan_larger_than_what_is_free_is_refused_before_anything_is_allocated() {
     assert!(error.one_line().contains("5000000 are free"), "{}", error.one_line());
     assert_eq!(sim.report().calls("cuMemAllocAsync"), allocations);
     drop(other);
+    // A load waits for its own stream; this was freed on another.
+    device.wait(&device.record(Stream::Copy).unwrap()).unwrap();
     let loaded = model.load(&options()).unwrap();
     let other = device.allocate(2_000_000).unwrap();
     // The device is open now: what is free is known before the first read.

@@ -94,11 +94,12 @@ fn library() -> &'static Library {
     })
 }
 
-/// Cargo puts a package's dynamic library beside the folder of its tests.
+/// Cargo puts a package's dynamic library beside its tests. `cargo build` puts a link one folder up, which
+/// `cargo test` does not renew: an older library may be behind it.
 pub(crate) fn library_path() -> PathBuf {
     let test = std::env::current_exe().unwrap();
     let deps = test.parent().unwrap();
-    let names = [deps.parent().unwrap().join("libsimgpu.so"), deps.join("libsimgpu.so")];
+    let names = [deps.join("libsimgpu.so"), deps.parent().unwrap().join("libsimgpu.so")];
     names.into_iter().find(|path| path.exists()).expect("cargo test builds libsimgpu.so first")
 }
 

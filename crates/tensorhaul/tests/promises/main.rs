@@ -9,6 +9,7 @@ mod common;
 mod asynchronous;
 mod bad_input;
 mod cancellation;
+mod dequantize;
 mod fallbacks;
 mod faults;
 #[cfg(feature = "io-uring")]

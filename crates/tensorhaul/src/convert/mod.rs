@@ -1,4 +1,6 @@
-//! Copies a checkpoint, in other shards or as another floating-point type.
+//! Copies a checkpoint, in other shards, as another floating-point type, or dequantized.
+
+mod made;
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -10,21 +12,27 @@ use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use serde::Serialize;
-use tensorhaul_plan::{Dtype, DtypeKind, TensorInfo};
+use tensorhaul_plan::quant::{self, Pass};
+use tensorhaul_plan::{DeviceId, Dtype, DtypeKind, Request, TensorInfo};
 
 use crate::atomic::NewFile;
 use crate::cast::{can_cast, cast};
 use crate::error::{Error, Result};
 use crate::model::Model;
+use crate::options::LoadOptions;
 use crate::progress::Progress;
+use crate::quantized::Dequantization;
 use crate::save::{OutFolder, SaveOptions, SaveTensor, TensorBytes, write_checkpoint};
-use crate::sidecar;
+use crate::sidecar::{self, Change};
 use crate::tensor::Tensor;
+use made::{Batches, Made};
 
 /// How to convert a checkpoint.
 #[derive(Clone, Debug, Default)]
 pub struct ConvertOptions {
     cast: Option<Dtype>,
+    dequantize: Option<Dtype>,
+    device: Option<DeviceId>,
     save: SaveOptions,
 }
 
@@ -36,6 +44,20 @@ impl ConvertOptions {
     /// report lists them.
     pub fn cast(self, dtype: Dtype) -> Self {
         ConvertOptions { cast: Some(dtype), ..self }
+    }
+
+    /// Writes a plain checkpoint: quantized tensors (GPTQ, AWQ, FP8, MXFP4, NVFP4, …) become F32, F16 or BF16 under the names they had before they
+    /// were quantized, and the configuration says nothing of quantization any more. Default: they stay.
+    ///
+    /// Factors for input channels (`pre_quant_scale`) are multiplied in, since a plain model does not apply them; scales of
+    /// activations are left out. Other tensors stay as they are, unless a cast is asked for, too.
+    pub fn dequantize(self, dtype: Dtype) -> Self {
+        ConvertOptions { dequantize: Some(dtype), ..self }
+    }
+
+    /// Where tensors are dequantized; the bytes are the same on every device. Default: the host.
+    pub fn device(self, device: DeviceId) -> Self {
+        ConvertOptions { device: Some(device), ..self }
     }
 
     /// The most bytes of tensors in one file; see [`SaveOptions::max_shard_bytes`]. Default: no limit.
@@ -73,6 +95,8 @@ pub struct ConvertReport {
     pub bytes: u64,
     /// Number of tensors that were cast.
     pub tensors_cast: u64,
+    /// Number of tensors that were dequantized.
+    pub tensors_dequantized: u64,
     /// Floating-point tensors that were not cast, and why.
     pub kept: Vec<Kept>,
     /// Tensors in which the cast made finite numbers infinite.
@@ -150,12 +174,24 @@ pub fn convert(model: &Model, out_dir: &Path, options: &ConvertOptions) -> Resul
         return Err(Error::bad_request("is the model's own folder; name another").in_file(out_dir));
     }
     let overflowed = RefCell::new(Vec::new());
-    let Selected { tensors, kept, tensors_cast, bytes_before } = select(model, options.cast, &overflowed);
     let (metadata, mut left_out) = joined_metadata(model);
+    let load = load_options(options);
+    let batches = Batches::new(model, &load);
+    let parts = match options.dequantize {
+        None => stored(model),
+        Some(_) => plain(model, &load, &batches, &mut left_out)?,
+    };
+    let Selected { tensors, kept, tensors_cast, tensors_dequantized, bytes_before } =
+        select(model, parts, options.cast, &overflowed);
+    let metadata = match options.dequantize {
+        None => metadata,
+        Some(_) => without_quantization(metadata, &mut left_out),
+    };
     let save = options.save.clone().metadata(metadata);
 
     let folder = OutFolder::prepare(out_dir)?;
-    let mut files = sidecar::copy(model, &folder, options.cast, &mut left_out)?;
+    let change = Change { dtype: options.cast.or(options.dequantize), plain: options.dequantize.is_some() };
+    let mut files = sidecar::copy(model, &folder, change, &mut left_out)?;
     let sidecars = files.iter().map(NewFile::name).collect();
     let (written, saved) = write_checkpoint(&folder, tensors, &save)?;
     files.extend(written);
@@ -172,6 +208,7 @@ pub fn convert(model: &Model, out_dir: &Path, options: &ConvertOptions) -> Resul
         bytes_before,
         bytes: saved.bytes,
         tensors_cast,
+        tensors_dequantized,
         kept,
         overflowed: overflowed.into_inner(),
         left_out,
@@ -180,22 +217,95 @@ pub fn convert(model: &Model, out_dir: &Path, options: &ConvertOptions) -> Resul
     })
 }
 
+/// A tensor of the copy before anything is cast.
+enum Part<'m> {
+    Stored(TensorInfo<'m>),
+    Made(SaveTensor<'m>),
+}
+
+fn stored(model: &Model) -> Vec<Part<'_>> {
+    model.checkpoint().tensors().map(|tensor| Part::Stored(tensor.info)).collect()
+}
+
+/// How dequantized tensors are loaded.
+fn load_options(options: &ConvertOptions) -> LoadOptions {
+    let mut request = Request::all();
+    request.device = options.device.unwrap_or(DeviceId::Host);
+    let load = LoadOptions::default().request(request);
+    match options.dequantize {
+        Some(dtype) => load.dequantize(Dequantization::to(dtype).fold()),
+        None => load,
+    }
+}
+
+/// Returns the tensors of the plain checkpoint, in the order of the plan that makes them.
+fn plain<'b, 'm: 'b>(
+    model: &'m Model,
+    load: &LoadOptions,
+    batches: &'b Batches<'m>,
+    left_out: &mut Vec<LeftOut>,
+) -> Result<Vec<Part<'b>>> {
+    let (plan, quantization) = (model.plan(load)?, model.quantization()?);
+    let mut parts = Vec::with_capacity(plan.tensors().len());
+    for placed in plan.tensors() {
+        let name = plan.name(placed);
+        if placed.operation.is_some() {
+            batches.expect(name, placed.len_bytes);
+            let bytes = Made { name: name.to_owned(), len_bytes: placed.len_bytes, batches, bytes: None };
+            let (name, shape) = (name.to_owned(), plan.shape(placed).to_vec());
+            parts.push(Part::Made(SaveTensor { name, dtype: placed.dtype, shape, bytes: Box::new(bytes) }));
+            continue;
+        }
+        let why = match quantization.role_of(placed.id) {
+            quant::Part::PassedThrough(Pass::Activation) => {
+                "it scales activations, which a plain model does not"
+            }
+            quant::Part::PassedThrough(Pass::Marker) => "it says that tensors are quantized",
+            _ => {
+                parts.push(Part::Stored(model.checkpoint().tensor(placed.id).info));
+                continue;
+            }
+        };
+        left_out.push(LeftOut { what: name.to_owned(), why: why.to_owned() });
+    }
+    Ok(parts)
+}
+
 struct Selected<'m> {
     tensors: Vec<SaveTensor<'m>>,
     kept: Vec<Kept>,
     tensors_cast: u64,
+    tensors_dequantized: u64,
     bytes_before: u64,
 }
 
 fn select<'m>(
     model: &'m Model,
+    parts: Vec<Part<'m>>,
     target: Option<Dtype>,
     overflowed: &'m RefCell<Vec<Overflowed>>,
 ) -> Selected<'m> {
-    let quantized = Quantized::find(model.checkpoint().tensors().map(|tensor| tensor.info));
-    let mut selected = Selected { tensors: Vec::new(), kept: Vec::new(), tensors_cast: 0, bytes_before: 0 };
-    for stored in model.checkpoint().tensors() {
-        let info = stored.info;
+    let infos = parts.iter().filter_map(|part| match part {
+        Part::Stored(info) => Some(*info),
+        Part::Made(_) => None,
+    });
+    let quantized = Quantized::find(infos);
+    let mut selected = Selected {
+        tensors: Vec::new(),
+        kept: Vec::new(),
+        tensors_cast: 0,
+        tensors_dequantized: 0,
+        bytes_before: model.checkpoint().tensors().map(|tensor| tensor.info.len_bytes()).sum(),
+    };
+    for part in parts {
+        let info = match part {
+            Part::Stored(info) => info,
+            Part::Made(made) => {
+                selected.tensors_dequantized += 1;
+                selected.tensors.push(made);
+                continue;
+            }
+        };
         let mut dtype = info.dtype;
         if let Some(target) =
             target.filter(|target| info.dtype.kind() == DtypeKind::Float && info.dtype != *target)
@@ -208,7 +318,6 @@ fn select<'m>(
                 }
             }
         }
-        selected.bytes_before += info.len_bytes();
         let bytes = Box::new(Converted { model, info, dtype, tensor: None, overflowed });
         let (name, shape) = (info.name.to_owned(), info.shape.to_vec());
         selected.tensors.push(SaveTensor { name, dtype, shape, bytes });
@@ -357,6 +466,25 @@ fn joined_metadata(model: &Model) -> (BTreeMap<String, String>, Vec<LeftOut>) {
     let left_out = |key| LeftOut { what: format!("__metadata__ {key:?}"), why: why.to_owned() };
     (joined, disagreed.into_iter().map(left_out).collect())
 }
+
+/// Leaves out what says that tensors are quantized: torchao's list of names with an entry for each, ComfyUI's description.
+fn without_quantization(
+    mut metadata: BTreeMap<String, String>,
+    left_out: &mut Vec<LeftOut>,
+) -> BTreeMap<String, String> {
+    let names = metadata.get(TORCHAO_NAMES).and_then(|names| serde_json::from_str::<Vec<String>>(names).ok());
+    let own = [TORCHAO_NAMES.to_owned(), COMFY_LAYERS.to_owned()];
+    for key in names.into_iter().flatten().chain(own) {
+        if metadata.remove(&key).is_some() {
+            let (what, why) = (format!("__metadata__ {key:?}"), "it says how tensors were quantized");
+            left_out.push(LeftOut { what, why: why.to_owned() });
+        }
+    }
+    metadata
+}
+
+const TORCHAO_NAMES: &str = "tensor_names";
+const COMFY_LAYERS: &str = "_quantization_metadata";
 
 fn is_same_folder(a: &Path, b: &Path) -> bool {
     matches!((fs::canonicalize(a), fs::canonicalize(b)), (Ok(a), Ok(b)) if a == b)

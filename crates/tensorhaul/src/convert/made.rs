@@ -1,0 +1,107 @@
+//! The bytes of tensors that are dequantized on their way into a copy.
+
+use std::cell::RefCell;
+use std::collections::{HashMap, VecDeque};
+
+use tensorhaul_plan::{Request, Select};
+
+use crate::error::Result;
+use crate::model::Model;
+use crate::options::{Handover, LoadOptions};
+use crate::save::TensorBytes;
+use crate::tensor::Tensor;
+
+/// Loads dequantized tensors some at a time, in the order in which they will be written.
+pub(super) struct Batches<'m> {
+    model: &'m Model,
+    /// How each of them is loaded, but for the names.
+    options: LoadOptions,
+    state: RefCell<State>,
+}
+
+#[derive(Default)]
+struct State {
+    /// Names and bytes of what was not loaded yet.
+    later: VecDeque<(String, u64)>,
+    /// What was loaded and not written yet.
+    loaded: HashMap<String, Tensor>,
+}
+
+impl<'m> Batches<'m> {
+    pub(super) fn new(model: &'m Model, options: &LoadOptions) -> Batches<'m> {
+        let options = options.clone().handover(Handover::Private);
+        Batches { model, options, state: RefCell::default() }
+    }
+
+    /// Notes a tensor that will be asked for, behind those noted before.
+    pub(super) fn expect(&self, name: &str, len_bytes: u64) {
+        self.state.borrow_mut().later.push_back((name.to_owned(), len_bytes));
+    }
+
+    /// Returns a tensor, loading it and those behind it if it is not there yet.
+    fn take(&self, name: &str) -> Result<Tensor> {
+        let mut state = self.state.borrow_mut();
+        if !state.loaded.contains_key(name) {
+            let (mut names, mut len_bytes) = (Vec::new(), 0);
+            while let Some((_, next_bytes)) = state.later.front()
+                && (names.is_empty() || len_bytes + next_bytes <= BATCH_LEN_BYTES)
+                && let Some((next, next_bytes)) = state.later.pop_front()
+            {
+                names.push(next);
+                len_bytes += next_bytes;
+            }
+            let mut request = Request::of(Select::Names(names));
+            request.device = self.options.request.device;
+            let loaded = self.model.load(&self.options.clone().request(request))?;
+            state.loaded.extend(loaded.tensors);
+        }
+        Ok(state.loaded.remove(name).expect("tensors are asked for in the order in which they were expected"))
+    }
+}
+
+/// The bytes of one tensor.
+pub(super) struct Made<'b, 'm> {
+    pub(super) name: String,
+    pub(super) len_bytes: u64,
+    pub(super) batches: &'b Batches<'m>,
+    /// From the first piece on.
+    pub(super) bytes: Option<Bytes>,
+}
+
+/// Where the bytes are.
+pub(super) enum Bytes {
+    Host(Tensor),
+    /// Brought back from a device.
+    Copied(Vec<u8>),
+}
+
+impl TensorBytes for Made<'_, '_> {
+    fn len_bytes(&self) -> u64 {
+        self.len_bytes
+    }
+
+    fn fill(&mut self, offset_bytes: u64, target: &mut [u8]) -> Result<()> {
+        let bytes = match &mut self.bytes {
+            Some(bytes) => bytes,
+            none => {
+                let tensor = self.batches.take(&self.name)?;
+                none.insert(match tensor.bytes() {
+                    Ok(_) => Bytes::Host(tensor),
+                    Err(_) => Bytes::Copied(tensor.to_host()?),
+                })
+            }
+        };
+        let mut source = match bytes {
+            Bytes::Host(tensor) => tensor.bytes()?,
+            Bytes::Copied(bytes) => bytes,
+        };
+        source.fill(offset_bytes, target)?;
+        if offset_bytes + target.len() as u64 == self.len_bytes {
+            self.bytes = None;
+        }
+        Ok(())
+    }
+}
+
+/// What is dequantized ahead of the writer: some tensors of a large model, so that reading does not stop at each.
+const BATCH_LEN_BYTES: u64 = 256 << 20;

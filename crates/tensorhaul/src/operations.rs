@@ -1,0 +1,98 @@
+//! Operations under way: started when their sources are there, over when their event is.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::sync::Arc;
+
+use tensorhaul_device::dequantize::{Layout, Output};
+use tensorhaul_device::{Dequantize, Device, DeviceError, Event, Location, Operation, Source, Stream};
+use tensorhaul_plan::Plan;
+
+use crate::prepare::Prepared;
+
+/// The operations of one transfer.
+pub(crate) struct Operations {
+    /// Tensors and the events behind what makes them, oldest first: one stream works them off in this order.
+    running: VecDeque<(u32, Arc<Event>)>,
+    /// For each operation, the point behind it, until the copy stream was told to wait for it.
+    unordered: Vec<Option<Arc<Event>>>,
+}
+
+type Over = Result<(), DeviceError>;
+
+impl Operations {
+    pub(crate) fn new(count: usize) -> Operations {
+        Operations { running: VecDeque::new(), unordered: (0..count).map(|_| None).collect() }
+    }
+
+    /// Tells whether none is under way.
+    pub(crate) fn are_over(&self) -> bool {
+        self.running.is_empty()
+    }
+
+    /// Queues an operation whose sources have all arrived.
+    pub(crate) fn start(&mut self, number: u32, plan: &Plan, prepared: &Prepared) -> Over {
+        let Prepared { device, arenas, .. } = prepared;
+        let operation = &plan.operations()[number as usize];
+        let target = &plan.tensors()[operation.tensor as usize];
+        let location = |place: tensorhaul_plan::Place| Location {
+            allocation: &arenas[place.arena as usize],
+            offset_bytes: place.offset_bytes,
+        };
+        let source = |source: &tensorhaul_plan::Source| Source {
+            role: source.role,
+            start: location(source.place),
+            len_bytes: source.len_bytes,
+        };
+        let sources: Vec<_> = operation.sources.iter().map(source).collect();
+        let layout = if operation.is_transposed { Layout::Columns } else { Layout::Rows };
+        let dequantize = Dequantize {
+            recipe: &operation.recipe,
+            sources: &sources,
+            target: location(target.place),
+            output: Output { dtype: target.dtype, layout },
+        };
+        // SAFETY: the arenas live until the transfer is over, which waits for the event below. The sources are whole: the
+        // events of their copies were seen complete; nobody writes there again before this operation is over, which is what
+        // the plan's `after` says; nobody else knows of the target yet.
+        unsafe { device.run(&Operation::Dequantize(dequantize), Stream::Compute)? };
+        let over = match device.record(Stream::Compute) {
+            Ok(event) => Arc::new(event),
+            Err(error) => {
+                // It is queued, and nothing marks its end: the stream is drained before the target may go back to its owner.
+                let _ = device.record(Stream::Compute).and_then(|event| device.wait(&event));
+                return Err(error);
+            }
+        };
+        self.running.push_back((operation.tensor, Arc::clone(&over)));
+        self.unordered[number as usize] = Some(over);
+        Ok(())
+    }
+
+    /// Makes copies from now on wait for these operations, whose sources lie where the copies land. All have been started.
+    pub(crate) fn order_copies(&mut self, after: &Range<u32>, device: &dyn Device) -> Over {
+        for number in after.clone() {
+            if let Some(event) = self.unordered[number as usize].take() {
+                device.order(Stream::Copy, &event)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes the oldest operation out, if it is over: what it made, and whether that went well.
+    pub(crate) fn next_over(&mut self, device: &dyn Device) -> Option<(u32, Over)> {
+        let (_, event) = self.running.front()?;
+        let over = match device.is_complete(event) {
+            Ok(false) => return None,
+            Ok(true) => Ok(()),
+            Err(error) => Err(error),
+        };
+        self.running.pop_front().map(|(tensor, _)| (tensor, over))
+    }
+
+    /// Waits for the oldest operation, if there is one.
+    pub(crate) fn wait_for_next(&mut self, device: &dyn Device) -> Option<(u32, Over)> {
+        let (tensor, event) = self.running.pop_front()?;
+        Some((tensor, device.wait(&event)))
+    }
+}

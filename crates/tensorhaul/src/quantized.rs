@@ -1,0 +1,195 @@
+//! Quantized tensors of a model: what is known of them, and which a load makes numbers of.
+
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::Arc;
+
+use tensorhaul_plan::quant::{Configs, Need, QuantError, Quantization, Survey, Values};
+use tensorhaul_plan::{Dequantize, Dtype, Layout, TensorId};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::model::{Inner, Source};
+
+/// Which quantized tensors arrive as numbers, and of which kind: FP8, GPTQ, AWQ and their relatives become F32, F16 or BF16 where they are
+/// loaded to, by one rounding to nearest. Tensors that are not quantized arrive as they are stored.
+///
+/// # Example
+/// ```no_run
+/// use tensorhaul::{Dequantization, Dtype, LoadOptions, Model};
+///
+/// let model = Model::open("org/model-GPTQ-Int4")?;
+/// let loaded = model.load(&LoadOptions::default().dequantize(Dequantization::to(Dtype::Bf16)))?;
+/// let weight = loaded.tensors.get("model.layers.0.mlp.up_proj.weight").unwrap(); // Stored as .qweight, .qzeros, .scales.
+/// # Ok::<(), tensorhaul::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct Dequantization {
+    dtype: Dtype,
+    only: Option<Vec<String>>,
+    layout: Layout,
+    fold: bool,
+}
+
+impl Dequantization {
+    /// Makes every quantized tensor this dtype: F32, F16 or BF16.
+    pub fn to(dtype: Dtype) -> Dequantization {
+        Dequantization { dtype, only: None, layout: Layout::Rows, fold: false }
+    }
+
+    /// Only those whose name in the result (`….weight`) matches one of these globs, each of which must match something; the others
+    /// arrive packed. Default: all.
+    pub fn only(self, globs: impl IntoIterator<Item = impl Into<String>>) -> Self {
+        Dequantization { only: Some(globs.into_iter().map(Into::into).collect()), ..self }
+    }
+
+    /// Keeps `[in, out]` for formats that store neighbouring outputs side by side (GPTQ, AWQ GEMM). Default: `[out, in]` for all, as a linear
+    /// layer's weight.
+    pub fn as_stored(self) -> Self {
+        Dequantization { layout: Layout::AsStored, ..self }
+    }
+
+    /// Multiplies a factor for each input channel (`pre_quant_scale`) into the weights. Default: it is handed over as stored, for the
+    /// activations to be multiplied with.
+    pub fn fold(self) -> Self {
+        Dequantization { fold: true, ..self }
+    }
+}
+
+/// Completes a request with the groups to dequantize.
+pub(crate) fn dequantize(model: &Inner, options: &Dequantization) -> Result<Dequantize> {
+    let Dequantization { dtype, only, layout, fold } = options.clone();
+    if !matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::Bf16) {
+        return Err(Error::bad_request(format!("nothing is dequantized to {dtype}; F32, F16 and BF16 work")));
+    }
+    let quantization = model.quantization()?;
+    if let Some(refusal) = refusal(model, &quantization, only.as_deref()) {
+        return Err(quant_error(refusal.clone(), &model.folder));
+    }
+    Ok(Dequantize { groups: quantization.shared_groups(), globs: only, dtype, layout, fold })
+}
+
+/// Finds a tensor that was asked for and cannot be dequantized. Of several globs, one that matches a refused tensor's module is enough: whoever
+/// names it wants it.
+fn refusal<'q>(
+    model: &Inner,
+    quantization: &'q Quantization,
+    only: Option<&[String]>,
+) -> Option<&'q QuantError> {
+    let mut refused = quantization.refused().iter();
+    let Some(globs) = only else { return refused.next().map(|refused| &refused.error) };
+    let is_wanted = |name: &str| {
+        let module = name.rsplit_once('.').map_or(name, |(module, _)| module);
+        let result = format!("{module}.weight");
+        tensorhaul_plan::request::any_matches(globs, &[name, &result])
+    };
+    let is_hit = |tensor: Option<TensorId>| {
+        tensor.is_none_or(|tensor| is_wanted(model.checkpoint.tensor(tensor).info.name))
+    };
+    refused.find(|refused| is_hit(refused.tensor)).map(|refused| &refused.error)
+}
+
+impl Inner {
+    /// Recognises what is quantized, at the first call: reads the configuration files beside the tensors, and the few bytes of small
+    /// tensors that describe others.
+    pub(crate) fn quantization(&self) -> Result<Arc<Quantization>> {
+        if let Some(known) = self.quantization.get() {
+            return Ok(Arc::clone(known));
+        }
+        let failed = |error| quant_error(error, &self.folder);
+        let survey = Survey::new(&self.checkpoint, &self.configs()?).map_err(failed)?;
+        let values = self.values(survey.needs())?;
+        let recognised = survey.recognize(&self.checkpoint, &values);
+        Ok(Arc::clone(self.quantization.get_or_init(|| Arc::new(recognised))))
+    }
+
+    fn configs(&self) -> Result<Configs> {
+        let mut configs = Configs::none();
+        if let Source::Memory { .. } = self.source {
+            return Ok(configs);
+        }
+        for name in Configs::FILES {
+            let path = self.folder.join(name);
+            let file = match File::open(&path) {
+                Ok(file) => file,
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+                Err(error) => return Err(Error::io("opening it", &path, error)),
+            };
+            let mut bytes = Vec::new();
+            // One byte more than is accepted, so that what is too long is refused and not cut.
+            let limited = file.take(Configs::LEN_BYTES_MAX + 1).read_to_end(&mut bytes);
+            limited.map_err(|error| Error::io("reading it", &path, error))?;
+            configs.insert(name, bytes);
+        }
+        Ok(configs)
+    }
+
+    /// Reads the first bytes of small tensors. Writers put tensors of one dtype side by side, so neighbours share a read.
+    fn values(&self, needs: &[Need]) -> Result<Values> {
+        let mut values = Values::none();
+        let mut places: Vec<_> = needs
+            .iter()
+            .map(|need| {
+                let stored = self.checkpoint.tensor(need.tensor);
+                (stored.file, stored.file_offset_bytes, need)
+            })
+            .collect();
+        places.sort_by_key(|(file, offset_bytes, _)| (*file, *offset_bytes));
+        let mut rest = places.as_slice();
+        while let [(file, begin, first), ..] = *rest {
+            let mut end = begin + first.len_bytes;
+            let mut count = 1;
+            for (next_file, offset_bytes, need) in &rest[1..] {
+                let next_end = offset_bytes + need.len_bytes;
+                if *next_file != file
+                    || *offset_bytes > end + GAP_LEN_BYTES_MAX
+                    || next_end - begin > READ_LEN_BYTES_MAX
+                {
+                    break;
+                }
+                end = end.max(next_end);
+                count += 1;
+            }
+            let bytes = self.read(file, begin, end - begin)?;
+            for (_, offset_bytes, need) in &rest[..count] {
+                let from = (offset_bytes - begin) as usize;
+                values.insert(need.tensor, &bytes[from..from + need.len_bytes as usize]);
+            }
+            rest = &rest[count..];
+        }
+        Ok(values)
+    }
+
+    fn read(&self, file: u32, offset_bytes: u64, len_bytes: u64) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; len_bytes as usize]; // At most READ_LEN_BYTES_MAX.
+        match &self.source {
+            Source::Files(files) => {
+                let open = &files[file as usize];
+                let read = open.cached().read_exact_at(&mut bytes, offset_bytes);
+                read.map_err(|error| Error::io("reading what describes its tensors", open.path(), error))?;
+            }
+            Source::Memory { files, .. } => {
+                let from = offset_bytes as usize;
+                bytes.copy_from_slice(&files[file as usize][from..from + len_bytes as usize]);
+            }
+        }
+        Ok(bytes)
+    }
+}
+
+fn quant_error(error: QuantError, folder: &Path) -> Error {
+    let kind = if error.is_unsupported() { ErrorKind::Unsupported } else { ErrorKind::Malformed };
+    let tensor = error.tensor().map(str::to_owned);
+    let error = Error::new(kind, error).in_file(folder);
+    match tensor {
+        Some(tensor) => error.about_tensor(&tensor),
+        None => error,
+    }
+}
+
+/// Gaps up to this are read along; a read costs as much as copying 64 KiB.
+const GAP_LEN_BYTES_MAX: u64 = 32 << 10;
+
+/// The most that one read takes.
+const READ_LEN_BYTES_MAX: u64 = 1 << 20;
