@@ -78,6 +78,9 @@ DEVICE u32 code_in_column(const CodesParams &codes, u64 matrix, u64 n, u64 k) {
 
 /// A code of planes. Their widths are the powers of two that the code's width is the sum of, the greatest first.
 DEVICE u32 code_in_planes(const CodesParams &codes, u64 matrix, u64 n, u64 k) {
+  // Words of a column lie a row of words apart, those of a row side by side.
+  const bool is_row = codes.kind == CODES_ROW_PLANES;
+  const u64 start = is_row ? 8 * n * codes.stride : 32 * n, step = is_row ? 32 : 32 * codes.stride;
   const u64 block = k / 32;
   const u32 j = k % 32;
   u32 code = 0, done_bits = 0;
@@ -86,7 +89,7 @@ DEVICE u32 code_in_planes(const CodesParams &codes, u64 matrix, u64 n, u64 k) {
     if (!(codes.bits & width))
       continue;
     const u32 word = done_bits + (j >> (5 - log2)), first_bit = (j << log2) % 32;
-    code |= field(matrix, 32 * ((block * codes.bits + word) * codes.stride + n) + first_bit, width) << done_bits;
+    code |= field(matrix, start + (block * codes.bits + word) * step + first_bit, width) << done_bits;
     done_bits += width;
   }
   return code;
@@ -107,7 +110,13 @@ DEVICE u32 code_at(const CodesParams &codes, u64 e, u64 n, u64 k) {
   }
   case CODES_ROWS_WITH_SCALES: first_bit = 8 * (n * codes.stride + 17 * (k / 32) + 1) + 4 * (k % 32); break;
   case CODES_COLUMNS: return code_in_column(codes, matrix, n, k);
-  case CODES_COLUMN_PLANES: return code_in_planes(codes, matrix, n, k);
+  case CODES_COLUMN_PLANES:
+  case CODES_ROW_PLANES: return code_in_planes(codes, matrix, n, k);
+  case CODES_COLUMNS_PADDED: {
+    const u64 word = quotient(k, codes.unit);
+    first_bit = 32 * (word * codes.stride + n) + bits * (k - word * codes.unit.divisor);
+    break;
+  }
   case CODES_WORDS: {
     const u32 row = n % 8;
     first_bit = 32 * (k * codes.stride + n / 8) + 4 * (codes.is_interleaved ? awq_nibble(row) : row);

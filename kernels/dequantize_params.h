@@ -25,6 +25,8 @@ enum CodesKind : u32 {
   CODES_ROW_PAIRS = 7,
   CODES_ROW_CHUNKS = 8,
   CODES_AWQ_FAST = 9,
+  CODES_ROW_PLANES = 10,
+  CODES_COLUMNS_PADDED = 11,
 };
 
 /// Where codes lie.
@@ -34,7 +36,7 @@ struct CodesParams {
   // From one to the next: for the four of rows, rows, in bytes; for columns and planes, rows of words, in words; for
   // words, columns, in words; for the others, rows of units, in units.
   u64 stride;
-  Divisor unit; // CODES_ROWS_PADDED: codes of a word. CODES_ROW_CHUNKS: rows of units.
+  Divisor unit; // CODES_ROWS_PADDED, CODES_COLUMNS_PADDED: codes of a word. CODES_ROW_CHUNKS: rows of units.
   u32 kind;     // CodesKind.
   u32 bits;
   u32 unit_bits;      // CODES_ROW_CHUNKS, as the next.

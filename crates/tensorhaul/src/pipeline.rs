@@ -438,7 +438,12 @@ impl<'a, 'e> Arrivals<'a, 'e> {
 
     /// Every read of a tensor is done: it is ready, or can be made.
     fn complete(&mut self, tensor: usize) {
-        let Some(number) = self.transfer.plan.tensors()[tensor].operation else { return self.ready(tensor) };
+        let placed = &self.transfer.plan.tensors()[tensor];
+        let Some(number) = placed.operation else { return self.ready(tensor) };
+        if placed.len_bytes == 0 {
+            self.gate.pass(number);
+            return self.ready(tensor); // There is nothing to make.
+        }
         if self.failed.is_some() || self.transfer.cancel.is_cancelled() {
             return;
         }

@@ -125,6 +125,12 @@ fn recipes() -> Vec<(String, Recipe)> {
     }
     for bits in 2..=8 {
         add(&format!("planes of {bits} bits"), k_major(Codes::ColumnPlanes { bits }, 9, 96, 32));
+        let row_stride_bytes = 4 * 3 * u64::from(bits) + 4;
+        add(
+            &format!("planes along rows of {bits} bits"),
+            plain(Codes::RowPlanes { bits, row_stride_bytes }, 5, 75),
+        );
+        add(&format!("padded columns of {bits} bits"), plain(Codes::ColumnsPadded { bits }, 7, 75));
     }
     add("high nibbles first", plain(Codes::RowsHighFirst { row_stride_bytes: 19 }, 5, 37));
     for is_interleaved in [false, true] {

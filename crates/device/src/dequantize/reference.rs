@@ -122,7 +122,16 @@ pub(super) fn code_at(codes: Codes, rows: u64, cols: u64, matrix: &[u8], n: u64,
             8 * (n * row_stride_bytes + 17 * (k / 32) + 1) + 4 * (k % 32)
         }
         Codes::Columns { .. } => return code_in_column(rows, matrix, n, k, bits),
-        Codes::ColumnPlanes { .. } => return code_in_planes(rows, matrix, n, k, bits),
+        Codes::ColumnPlanes { .. } => {
+            return code_in_planes(matrix, k, bits, |word| 32 * (word * rows + n));
+        }
+        Codes::RowPlanes { row_stride_bytes, .. } => {
+            return code_in_planes(matrix, k, bits, |word| 8 * n * row_stride_bytes + 32 * word);
+        }
+        Codes::ColumnsPadded { .. } => {
+            let per_word = 32 / bits;
+            32 * (k / per_word * rows + n) + bits * (k % per_word)
+        }
         Codes::Words { words_per_row, is_interleaved } => {
             let nibble = if is_interleaved { AWQ_NIBBLES[n as usize % 8] } else { n % 8 };
             32 * (k * words_per_row + n / 8) + 4 * nibble
@@ -162,19 +171,19 @@ fn code_in_column(rows: u64, matrix: &[u8], n: u64, k: u64, bits: u64) -> u8 {
     low | field(matrix, 32 * ((word + 1) * rows + n), bits - low_bits) << low_bits
 }
 
-/// A code's bits lie in planes, each `width` words of 32 codes:
+/// A code's bits lie in planes, each `width` words of 32 codes, which lie in a column or in a row:
 ///
 /// ```text
 /// 3 bits: plane of 2 bits    word 0: codes 0 to 15, word 1: codes 16 to 31
 ///         plane of 1 bit     word 2: codes 0 to 31, the codes' highest bits
 /// ```
-fn code_in_planes(rows: u64, matrix: &[u8], n: u64, k: u64, bits: u64) -> u8 {
+fn code_in_planes(matrix: &[u8], k: u64, bits: u64, first_bit_of: impl Fn(u64) -> u64) -> u8 {
     let (block, j) = (k / 32, k % 32);
     let (mut code, mut done_bits) = (0, 0);
     for &width in plane_widths(bits) {
         let per_word = 32 / width;
         let word = block * bits + done_bits + j / per_word;
-        code |= field(matrix, 32 * (word * rows + n) + width * (j % per_word), width) << done_bits;
+        code |= field(matrix, first_bit_of(word) + width * (j % per_word), width) << done_bits;
         done_bits += width;
     }
     code

@@ -239,6 +239,8 @@ fn codes_params(
             (8, cols, unit_rows, 8 * u32::from(unit_bytes), false)
         }
         Codes::AwqFast => (9, cols, 1, 0, false),
+        Codes::RowPlanes { row_stride_bytes, .. } => (10, row_stride_bytes, 1, 0, false),
+        Codes::ColumnsPadded { .. } => (11, rows, u64::from(32 / bits), 0, false),
         codes => unreachable!("{codes:?} is not known here"),
     };
     CodesParams {

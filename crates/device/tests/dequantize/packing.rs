@@ -35,6 +35,13 @@ pub(crate) fn pack(layout: Codes, codes: &[Vec<u8>]) -> Vec<u8> {
         Codes::ColumnPlanes { bits } => {
             across(codes, |row| row.chunks(32).flat_map(|codes| planes(codes, bits)).collect())
         }
+        Codes::RowPlanes { bits, row_stride_bytes } => rows(row_stride_bytes, &|row| {
+            let words = row.chunks(32).flat_map(|codes| planes(codes, bits));
+            words.flat_map(u32::to_le_bytes).collect()
+        }),
+        Codes::ColumnsPadded { bits } => {
+            across(codes, |row| row.chunks(32 / usize::from(bits)).map(|codes| word(codes, bits)).collect())
+        }
         Codes::Words { words_per_row, is_interleaved } => {
             let order = if is_interleaved { [0, 2, 4, 6, 1, 3, 5, 7] } else { [0, 1, 2, 3, 4, 5, 6, 7] };
             let mut bytes = Vec::new();

@@ -105,8 +105,11 @@ fn layouts(rows: u64, cols: u64, padding: u64) -> Vec<Codes> {
         let row_stride_bytes = 4 * (cols.div_ceil(32 / u64::from(bits)) + padding);
         layouts.push(Codes::RowsPadded { bits, row_stride_bytes });
         layouts.push(Codes::Columns { bits });
+        layouts.push(Codes::ColumnsPadded { bits });
         if bits > 1 {
             layouts.push(Codes::ColumnPlanes { bits });
+            let row_stride_bytes = 4 * (cols.div_ceil(32) * u64::from(bits) + padding);
+            layouts.push(Codes::RowPlanes { bits, row_stride_bytes });
         }
         if 8 % bits == 0 {
             layouts.push(Codes::RowChunks {

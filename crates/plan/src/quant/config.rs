@@ -180,7 +180,7 @@ impl Config {
             "torchao" => Method::Torchao,
             "hqq" => Method::Hqq,
             "quark" => Method::Quark(quark::read(section)?),
-            "mlx" => Method::Mlx(mlx(section)?),
+            "mlx" | "metal" => Method::Mlx(mlx(section)?),
             other => Method::Foreign(other.to_owned()),
         };
         config.read_excluded(section)?;

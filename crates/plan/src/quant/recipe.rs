@@ -124,6 +124,18 @@ pub enum Codes {
         /// Width of a code.
         bits: u8,
     },
+    /// The planes of `ColumnPlanes` along rows: the words of row `n` side by side, from byte `n * row_stride_bytes` on.
+    RowPlanes {
+        /// Width of a code.
+        bits: u8,
+        /// From a row to the next; a multiple of 4.
+        row_stride_bytes: u64,
+    },
+    /// As `Columns`, but each word holds `32 / bits` codes LSB-first and its last bits are unused.
+    ColumnsPadded {
+        /// Width of a code.
+        bits: u8,
+    },
     /// 32-bit words `[cols, words_per_row]`, each with the 4-bit codes of 8 neighbouring rows `n = 8c..8c+8` of one column: row `8c + j` in
     /// nibble `j`, or in nibble `[0, 4, 1, 5, 2, 6, 3, 7][j]` where `is_interleaved`.
     Words {

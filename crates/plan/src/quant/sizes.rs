@@ -156,6 +156,8 @@ impl Codes {
             | Codes::RowsPadded { bits, .. }
             | Codes::Columns { bits }
             | Codes::ColumnPlanes { bits }
+            | Codes::RowPlanes { bits, .. }
+            | Codes::ColumnsPadded { bits }
             | Codes::RowChunks { bits, .. } => bits,
             Codes::RowsHighFirst { .. }
             | Codes::RowsWithScales { .. }
@@ -189,8 +191,13 @@ impl Codes {
                 in_rows(row_stride_bytes, cols.div_ceil(32).checked_mul(17)?)
             }
             Codes::Columns { .. } => words(rows, cols.checked_mul(bits)?.div_ceil(32)),
-            Codes::ColumnPlanes { .. } if bits == 1 => None,
+            Codes::ColumnPlanes { .. } | Codes::RowPlanes { .. } if bits == 1 => None,
             Codes::ColumnPlanes { .. } => words(rows, cols.div_ceil(32) * bits),
+            Codes::RowPlanes { row_stride_bytes, .. } => {
+                in_rows(row_stride_bytes, (cols.div_ceil(32) * bits).checked_mul(4)?)
+                    .filter(|_| row_stride_bytes.is_multiple_of(4))
+            }
+            Codes::ColumnsPadded { .. } => words(rows, cols.div_ceil(32 / bits)),
             Codes::Words { words_per_row, .. } if words_per_row < rows.div_ceil(8) => None,
             Codes::Words { words_per_row, .. } => words(words_per_row, cols),
             Codes::RowPairs => rows.div_ceil(2).checked_mul(cols),

@@ -7,6 +7,7 @@ use super::dispatch::{self, Signature};
 use super::families::comfy::Layers;
 use super::families::gptq::{self, Samples};
 use super::families::hqq;
+use super::families::plain;
 use super::families::torchao::{self, Entry};
 use super::quantization::{Part, Quantization, Refusal, pass};
 use super::scene::{Scene, contradiction, missing, split};
@@ -165,9 +166,16 @@ fn recognize(
     entries: &[Entry],
 ) -> Result<Option<Group>, QuantError> {
     let len_bytes = anchor.info.len_bytes();
-    // Placeholders without data are no quantized tensors.
-    if len_bytes == 0 {
-        return Ok(None);
+    match signature {
+        // It describes a tensor, and must say something.
+        Signature::BnbState => {}
+        // Nothing to scale: a cast of no numbers.
+        Signature::Float8 | Signature::SubByte if len_bytes == 0 => {
+            return plain::recognize(anchor).map(Some);
+        }
+        // Placeholders without data are no quantized tensors.
+        _ if len_bytes == 0 => return Ok(None),
+        _ => {}
     }
     if len_bytes > PAYLOAD_LEN_BYTES_MAX {
         let expected = format!("at most {PAYLOAD_LEN_BYTES_MAX} bytes");

@@ -107,9 +107,9 @@ fn compressed_tensors_that_do_not_fit() {
             "targets":["Linear"],"format":"nvfp4-pack-quantized","weights":{"num_bits":4}}}}"#),
         "no global scale" => Model::new(&[("a.weight_packed", U8, &[16, 32]), ("a.weight_scale", F8E4m3, &[16, 4])]),
         "excluded" => model(&[16, 2]).config(r#"{"quant_method":"compressed-tensors","ignore":["re:^a$"]}"#),
-        "7 bits, padded, asymmetric" => Model::new(&[
+        "zero-points of other rows" => Model::new(&[
             ("a.weight_shape", I64, &[2]), ("a.weight_packed", I32, &[16, 64]), ("a.weight_scale", Bf16, &[16, 2]),
-            ("a.weight_zero_point", I32, &[4, 2])])
+            ("a.weight_zero_point", I32, &[3, 2])])
             .value("a.weight_shape", shape(16, 256)).config(&config.replace(":4,", ":7,")),
     );
 }

@@ -257,6 +257,9 @@ fn check_bounds(found: &super::Found, group: &Group) -> Result<(), TestCaseError
 
 /// Returns the bytes that codes of one matrix take.
 fn codes_len_bytes(codes: Codes, rows: u64, cols: u64) -> u64 {
+    if rows == 0 {
+        return 0;
+    }
     let last_row = |row_stride_bytes: u64, row_bytes: u64| (rows - 1) * row_stride_bytes + row_bytes;
     match codes {
         Codes::Rows { bits, row_stride_bytes } => {
@@ -279,6 +282,10 @@ fn codes_len_bytes(codes: Codes, rows: u64, cols: u64) -> u64 {
             unit_rows * cols * u64::from(unit_bytes)
         }
         Codes::AwqFast => rows / 4 * cols * 2,
+        Codes::RowPlanes { bits, row_stride_bytes } => {
+            last_row(row_stride_bytes, cols.div_ceil(32) * u64::from(bits) * 4)
+        }
+        Codes::ColumnsPadded { bits } => cols.div_ceil(u64::from(32 / bits)) * rows * 4,
         other => unreachable!("{other:?} is new"),
     }
 }

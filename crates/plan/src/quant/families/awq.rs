@@ -28,11 +28,14 @@ pub(in crate::quant) fn recognize(
         return Err(unsupported("AWQ", payload, format!("codes of {bits} bits")));
     }
     let scales = scene.need(payload, base, "scales", "scales")?;
-    let zeros = match scene.find(base, "qzeros") {
+    // AutoAWQ's fast layout has called the products so.
+    let products = scene.find(base, "scaled_zeros").filter(|_| matches!(layout, AwqLayout::Fast));
+    let zeros = match products.or_else(|| scene.find(base, "qzeros")) {
+        Some(zeros) => zeros,
         None if rule.is_symmetric == Some(true) => {
             return Err(unsupported("AWQ", payload, "codes without zero-points"));
         }
-        _ => scene.need(payload, base, "qzeros", "zero-points")?,
+        None => scene.need(payload, base, "qzeros", "zero-points")?,
     };
     let module = Module { scene, payload, scales, zeros, rule };
     let (shape, per_group, zeros_role, recipe) = match layout {

@@ -96,7 +96,7 @@ fn integers(
         return Err(missing(payload, &[base, "weight_zero_point"].concat(), "zero-points"));
     }
     let zero_point = match &zeros {
-        Some(zeros) => zero_point(payload, zeros, codes, bits, [rows, groups])?,
+        Some(zeros) => zero_point(zeros, codes, bits, [rows, groups])?,
         None => ZeroPoint::Constant(1 << (bits - 1)),
     };
     if let Some(indices) = &indices {
@@ -240,7 +240,6 @@ fn block_scales(
 
 /// Decides how zero-points are stored: packed along rows, in offset binary as codes are; or as single bytes, before 0.9.4.
 fn zero_point(
-    payload: &TensorRef<'_>,
     zeros: &TensorRef<'_>,
     codes: Codes,
     bits: u8,
@@ -256,14 +255,17 @@ fn zero_point(
                 offset: ZeroOffset::Constant(1 << (bits - 1)),
             })
         }
-        Dtype::I32 | Dtype::U32 if matches!(codes, Codes::RowsPadded { .. }) => {
-            let what = format!("zero-points of {bits} bits packed in whole words");
-            Err(unsupported("compressed-tensors", payload, what))
-        }
         Dtype::I32 | Dtype::U32 => {
-            check_shape(zeros, &[(rows * u64::from(bits)).div_ceil(32), groups])?;
+            // Packed as the codes are: densely, or as many as fit whole into a word.
+            let (codes, words) = match codes {
+                Codes::RowsPadded { .. } => {
+                    (Codes::ColumnsPadded { bits }, rows.div_ceil(32 / u64::from(bits)))
+                }
+                _ => (Codes::Columns { bits }, (rows * u64::from(bits)).div_ceil(32)),
+            };
+            check_shape(zeros, &[words, groups])?;
             Ok(ZeroPoint::Packed {
-                codes: Codes::Columns { bits },
+                codes,
                 is_swapped: true,
                 is_signed: false,
                 offset: ZeroOffset::Constant(0),

@@ -299,7 +299,11 @@ fn zero_point(
         return Err(missing(payload, &[base, "qzeros"].concat(), "zero-points"));
     };
     check_dtype(zeros, &[Dtype::I32, Dtype::U32])?;
-    let words = (rows * u64::from(bits)).div_ceil(32);
+    let is_planar = !is_stream(rule, bits);
+    let words = match is_planar {
+        true => rows.div_ceil(32) * u64::from(bits),
+        false => (rows * u64::from(bits)).div_ceil(32),
+    };
     check_shape(zeros, &[groups, words])?;
     let offset = match rule.zeros {
         None => {
@@ -308,13 +312,13 @@ fn zero_point(
         }
         Some(StoredZeros::MinusOne) if bits == 3 => ZeroOffset::Modular,
         Some(StoredZeros::MinusOne) => ZeroOffset::WordWise,
-        Some(StoredZeros::Plain) => ZeroOffset::Constant(0),
-        Some(StoredZeros::Planes) if is_stream(rule, bits) => ZeroOffset::Constant(0),
-        Some(StoredZeros::Planes) => {
-            return Err(unsupported("GPTQ", payload, format!("asymmetric codes of {bits} bits in planes")));
-        }
+        Some(StoredZeros::Plain | StoredZeros::Planes) => ZeroOffset::Constant(0),
     };
-    let codes = Codes::Rows { bits, row_stride_bytes: words * 4 };
+    let row_stride_bytes = words * 4;
+    let codes = match is_planar {
+        true => Codes::RowPlanes { bits, row_stride_bytes },
+        false => Codes::Rows { bits, row_stride_bytes },
+    };
     Ok(ZeroPoint::Packed { codes, is_swapped: true, is_signed: false, offset })
 }
 

@@ -1,6 +1,6 @@
 //! OCP microscaling: blocks of 32 columns that share a power of two; packed 4-bit and 6-bit floats.
 
-use super::{blocks, fold};
+use super::{blocks, fold, swizzled};
 use crate::checkpoint::TensorRef;
 use crate::dtype::Dtype;
 use crate::quant::scene::{Matrices, Scene, check_dtype, members, split, wrong_shape};
@@ -36,6 +36,18 @@ pub(super) fn join(
     packing: Packing,
     name: String,
 ) -> Result<Group, QuantError> {
+    join_laid_out(scene, payload, scale, packing, false, name)
+}
+
+/// As [`join`]; with `is_swizzled` scales lie in tiles of 128 by 4.
+pub(super) fn join_laid_out(
+    scene: &Scene<'_>,
+    payload: &TensorRef<'_>,
+    scale: &TensorRef<'_>,
+    packing: Packing,
+    is_swizzled: bool,
+    name: String,
+) -> Result<Group, QuantError> {
     check_dtype(scale, &[Dtype::U8, Dtype::F8E8m0])?;
     let [ref leading @ .., rows, last] = *payload.info.shape else {
         return Err(wrong_shape(payload, "two dims or more"));
@@ -47,7 +59,10 @@ pub(super) fn join(
         .cols(bytes)
         .ok_or_else(|| wrong_shape(payload, format!("rows of whole {}-bit codes", packing.bits)))?;
     let size = Matrices { batch, rows, cols };
-    let grid = blocks(scale, leading, size, [1, BLOCK], Number::E8m0)?;
+    let grid = match is_swizzled {
+        true => swizzled(scale, size, [1, BLOCK], Number::E8m0)?,
+        false => blocks(scale, leading, size, [1, BLOCK], Number::E8m0)?,
+    };
     let (fold, fold_id) = fold(scene, split(payload.info.name).0, cols)?;
     let mut shape = leading.to_vec();
     shape.extend([rows, cols]);

@@ -241,10 +241,8 @@ fn mx(
 ) -> Result<Group, QuantError> {
     let is_swizzled = entry.flag("is_swizzled_scales");
     if matches!(payload.info.dtype, Dtype::U8 | Dtype::F4) {
-        if is_swizzled {
-            return Err(unsupported("torchao MX", payload, "4-bit codes with scales in tiles"));
-        }
-        return mx::join(scene, payload, scale, Packing::FP4, entry.name.clone());
+        let name = entry.name.clone();
+        return mx::join_laid_out(scene, payload, scale, Packing::FP4, is_swizzled, name);
     }
     mxfp8(payload, scale, is_swizzled, entry.name.clone())
 }
