@@ -10,4 +10,5 @@ pub mod checkpoint;
 pub mod machine;
 pub mod memory;
 pub mod meter;
+pub mod simulator;
 pub mod statistics;
