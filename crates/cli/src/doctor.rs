@@ -130,7 +130,9 @@ fn text(doctor: &Doctor) -> String {
         line("driver", format!("{}: {}", driver.name, self::driver(driver)));
     }
     for device in &doctor.devices {
-        line("device", format!("{}: {}", device.name, self::device(device)));
+        let told = doctor.drivers.iter().any(|driver| driver.why.is_some() && driver.why == device.why);
+        let fact = if told { "does not work without its driver".to_owned() } else { self::device(device) };
+        line("device", format!("{}: {fact}", device.name));
     }
     if doctor.advice.is_empty() {
         line("advice", "none: nothing is missing".to_owned());

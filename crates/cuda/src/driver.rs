@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use std::ptr;
 
 use tensorhaul_device::gpu::{
-    BatchPiece, CallError, Context, DeviceFacts, Driver, EventHandle, FunctionHandle, LaunchShape, Meaning,
-    ModuleHandle, Rows, StreamHandle,
+    BatchPiece, CallError, CaptureMode, Context, DeviceFacts, Driver, EventHandle, FunctionHandle,
+    LaunchShape, Meaning, ModuleHandle, Rows, StreamHandle,
 };
 use tensorhaul_plan::DeviceId;
 
@@ -166,6 +166,14 @@ unsafe impl Driver for Cuda {
     fn make_current(&self, context: Context) -> Result<(), CallError> {
         // SAFETY: a context of `open` or `current`, or null for none.
         self.check("cuCtxSetCurrent", unsafe { (self.table.cuCtxSetCurrent)(pointer(context.0)) })
+    }
+
+    fn exchange_capture_mode(&self, mode: CaptureMode) -> Option<Result<CaptureMode, CallError>> {
+        let exchange = self.table.cuThreadExchangeStreamCaptureMode?;
+        let CaptureMode(mut mode) = mode;
+        // SAFETY: reads and writes one integer.
+        let code = unsafe { exchange(&raw mut mode) };
+        Some(self.check("cuThreadExchangeStreamCaptureMode", code).map(|()| CaptureMode(mode)))
     }
 
     fn memory(&self) -> Result<(u64, u64), CallError> {

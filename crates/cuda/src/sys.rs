@@ -2,7 +2,8 @@
 //!
 //! # Source
 //! CUDA Driver API reference, version 12.0: signatures, flags, attributes and status codes. All are in
-//! every driver since 11.2 but the optional ones: ordered allocation is of 11.2 itself, batched copies of 12.8.
+//! every driver since 11.2 but the optional ones: capture modes are of 10.1, ordered allocation is of 11.2 itself,
+//! batched copies of 12.8.
 
 use std::ffi::{c_char, c_int, c_uint, c_void};
 
@@ -56,6 +57,7 @@ tensorhaul_device::driver_table! {
             Function, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, Stream, *mut *mut c_void, *mut *mut c_void,
         );
         optional:
+        fn cuThreadExchangeStreamCaptureMode(*mut c_int);
         fn cuMemAllocAsync(*mut Address, usize, Stream);
         fn cuMemFreeAsync(Address, Stream);
         fn cuMemcpyBatchAsync(

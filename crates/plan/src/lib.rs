@@ -45,6 +45,8 @@ pub use extent::Extent;
 pub use header::{Header, HeaderError, TensorInfo};
 pub use index::{Index, IndexError};
 pub use placement::{Arena, DeviceId, Place};
-pub use plan::{Copy, Machine, Operation, PlacedTensor, Plan, PlanError, Promised, Read, Source, Target};
+pub use plan::{
+    Copy, Machine, Operation, PlacedTensor, Plan, PlanError, Promised, Read, Source, Staged, Target,
+};
 pub use request::{Dequantize, Layout, Request, Select};
 pub use slice::{Slice, SliceError};

@@ -127,6 +127,15 @@ impl Plan {
         &self.brought[read.brought.start as usize..read.brought.end as usize]
     }
 
+    /// Counts and measures the reads that go through the staging ring, which is what the ring has to hold.
+    pub fn staged(&self) -> Staged {
+        let is_staged = |read: &&Read| matches!(read.target, Target::Staged { .. });
+        self.reads.iter().filter(is_staged).fold(Staged::default(), |staged, read| Staged {
+            reads: staged.reads + 1,
+            read_len_bytes_max: staged.read_len_bytes_max.max(read.extent.len_bytes),
+        })
+    }
+
     /// Returns the machine it was made for.
     pub fn machine(&self) -> &Machine {
         &self.machine
@@ -226,6 +235,15 @@ pub struct Copy {
     pub target: Place,
     /// Number of bytes.
     pub len_bytes: u64,
+}
+
+/// The reads of a plan that go through the staging ring.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Staged {
+    /// Number of reads.
+    pub reads: u64,
+    /// Length of the longest; at most one buffer of the machine.
+    pub read_len_bytes_max: u64,
 }
 
 /// What a plan promises to cost. A run reports what it used beside it.

@@ -28,6 +28,11 @@ pub(crate) struct Config {
     pub(crate) unified: bool,
     /// `batches=0`: the driver refuses batched copies. Default: 1.
     pub(crate) batches: bool,
+    /// `peers=0`: no device reaches another's memory. Default: 1, each can be let to.
+    pub(crate) peers: bool,
+    /// `capturing=1`: somebody in this process captures a stream. Calls that would end the capture, from threads whose
+    /// capture mode is not relaxed, are violations. Default: 0.
+    pub(crate) capturing: bool,
 }
 
 /// One call that fails.
@@ -59,6 +64,8 @@ impl Default for Config {
             pools: true,
             unified: true,
             batches: true,
+            peers: true,
+            capturing: false,
         }
     }
 }
@@ -81,6 +88,8 @@ impl Config {
                 "pools" => config.pools = number()? != 0,
                 "unified" => config.unified = number()? != 0,
                 "batches" => config.batches = number()? != 0,
+                "peers" => config.peers = number()? != 0,
+                "capturing" => config.capturing = number()? != 0,
                 "fail" => {
                     let parts: Vec<&str> = value.split(':').collect();
                     let &[call, nth, code] = parts.as_slice() else { return Err(wrong()) };

@@ -2,7 +2,7 @@
 
 use std::alloc::{Layout, alloc, dealloc};
 use std::cell::Cell;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -39,6 +39,8 @@ pub(crate) struct Device {
     /// Freed in the order of a stream, and kept by the pool until somebody waits for the device.
     pub(crate) reserved_bytes: u64,
     pub(crate) retained: u32,
+    /// Devices, by their index, whose memory it may touch besides its own.
+    pub(crate) peers: BTreeSet<usize>,
     /// The code that every call returns once the device is lost.
     pub(crate) lost: Option<i32>,
     /// Stream 0.
@@ -52,6 +54,8 @@ static HURRY: Condvar = Condvar::new();
 thread_local! {
     /// The device whose context is current, from 1; 0 for none.
     static CURRENT: Cell<usize> = const { Cell::new(0) };
+    /// The capture mode; threads begin with the strictest.
+    static CAPTURE_MODE: Cell<i32> = const { Cell::new(CAPTURE_GLOBAL) };
 }
 
 /// Runs `act` on the machine, made at the first use.
@@ -108,6 +112,9 @@ pub(crate) fn call(name: &'static str, act: impl FnOnce(&mut Machine) -> Result<
     if let Some(code) = machine.current_device().and_then(|device| device.lost) {
         return code;
     }
+    if machine.config.capturing && CAPTURE_MODE.get() != CAPTURE_RELAXED && ENDS_CAPTURES.contains(&name) {
+        machine.violations.push(format!("{name} ends a capture of somebody else"));
+    }
     act(machine).err().unwrap_or(0)
 }
 
@@ -141,6 +148,14 @@ impl Machine {
 
     pub(crate) fn set_current(&self, context: usize) {
         CURRENT.set(context);
+    }
+
+    /// Sets the calling thread's capture mode and returns what it was.
+    pub(crate) fn exchange_capture_mode(&self, mode: i32) -> Result<i32, i32> {
+        if !(CAPTURE_GLOBAL..=CAPTURE_RELAXED).contains(&mode) {
+            return Err(INVALID_VALUE);
+        }
+        Ok(CAPTURE_MODE.replace(mode))
     }
 
     pub(crate) fn current_device(&mut self) -> Option<&mut Device> {
@@ -208,17 +223,38 @@ impl Machine {
         Ok(())
     }
 
-    /// Checks that a range is inside one allocation of one device.
-    pub(crate) fn check_device_range(&mut self, address: u64, len_bytes: u64) -> Result<(), i32> {
-        let holds = |device: &Device| {
+    /// Checks that a range is inside one allocation of a device, or of another that it may touch.
+    pub(crate) fn check_device_range(
+        &mut self,
+        device: usize,
+        address: u64,
+        len_bytes: u64,
+    ) -> Result<(), i32> {
+        let why = match self.owner(address, len_bytes) {
+            Some(owner) if self.may_touch(device, owner) => return Ok(()),
+            Some(owner) => format!("are of device {owner}, which device {device} may not touch"),
+            None => "are not inside an allocation".to_owned(),
+        };
+        self.violations.push(format!("{len_bytes} bytes at {address:#x} {why}"));
+        Err(INVALID_VALUE)
+    }
+
+    /// Returns the index of the device that has the allocation around a range.
+    pub(crate) fn owner(&self, address: u64, len_bytes: u64) -> Option<usize> {
+        self.devices.iter().position(|device| {
             let before = device.allocations.range(..=address).next_back();
             before.is_some_and(|(start, len)| address + len_bytes <= start + len)
-        };
-        if self.devices.iter().any(holds) {
-            return Ok(());
-        }
-        self.violations.push(format!("{len_bytes} bytes at {address:#x} are not inside an allocation"));
-        Err(INVALID_VALUE)
+        })
+    }
+
+    fn may_touch(&self, device: usize, owner: usize) -> bool {
+        device == owner || self.devices.get(device).is_some_and(|device| device.peers.contains(&owner))
+    }
+
+    /// Returns the index of the device of a context that is not the current one.
+    pub(crate) fn peer(&self, context: usize) -> Result<usize, i32> {
+        let is_other = context != self.current() && (1..=self.devices.len()).contains(&context);
+        if is_other { Ok(context - 1) } else { Err(INVALID_CONTEXT) }
     }
 
     /// Checks that one end of a copy about to run, which was valid when it was queued, is neither freed nor unpinned.
@@ -244,9 +280,11 @@ impl Machine {
         }
     }
 
-    /// Returns what kernels may touch: the start and end of each allocation and of all pinned memory, ascending.
-    pub(crate) fn reachable(&self) -> Vec<(u64, u64)> {
-        let allocations = self.devices.iter().flat_map(|device| &device.allocations);
+    /// Returns what kernels of a device may touch: the start and end of each allocation, of its own and of its peers', and
+    /// of all pinned memory, ascending.
+    pub(crate) fn reachable(&self, device: usize) -> Vec<(u64, u64)> {
+        let touched = self.devices.iter().enumerate().filter(|(owner, _)| self.may_touch(device, *owner));
+        let allocations = touched.flat_map(|(_, device)| &device.allocations);
         let pinned = self.pinned.iter().map(|(start, (len, _))| (*start as u64, (start + len) as u64));
         let mut ranges: Vec<_> =
             allocations.map(|(start, len)| (*start, start + len)).chain(pinned).collect();
@@ -261,7 +299,8 @@ impl Machine {
         }
         let config = self.config.clone();
         let device = self.current_device().ok_or(INVALID_CONTEXT)?;
-        Ok(Arc::clone(device.default_stream.get_or_insert_with(|| Arc::new(Stream::start(&config)))))
+        let start = || Arc::new(Stream::start(&config, CURRENT.get() - 1));
+        Ok(Arc::clone(device.default_stream.get_or_insert_with(start)))
     }
 
     pub(crate) fn all_streams(&self) -> impl Iterator<Item = &Arc<Stream>> {
@@ -307,6 +346,30 @@ pub(crate) const INVALID_HANDLE: i32 = 400;
 pub(crate) const NOT_FOUND: i32 = 500;
 pub(crate) const NOT_READY: i32 = 600;
 pub(crate) const NOT_SUPPORTED: i32 = 801;
+
+pub(crate) const PEER_ACCESS_UNSUPPORTED: i32 = 217;
+pub(crate) const PEER_ACCESS_ALREADY_ENABLED: i32 = 704;
+pub(crate) const PEER_ACCESS_NOT_ENABLED: i32 = 705;
+
+const CAPTURE_GLOBAL: i32 = 0;
+const CAPTURE_RELAXED: i32 = 2;
+
+/// Calls that a driver refuses while anybody captures, because they may wait for, or have to do with, what is captured.
+const ENDS_CAPTURES: &[&str] = &[
+    "cuCtxSynchronize",
+    "cuEventQuery",
+    "cuEventSynchronize",
+    "cuMemAllocAsync",
+    "cuMemAlloc_v2",
+    "cuMemFreeHost",
+    "cuMemFree_v2",
+    "cuMemHostAlloc",
+    "cuMemHostRegister_v2",
+    "cuMemHostUnregister",
+    "cuModuleLoadData",
+    "cuModuleUnload",
+    "cuStreamSynchronize",
+];
 
 /// These end a context: illegal addresses and hardware faults.
 const LOST_CODES: std::ops::RangeInclusive<i32> = 700..=719;

@@ -13,7 +13,8 @@ use std::time::Instant;
 
 use crate::core::{
     self, INVALID_CONTEXT, INVALID_DEVICE, INVALID_HANDLE, INVALID_PTX, INVALID_VALUE, Machine, NO_DEVICE,
-    NOT_FOUND, NOT_INITIALIZED, NOT_READY, NOT_SUPPORTED, OUT_OF_MEMORY,
+    NOT_FOUND, NOT_INITIALIZED, NOT_READY, NOT_SUPPORTED, OUT_OF_MEMORY, PEER_ACCESS_ALREADY_ENABLED,
+    PEER_ACCESS_NOT_ENABLED, PEER_ACCESS_UNSUPPORTED,
 };
 use crate::kernels::{HostKernel, Launch};
 use crate::ptx;
@@ -73,6 +74,28 @@ calls! {
         machine.set_current(context.addr());
         Ok(())
     };
+    fn cuThreadExchangeStreamCaptureMode(mode: *mut c_int) |machine| {
+        // SAFETY: the caller passes a pointer that may be read.
+        let wanted = unsafe { *mode };
+        write!(mode, machine.exchange_capture_mode(wanted)?)
+    };
+    fn cuDeviceCanAccessPeer(can: *mut c_int, device: c_int, peer: c_int) |machine| {
+        let count = machine.devices.len() as c_int;
+        if !(0..count).contains(&device) || !(0..count).contains(&peer) { return Err(INVALID_DEVICE) }
+        write!(can, c_int::from(machine.config.peers && device != peer))
+    };
+    fn cuCtxEnablePeerAccess(context: *mut c_void, flags: c_uint) |machine| {
+        let (peer, can) = (machine.peer(context.addr())?, machine.config.peers);
+        let device = machine.current_device().ok_or(INVALID_CONTEXT)?;
+        if flags != 0 { return Err(INVALID_VALUE) }
+        if !can { return Err(PEER_ACCESS_UNSUPPORTED) }
+        if device.peers.insert(peer) { Ok(()) } else { Err(PEER_ACCESS_ALREADY_ENABLED) }
+    };
+    fn cuCtxDisablePeerAccess(context: *mut c_void) |machine| {
+        let peer = machine.peer(context.addr())?;
+        let device = machine.current_device().ok_or(INVALID_CONTEXT)?;
+        if device.peers.remove(&peer) { Ok(()) } else { Err(PEER_ACCESS_NOT_ENABLED) }
+    };
     fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) |machine| {
         let capacity = machine.config.memory_bytes;
         let device = machine.current_device().ok_or(INVALID_CONTEXT)?;
@@ -82,9 +105,9 @@ calls! {
     };
 
     fn cuStreamCreate(stream: *mut *mut c_void, _flags: c_uint) |machine| {
-        if machine.current_device().is_none() { return Err(INVALID_CONTEXT) }
+        let device = machine.current().checked_sub(1).ok_or(INVALID_CONTEXT)?;
         let handle = machine.new_handle();
-        machine.streams.insert(handle, Arc::new(Stream::start(&machine.config)));
+        machine.streams.insert(handle, Arc::new(Stream::start(&machine.config, device)));
         write!(stream, ptr::without_provenance_mut(handle))
     };
     fn cuStreamWaitEvent(stream: *mut c_void, event: *mut c_void, _flags: c_uint) |machine| {
@@ -156,13 +179,15 @@ calls! {
     };
 
     fn cuMemcpyHtoDAsync_v2(target: u64, source: *const c_void, len: usize, stream: *mut c_void) |machine| {
-        machine.check_device_range(target, len as u64)?;
+        let device = machine.stream(stream.addr())?.device;
+        machine.check_device_range(device, target, len as u64)?;
         machine.check_pinned(source.addr(), len);
         let (source, target) = (source.expose_provenance(), target as usize);
         copy(machine, stream, Rows { source, source_stride: 0, target, target_stride: 0, row_len: len, row_count: 1 })
     };
     fn cuMemcpyDtoHAsync_v2(target: *mut c_void, source: u64, len: usize, stream: *mut c_void) |machine| {
-        machine.check_device_range(source, len as u64)?;
+        let device = machine.stream(stream.addr())?.device;
+        machine.check_device_range(device, source, len as u64)?;
         machine.check_pinned(target.addr(), len);
         let (source, target) = (source as usize, target.expose_provenance());
         copy(machine, stream, Rows { source, source_stride: 0, target, target_stride: 0, row_len: len, row_count: 1 })
@@ -182,9 +207,10 @@ calls! {
         let (targets, sources) = (unsafe { array(targets, count) }, unsafe { array(sources, count) });
         // SAFETY: as above.
         let lens = unsafe { array(lens, count) };
+        let device = machine.stream(stream.addr())?.device;
         for piece in 0..count {
             let (target, source, len) = (targets[piece], sources[piece] as usize, lens[piece]);
-            if let Err(code) = machine.check_device_range(target, len as u64) {
+            if let Err(code) = machine.check_device_range(device, target, len as u64) {
                 write!(failed, piece)?;
                 return Err(code);
             }
@@ -195,8 +221,24 @@ calls! {
         Ok(())
     };
     fn cuMemcpyDtoDAsync_v2(target: u64, source: u64, len: usize, stream: *mut c_void) |machine| {
-        machine.check_device_range(source, len as u64)?;
-        machine.check_device_range(target, len as u64)?;
+        let device = machine.stream(stream.addr())?.device;
+        machine.check_device_range(device, source, len as u64)?;
+        machine.check_device_range(device, target, len as u64)?;
+        let (source, target) = (source as usize, target as usize);
+        copy(machine, stream, Rows { source, source_stride: 0, target, target_stride: 0, row_len: len, row_count: 1 })
+    };
+    // Needs no access enabled: without it, a driver carries the bytes through the host.
+    fn cuMemcpyPeerAsync(
+        target: u64, target_context: *mut c_void, source: u64, source_context: *mut c_void, len: usize, stream: *mut c_void,
+    ) |machine| {
+        for (context, address) in [(source_context, source), (target_context, target)] {
+            let named = context.addr().checked_sub(1).filter(|device| *device < machine.devices.len());
+            let named = named.ok_or(INVALID_CONTEXT)?;
+            if machine.owner(address, len as u64) != Some(named) {
+                machine.violations.push(format!("{len} bytes at {address:#x} are not inside an allocation of device {named}"));
+                return Err(INVALID_VALUE);
+            }
+        }
         let (source, target) = (source as usize, target as usize);
         copy(machine, stream, Rows { source, source_stride: 0, target, target_stride: 0, row_len: len, row_count: 1 })
     };
@@ -211,7 +253,8 @@ calls! {
             return Err(INVALID_VALUE);
         }
         let reach = |pitch: usize| (rows.height - 1) * pitch + rows.width;
-        machine.check_device_range(rows.dst_device, reach(rows.dst_pitch) as u64)?;
+        let device = machine.stream(stream.addr())?.device;
+        machine.check_device_range(device, rows.dst_device, reach(rows.dst_pitch) as u64)?;
         machine.check_pinned(rows.src_host.addr(), reach(rows.src_pitch));
         let (source, target) = (rows.src_host.expose_provenance(), rows.dst_device as usize);
         copy(machine, stream, Rows {
@@ -261,7 +304,7 @@ calls! {
             machine.violations.push(format!("kernel {}: {host} bytes of parameters on the host, {ptx} in the PTX", entry.name));
             return Err(INVALID_VALUE);
         }
-        let device = machine.current().checked_sub(1).ok_or(INVALID_CONTEXT)?;
+        let device = stream.device;
         stream.queue(Work::Launch(Launch { kernel, threads: grid_x * block_x, params, device }));
         Ok(())
     };
@@ -337,6 +380,7 @@ pub(crate) unsafe extern "C" fn cuDevicePrimaryCtxRelease_v2(device: c_int) -> c
         device.retained = device.retained.checked_sub(1).ok_or(INVALID_CONTEXT)?;
         if device.retained == 0 {
             ended = device.default_stream.take();
+            device.peers.clear();
         }
         Ok(())
     });
@@ -473,6 +517,7 @@ const ERROR_NAMES: &[(c_int, &std::ffi::CStr)] = &[
     (101, c"CUDA_ERROR_INVALID_DEVICE"),
     (201, c"CUDA_ERROR_INVALID_CONTEXT"),
     (209, c"CUDA_ERROR_NO_BINARY_FOR_GPU"),
+    (217, c"CUDA_ERROR_PEER_ACCESS_UNSUPPORTED"),
     (218, c"CUDA_ERROR_INVALID_PTX"),
     (221, c"CUDA_ERROR_JIT_COMPILER_NOT_FOUND"),
     (222, c"CUDA_ERROR_UNSUPPORTED_PTX_VERSION"),
@@ -480,6 +525,8 @@ const ERROR_NAMES: &[(c_int, &std::ffi::CStr)] = &[
     (500, c"CUDA_ERROR_NOT_FOUND"),
     (600, c"CUDA_ERROR_NOT_READY"),
     (700, c"CUDA_ERROR_ILLEGAL_ADDRESS"),
+    (704, c"CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED"),
+    (705, c"CUDA_ERROR_PEER_ACCESS_NOT_ENABLED"),
     (716, c"CUDA_ERROR_MISALIGNED_ADDRESS"),
     (719, c"CUDA_ERROR_LAUNCH_FAILED"),
     (801, c"CUDA_ERROR_NOT_SUPPORTED"),

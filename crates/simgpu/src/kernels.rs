@@ -38,7 +38,7 @@ impl HostKernel {
 impl Launch {
     /// Runs every thread of the launch. What it may not touch is a violation, and loses the device as on a real one.
     pub(crate) fn run(self) {
-        let ranges = core::with(|machine| machine.reachable());
+        let ranges = core::with(|machine| machine.reachable(self.device));
         WATCH.set(Watch { ranges, ..Watch::default() });
         // SAFETY: the parameters have the length that the kernel takes, checked when it was queued; it touches memory only
         // through `simgpu_touch`.

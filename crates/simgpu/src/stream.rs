@@ -42,13 +42,15 @@ pub(crate) struct Rows {
 
 /// A queue and the thread that works it off.
 pub(crate) struct Stream {
+    /// Index of the device that does the work.
+    pub(crate) device: usize,
     sender: Mutex<Option<Sender<Work>>>,
     thread: Mutex<Option<JoinHandle<()>>>,
     tail: Arc<Event>,
 }
 
 impl Stream {
-    pub(crate) fn start(config: &Config) -> Stream {
+    pub(crate) fn start(config: &Config, device: usize) -> Stream {
         let (sender, queue) = mpsc::channel::<Work>();
         let (delay_us, link_mb_per_s, mut dice) = (config.delay_us, config.link_mb_per_s, config.seed);
         let work = move || {
@@ -65,7 +67,8 @@ impl Stream {
             .name("simgpu-stream".to_owned())
             .spawn(work)
             .expect("a thread for a stream");
-        Stream { sender: Mutex::new(Some(sender)), thread: Mutex::new(Some(thread)), tail: Arc::default() }
+        let (sender, thread) = (Mutex::new(Some(sender)), Mutex::new(Some(thread)));
+        Stream { device, sender, thread, tail: Arc::default() }
     }
 
     pub(crate) fn queue(&self, work: Work) {

@@ -33,6 +33,13 @@ impl Layout {
         Layout { buffer_count, ..self }
     }
 
+    /// Returns as many buffers, but none longer than the longest read needs.
+    pub fn for_reads_of(self, read_len_bytes_max: u64) -> Layout {
+        let read_len = read_len_bytes_max.clamp(1, self.buffer_len_bytes as u64) as usize; // Clamped to a usize.
+        let buffer_len_bytes = read_len.next_multiple_of(BUFFER_LEN_BYTES_MIN).min(self.buffer_len_bytes);
+        Layout { buffer_len_bytes, ..self }
+    }
+
     /// Returns the length of each buffer.
     pub fn buffer_len_bytes(&self) -> usize {
         self.buffer_len_bytes
@@ -112,5 +119,10 @@ mod tests {
     fn small_loads_take_small_rings() {
         assert_eq!(Layout::new(256 << 20, 4096).unwrap().at_most(3).len_bytes(), 12 << 20);
         assert_eq!(Layout::new(256 << 20, 4096).unwrap().at_most(0).buffer_count(), 1);
+        let of_reads = |read_len| Layout::new(256 << 20, 4096).unwrap().at_most(2).for_reads_of(read_len);
+        assert_eq!(of_reads(261_384).len_bytes(), 2 * 262_144);
+        assert_eq!(of_reads(4096).len_bytes(), 2 * 4096);
+        assert_eq!(of_reads(0).len_bytes(), 2 * 4096);
+        assert_eq!(of_reads(u64::MAX).len_bytes(), 8 << 20, "the budget's buffers are the limit");
     }
 }

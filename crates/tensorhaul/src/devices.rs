@@ -214,8 +214,11 @@ pub(crate) fn read_back(
         let staged = unsafe { std::slice::from_raw_parts_mut(memory.as_ptr().as_ptr(), len) };
         // SAFETY: both ranges live until the event was waited for; the tensor's bytes are written by nobody any more.
         unsafe { device.copy_back(source, offset_bytes + bytes.len() as u64, staged, Stream::Copy) }?;
-        if let Err(error) = device.record(Stream::Copy).and_then(|queued| device.wait(&queued)) {
-            std::mem::forget(memory); // The device may still write to it.
+        let copied = || device.record(Stream::Copy).and_then(|queued| device.wait(&queued));
+        if let Err(error) = copied() {
+            if copied().is_err() {
+                std::mem::forget(memory); // The device may still write to it.
+            }
             return Err(error.into());
         }
         bytes.extend_from_slice(staged);

@@ -138,6 +138,9 @@ impl LoadOptions {
     /// memory is freed behind what is queued on it at the last drop. Default: none; memory is then freed behind the
     /// default stream.
     ///
+    /// Tensors must not be dropped while this stream is under capture (a CUDA graph): freeing behind it records an event
+    /// there, which either fails, and the memory is leaked, or ends the capture.
+    ///
     /// # Safety
     /// The handle is a stream of the device the load is for, and outlives the load and every tensor of it.
     pub unsafe fn stream(self, stream: u64) -> Self {

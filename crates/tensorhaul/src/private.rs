@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use tensorhaul_device::Device;
 use tensorhaul_io::Counts;
-use tensorhaul_plan::plan::{Machine, Target};
+use tensorhaul_plan::plan::Machine;
 use tensorhaul_plan::{DeviceId, Plan, Request};
 use tensorhaul_stage::Ring;
 
@@ -241,11 +241,11 @@ fn machine(options: &LoadOptions, able: bool, probed: &Probed) -> Result<Machine
 
 /// Takes a ring no larger than the plan's staged reads can use; none when nothing is staged.
 fn ring(plan: &Plan, options: &LoadOptions) -> Result<Option<Ring>> {
-    let staged = plan.reads().iter().filter(|read| matches!(read.target, Target::Staged { .. })).count();
-    if staged == 0 {
+    let staged = plan.staged();
+    if staged.reads == 0 {
         return Ok(None);
     }
-    let layout = staging_layout(options)?.at_most(staged as u64);
+    let layout = staging_layout(options)?.at_most(staged.reads).for_reads_of(staged.read_len_bytes_max);
     devices::ring(options.request.device, layout).map(Some)
 }
 

@@ -5,6 +5,7 @@ mod kernels;
 mod proof;
 mod sanitize;
 mod shell;
+mod size;
 mod test;
 mod workspace;
 
@@ -35,6 +36,7 @@ fn run(args: &[String]) -> Outcome {
         "test" => test::run(&Workspace::find()?, args),
         "fuzz" => fuzz::run(&Workspace::find()?, args),
         "kernels" => kernels::run(&Workspace::find()?, args),
+        "size" => size::run(&Workspace::find()?),
         "sanitize" => sanitize::run(&Workspace::find()?),
         "proof" => proof::run(&Workspace::find()?),
         "help" | "--help" | "-h" => help(),
@@ -65,6 +67,7 @@ Usage: cargo xtask TASK
   kernels           the compiled forms of kernels/, written anew (clang-22, lld-22, llvm-22)
   kernels --check   whether they are what the sources compile to, byte for byte
   fuzz [ARG...]     every fuzz target for a minute: fuzz/run.sh with these arguments (nightly, cargo-fuzz)
+  size              whether the release command, stripped, is at most 20 MB long
   sanitize          the tests that handle raw memory, under AddressSanitizer (nightly)
   proof             a real model of 91 MB, compared byte for byte with the safetensors Python package (network)
   help              this text

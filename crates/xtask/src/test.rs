@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use crate::workspace::Workspace;
-use crate::{Outcome, kernels, shell};
+use crate::{Outcome, kernels, shell, size};
 
 struct Step {
     name: &'static str,
@@ -30,6 +30,8 @@ const STEPS: &[Step] = &[
     Step { name: "examples", what: "every example runs", run: examples },
     Step { name: "benches", what: "every bench runs once", run: benches },
     Step { name: "readme", what: "the first command of the README works", run: readme },
+    // Behind the step above, which has built it.
+    Step { name: "size", what: "the release command is at most 20 MB long", run: size::run },
 ];
 
 /// Runs the steps named in `args`, or all, and stops at the first that fails; `--list` prints them instead.

@@ -105,6 +105,16 @@ fn a_small_staging_ring_is_kept_to() {
 }
 
 #[test]
+fn a_small_checkpoint_takes_a_ring_no_longer_than_its_reads() {
+    let value = tensorhaul(["load", tiny_llama(), "--in-place", "off", "--json"]).json();
+    let (used, promised) = (&value["peak_staging_bytes"], &value["promised"]["peak_staging_bytes"]);
+    let promised = promised.as_u64().unwrap();
+    // Two files, each one read, 261 kB together: buffers of 4 MiB would be 8.4 MB.
+    assert!(promised > 0 && promised <= 2 * 261_384, "{promised}");
+    assert!(used.as_u64().unwrap() <= promised, "{value}");
+}
+
+#[test]
 fn doctor_states_facts() {
     let value = tensorhaul(["doctor", "--json"]).json();
     let keys =

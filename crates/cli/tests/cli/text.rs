@@ -1,6 +1,6 @@
 //! Output for people: what it must say, not how.
 
-use crate::{tensorhaul, tiny_llama};
+use crate::{Ran, command, tensorhaul, tiny_llama};
 
 #[test]
 fn load_says_how_much_how_fast_and_through_what() {
@@ -45,6 +45,18 @@ fn doctor_names_every_device() {
     for word in words.into_iter().chain(["driver", "host: works", "cuda", "rocm", "advice"]) {
         assert!(text.contains(word), "{word}: {text}");
     }
+}
+
+#[test]
+fn doctor_says_once_why_there_is_no_driver() {
+    let output = command(["doctor"]).env("TENSORHAUL_CUDA_LIBRARY", "/nowhere/libcuda.so.1").output();
+    let text = Ran::new(output.expect("the command starts")).ok();
+    assert_eq!(
+        text.matches("/nowhere/libcuda.so.1").count(),
+        text.matches("no driver library found").count()
+    );
+    assert_eq!(text.matches("no driver library found").count(), 1, "{text}");
+    assert!(text.contains("cuda: does not work without its driver"), "{text}");
 }
 
 #[test]

@@ -55,6 +55,10 @@ pub unsafe trait Driver: Send + Sync + 'static {
     /// [`CallError`].
     fn make_current(&self, context: Context) -> Result<(), CallError>;
 
+    /// Sets how strictly the calling thread is held to the rules of stream capture, and returns how it was; `None` when the
+    /// driver has no such call.
+    fn exchange_capture_mode(&self, mode: CaptureMode) -> Option<Result<CaptureMode, CallError>>;
+
     /// Returns free and total bytes.
     ///
     /// # Errors
@@ -241,6 +245,15 @@ pub unsafe trait Driver: Send + Sync + 'static {
 /// A driver's context, or whatever names a device on a thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Context(pub usize);
+
+/// How strictly a thread is held to the rules of stream capture, in the driver's numbers, which all vendors share.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CaptureMode(pub i32);
+
+impl CaptureMode {
+    /// The thread may make every call that does not touch a stream under capture, whoever captures.
+    pub const RELAXED: CaptureMode = CaptureMode(2);
+}
 
 /// A driver's stream; 0 is the default stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

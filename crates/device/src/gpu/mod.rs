@@ -9,7 +9,7 @@
 //!   so that the compute stream may write it too.
 //! - Memory is freed behind whatever may still use it: both streams, the default stream, and every
 //!   stream a consumer named with [`Allocation::release_after`]. If that order cannot be had, it is leaked.
-//! - The calling thread's own current device is put back after every call.
+//! - The calling thread's own current device and capture mode are put back after every call.
 
 mod dequantize;
 mod dequantize_params;
@@ -26,8 +26,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 pub use driver::{
-    BatchPiece, CallError, Context, DeviceFacts, Driver, EventHandle, FunctionHandle, LaunchShape, Meaning,
-    ModuleHandle, Rows, StreamHandle,
+    BatchPiece, CallError, CaptureMode, Context, DeviceFacts, Driver, EventHandle, FunctionHandle,
+    LaunchShape, Meaning, ModuleHandle, Rows, StreamHandle,
 };
 use kernels::Modules;
 use memory::Memory;
@@ -182,17 +182,24 @@ impl<D: Driver> Shared<D> {
         DeviceError::Driver { device: self.id(), error }
     }
 
-    /// Makes the device current on this thread until the guard is dropped.
+    /// Makes the device current on this thread until the guard is dropped, and the thread's capture mode relaxed: a
+    /// library that captures a graph in this process would else have its capture ended by our allocations and queries.
     fn bind(&self) -> Result<Bound<'_, D>, DeviceError> {
         if std::process::id() != self.process {
             return Err(DeviceError::Unavailable { device: self.id(), why: FORKED.to_owned() });
         }
         let before = self.driver.current().map_err(|error| self.failed(error))?;
-        if before == self.context {
-            return Ok(Bound { driver: &*self.driver, before: None });
+        let mut bound = Bound { driver: &*self.driver, before: None, capture_mode: None };
+        if before != self.context {
+            self.driver.make_current(self.context).map_err(|error| self.failed(error))?;
+            bound.before = Some(before);
         }
-        self.driver.make_current(self.context).map_err(|error| self.failed(error))?;
-        Ok(Bound { driver: &*self.driver, before: Some(before) })
+        // From here on dropping `bound` undoes what was done.
+        if let Some(exchanged) = self.driver.exchange_capture_mode(CaptureMode::RELAXED) {
+            let mode = exchanged.map_err(|error| self.failed(error))?;
+            bound.capture_mode = Some(mode).filter(|mode| *mode != CaptureMode::RELAXED);
+        }
+        Ok(bound)
     }
 
     /// Records an event on a stream, taking one that is free.
@@ -252,16 +259,22 @@ impl<D: Driver> Drop for Shared<D> {
     }
 }
 
-/// The device is current on this thread.
+/// The device is current on this thread, and the thread's capture mode relaxed.
 struct Bound<'d, D: Driver> {
     driver: &'d D,
+    /// What was current, where that was something else.
     before: Option<Context>,
+    /// The capture mode, where that was stricter.
+    capture_mode: Option<CaptureMode>,
 }
 
 impl<D: Driver> Drop for Bound<'_, D> {
     fn drop(&mut self) {
+        // When one of these fails, the next caller's own call says so.
+        if let Some(mode) = self.capture_mode {
+            let _ = self.driver.exchange_capture_mode(mode);
+        }
         if let Some(before) = self.before {
-            // When this fails, the next caller's own call says so.
             let _ = self.driver.make_current(before);
         }
     }

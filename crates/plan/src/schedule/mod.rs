@@ -80,8 +80,9 @@ fn in_order(
 fn promise(plan: &Plan) -> Promised {
     let is_staged = |target: &Target| matches!(target, Target::Staged { .. });
     let in_place = plan.reads.iter().filter(|read| !is_staged(&read.target));
-    let staged = plan.reads.iter().filter(|read| is_staged(&read.target)).count() as u64;
-    let peak_staging_bytes = staged.min(plan.machine.buffer_count.into()) * plan.machine.buffer_len_bytes;
+    let staged = plan.staged();
+    let buffer_len_bytes = staged.read_len_bytes_max.next_multiple_of(BUFFER_ALIGN_BYTES);
+    let peak_staging_bytes = staged.reads.min(plan.machine.buffer_count.into()) * buffer_len_bytes;
     let own = |is_scratch| {
         plan.arenas.iter().filter(move |arena| !arena.is_external && arena.is_scratch == is_scratch)
     };

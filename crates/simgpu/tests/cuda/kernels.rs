@@ -215,7 +215,7 @@ fn queued(happened: &Happened) -> u64 {
 }
 
 /// A file of BF16 tensors at odd offsets: each goes to an aligned place of its own.
-fn misaligned(folder: &Path, name: &str, count: usize, numel: usize) -> PathBuf {
+pub(crate) fn misaligned(folder: &Path, name: &str, count: usize, numel: usize) -> PathBuf {
     let mut header = String::from(r#"{"odd":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}"#);
     let mut at = 1;
     for number in 0..count {

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a failed expectation is the test's own report")]
 
 mod bench;
+mod capture;
 mod consumer;
 mod cudarc_slices;
 mod faults;
@@ -13,6 +14,7 @@ mod load;
 mod memory;
 mod missing;
 mod overlap;
+mod peers;
 mod quantized;
 mod sim;
 

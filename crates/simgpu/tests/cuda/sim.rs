@@ -103,6 +103,12 @@ pub(crate) fn library_path() -> PathBuf {
     names.into_iter().find(|path| path.exists()).expect("cargo test builds libsimgpu.so first")
 }
 
+/// Returns a function that the library exports, for tests of what the backend does not call.
+pub(crate) fn function<F: Copy>(name: &str) -> F {
+    // SAFETY: the tests name the library's functions with their signatures.
+    *unsafe { library().get::<F>(name) }.unwrap()
+}
+
 /// Queues a function of the host on a stream.
 pub(crate) fn launch_host_function(
     stream: *mut c_void,
@@ -110,10 +116,8 @@ pub(crate) fn launch_host_function(
     data: *mut c_void,
 ) -> i32 {
     type Call = unsafe extern "C" fn(*mut c_void, extern "C" fn(*mut c_void), *mut c_void) -> i32;
-    // SAFETY: the library exports this function with this signature.
-    let call: Symbol<'_, Call> = unsafe { library().get(b"cuLaunchHostFunc") }.unwrap();
     // SAFETY: the caller passes what the function takes.
-    unsafe { call(stream, function, data) }
+    unsafe { self::function::<Call>("cuLaunchHostFunc")(stream, function, data) }
 }
 
 fn call_with_text(name: &[u8], text: &str) -> i32 {

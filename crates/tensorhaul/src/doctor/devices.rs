@@ -160,9 +160,9 @@ pub(super) fn advise(device: &DeviceFact) -> Option<Advice> {
 impl DriverFact {
     /// A machine without GPUs lacks nothing.
     pub(super) fn advise(&self) -> Option<Advice> {
-        let why = self.why.as_ref().filter(|_| has_device_of(NVIDIA))?;
+        self.why.as_ref().filter(|_| has_device_of(NVIDIA))?;
         Some(Advice {
-            what: format!("an NVIDIA device is on the PCI bus, but its driver does not work: {why}"),
+            what: "an NVIDIA device is on the PCI bus, but its driver does not work".to_owned(),
             remedy: "install NVIDIA's driver; in a container, start it with --gpus all".to_owned(),
         })
     }
