@@ -8,7 +8,8 @@
 //! faster than the number of tensors. Memory is counted by the allocator and printed first.
 //!
 //! `recognize` joins the 50,000 tensors of quantized experts to groups, in the formats with the fewest and the most tensors to a
-//! weight; asked: 100 ms. `plain` is what looking for quantization costs where there is none.
+//! weight; `dequantize` plans their numbers, `stored` what a load without that plans. Asked: 100 ms for recognition and what planning
+//! takes longer. `plain` is what looking for quantization costs where there is none.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::collections::BTreeMap;
@@ -21,7 +22,7 @@ use safetensors::tensor::Metadata;
 use tensorhaul_plan::header::{Header, NewTensor, encode};
 use tensorhaul_plan::plan::Machine;
 use tensorhaul_plan::quant::{Configs, Survey, Values};
-use tensorhaul_plan::{Checkpoint, Dtype, File, Plan, Request};
+use tensorhaul_plan::{Checkpoint, Dequantize, Dtype, File, Plan, Request};
 
 const TENSOR_COUNTS: [usize; 2] = [100_000, 1_000_000];
 
@@ -60,7 +61,7 @@ fn time(criterion: &mut Criterion) {
     group.finish();
 }
 
-/// Recognises experts of several formats.
+/// Recognises experts of several formats, and plans them as they are stored and as numbers.
 fn recognize(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("quant");
     group.sample_size(10);
@@ -82,16 +83,30 @@ fn recognize(criterion: &mut Criterion) {
                 Survey::new(&checkpoint, black_box(&configs)).expect("the configuration is well-formed");
             let quantization = survey.recognize(&checkpoint, &values(&survey));
             assert!(quantization.refused().is_empty(), "{format}: {}", quantization.refused()[0].error);
-            quantization.groups().len()
+            quantization
         };
         let expected = if format == "plain" { 0 } else { QUANT_TENSOR_COUNT / tensors.len() };
-        assert_eq!(run(), expected, "{format}");
+        assert_eq!(run().groups().len(), expected, "{format}");
         group.bench_function(
             BenchmarkId::new(format!("recognize/{format}"), QUANT_TENSOR_COUNT),
             |bencher| {
                 bencher.iter(&run);
             },
         );
+        let groups = run().shared_groups();
+        let checkpoint = Arc::new(checkpoint);
+        let mut request = Request::all();
+        for name in ["stored", "dequantize"] {
+            group.bench_function(
+                BenchmarkId::new(format!("{name}/{format}"), QUANT_TENSOR_COUNT),
+                |bencher| {
+                    bencher.iter(|| Plan::new(&checkpoint, black_box(&request), &Machine::default()));
+                },
+            );
+            let (dtype, layout) = (Dtype::Bf16, tensorhaul_plan::Layout::Rows);
+            let groups = Arc::clone(&groups);
+            request.dequantize = Some(Dequantize { groups, globs: None, dtype, layout, fold: false });
+        }
     }
     group.finish();
 }

@@ -74,9 +74,8 @@ impl Load {
         );
         let _ = writeln!(text, "  time      {}, {:.2} GB/s", seconds(report.seconds), report.gb_per_s);
         let _ = writeln!(text, "  engine    {}, {} hand-over", report.engine, report.handover);
-        let cache =
-            |bytes_| if report.bytes == 0 { 0.0 } else { 100.0 * bytes_ as f64 / report.bytes as f64 };
         let (hot, cold) = (report.bytes_hot, report.bytes_cold);
+        let cache = |bytes_| if hot + cold == 0 { 0.0 } else { 100.0 * bytes_ as f64 / (hot + cold) as f64 };
         let _ = writeln!(
             text,
             "  cache     {} hot ({:.0}%), {} cold ({:.0}%); {} read directly",

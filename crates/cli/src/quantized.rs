@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use std::sync::Arc;
 
 use serde::Serialize;
-use tensorhaul::quant::{Group, Part, Pass, Quantization};
+use tensorhaul::quant::{Grid, Group, Part, Pass, Quantization};
 use tensorhaul::{Model, TensorId};
 
 use crate::output::{count, printable};
@@ -102,8 +102,10 @@ impl Quantized {
 /// Names a format as people do: `GPTQ 4-bit g128 sym`.
 fn format(group: &Group) -> String {
     let mut text = format!("{} {}-bit", group.family, group.bits);
-    if let Some(group_size) = group.group_size {
-        let _ = write!(text, " g{group_size}");
+    match (group.group_size, group.recipe.scale.map(|scale| scale.grid)) {
+        (Some(group_size), _) => _ = write!(text, " g{group_size}"),
+        (None, Some(grid)) => text.push_str(&sharing(group, &grid)),
+        (None, None) => {}
     }
     match group.is_symmetric {
         Some(true) => text.push_str(" sym"),
@@ -114,6 +116,20 @@ fn format(group: &Group) -> String {
         text.push_str(" act-order");
     }
     text
+}
+
+/// Says which elements share a scale, where they are no groups of a row.
+fn sharing(group: &Group, grid: &Grid) -> String {
+    let (rows, cols) = (grid.rows_per_group, grid.cols_per_group);
+    let (all_rows, all_cols) = (group.recipe.rows <= u64::from(rows), group.recipe.cols <= u64::from(cols));
+    match (grid.row_stride, grid.col_stride) {
+        (0, 0) => " per tensor".to_owned(),
+        (_, 0) if rows == 1 => " per row".to_owned(),
+        (0, _) if cols == 1 => " per column".to_owned(),
+        _ if rows == 1 && all_cols => " per row".to_owned(),
+        _ if cols == 1 && all_rows => " per column".to_owned(),
+        _ => format!(" {rows}x{cols}"),
+    }
 }
 
 /// The JSON of it.

@@ -423,7 +423,7 @@ proptest! {
             let max_bytes = needed_bytes * (budget + 2) / 2;
             request.transient_bytes_max = Some(max_bytes);
             let tight = Plan::new(&world.checkpoint, &request, &machine).unwrap();
-            prop_assert!(tight.arenas().iter().rfind(|arena| arena.is_scratch).unwrap().len_bytes <= max_bytes);
+            prop_assert!(tight.promised().transient_bytes <= max_bytes);
             check_operations(&world, &tight, |read| lanes[read % lanes.len()], &turns);
         }
         prop_assert_eq!(roomy.operations().len(), groups.len());

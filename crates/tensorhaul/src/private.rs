@@ -93,7 +93,7 @@ fn attempt(model: &Inner, options: &LoadOptions, cancel: &Cancel, emit: &mut Emi
             handover: "private",
             resident: true,
             bytes_hot: temperatures.hot_bytes,
-            bytes_cold: promised.payload_bytes - temperatures.hot_bytes,
+            bytes_cold: temperatures.cold_bytes,
             bytes_direct: temperatures.direct_bytes,
             bytes_ahead: done.ahead.bytes,
             bytes_in_place: promised.in_place_bytes,
@@ -212,7 +212,7 @@ fn request(model: &Inner, options: &LoadOptions) -> Result<Request> {
     let mut request = options.request.clone();
     request.external.extend(options.targets.iter().map(|(name, _)| name.clone()));
     if let Some(dequantization) = &options.dequantization {
-        request.dequantize = Some(quantized::dequantize(model, dequantization)?);
+        request.dequantize = Some(quantized::dequantize(model, dequantization, &options.request.select)?);
         request.transient_bytes_max = options.transient_bytes;
     }
     Ok(request)

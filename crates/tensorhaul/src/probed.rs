@@ -51,14 +51,16 @@ impl Probed {
 /// Hot or cold, for every read.
 pub(crate) struct Temperatures {
     pub(crate) access: Vec<Access>,
+    /// Bytes of tensors that the page cache holds, and those it does not.
     pub(crate) hot_bytes: u64,
+    pub(crate) cold_bytes: u64,
     pub(crate) direct_bytes: u64,
 }
 
 impl Temperatures {
     pub(crate) fn new(model: &Inner, plan: &Plan, probed: &Probed) -> Temperatures {
-        let mut temperatures =
-            Temperatures { access: Vec::with_capacity(plan.reads().len()), hot_bytes: 0, direct_bytes: 0 };
+        let access = Vec::with_capacity(plan.reads().len());
+        let mut temperatures = Temperatures { access, hot_bytes: 0, cold_bytes: 0, direct_bytes: 0 };
         for read in plan.reads() {
             let extent = read.extent;
             let file = model.files().get(extent.file as usize);
@@ -74,7 +76,8 @@ impl Temperatures {
             let able =
                 plan.machine().direct_align_bytes > 1 && file.is_some_and(|file| file.direct().is_some());
             let is_direct = !is_hot && residency != Residency::Unknown && able;
-            temperatures.hot_bytes += if is_hot { read.payload_bytes } else { 0 };
+            let bytes = if is_hot { &mut temperatures.hot_bytes } else { &mut temperatures.cold_bytes };
+            *bytes += read.payload_bytes;
             temperatures.direct_bytes += if is_direct { extent.len_bytes } else { 0 };
             temperatures.access.push(if is_direct { Access::Direct } else { Access::Cached });
         }

@@ -1,15 +1,17 @@
 //! Quantized tensors of a model: what is known of them, and which a load makes numbers of.
 
-use std::fs::File;
-use std::io::Read;
+use std::fs;
+use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
 use tensorhaul_plan::quant::{Configs, Need, QuantError, Quantization, Survey, Values};
-use tensorhaul_plan::{Dequantize, Dtype, Layout, TensorId};
+use tensorhaul_plan::request::any_matches;
+use tensorhaul_plan::{Dequantize, Dtype, Layout, Select, TensorId};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::locate::read_limited;
 use crate::model::{Inner, Source};
 
 /// Which quantized tensors arrive as numbers, and of which kind: FP8, GPTQ, AWQ and their relatives become F32, F16 or BF16 where they are
@@ -58,36 +60,42 @@ impl Dequantization {
 }
 
 /// Completes a request with the groups to dequantize.
-pub(crate) fn dequantize(model: &Inner, options: &Dequantization) -> Result<Dequantize> {
+pub(crate) fn dequantize(model: &Inner, options: &Dequantization, select: &Select) -> Result<Dequantize> {
     let Dequantization { dtype, only, layout, fold } = options.clone();
     if !matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::Bf16) {
         return Err(Error::bad_request(format!("nothing is dequantized to {dtype}; F32, F16 and BF16 work")));
     }
     let quantization = model.quantization()?;
-    if let Some(refusal) = refusal(model, &quantization, only.as_deref()) {
+    if let Some(refusal) = refusal(model, &quantization, only.as_deref(), select) {
         return Err(quant_error(refusal.clone(), &model.folder));
     }
     Ok(Dequantize { groups: quantization.shared_groups(), globs: only, dtype, layout, fold })
 }
 
-/// Finds a tensor that was asked for and cannot be dequantized. Of several globs, one that matches a refused tensor's module is enough: whoever
-/// names it wants it.
+/// Finds a tensor that was asked for and cannot be dequantized. Of several globs, one that matches a refused tensor, or what it would become, is
+/// enough: whoever names it wants it.
 fn refusal<'q>(
     model: &Inner,
     quantization: &'q Quantization,
     only: Option<&[String]>,
+    select: &Select,
 ) -> Option<&'q QuantError> {
-    let mut refused = quantization.refused().iter();
-    let Some(globs) = only else { return refused.next().map(|refused| &refused.error) };
-    let is_wanted = |name: &str| {
+    let is_wanted = |tensor: TensorId| {
+        let name = model.checkpoint.tensor(tensor).info.name;
         let module = name.rsplit_once('.').map_or(name, |(module, _)| module);
         let result = format!("{module}.weight");
-        tensorhaul_plan::request::any_matches(globs, &[name, &result])
+        let names = [name, &result, name.strip_suffix("_blocks").unwrap_or(name)];
+        let is_hit = |globs: &[String]| any_matches(globs, &names);
+        let is_selected = match select {
+            Select::Names(selected) => selected.iter().any(|selected| names.contains(&selected.as_str())),
+            Select::Globs(globs) => is_hit(globs),
+            // A predicate sees tensors by itself.
+            _ => true,
+        };
+        is_selected && only.is_none_or(is_hit)
     };
-    let is_hit = |tensor: Option<TensorId>| {
-        tensor.is_none_or(|tensor| is_wanted(model.checkpoint.tensor(tensor).info.name))
-    };
-    refused.find(|refused| is_hit(refused.tensor)).map(|refused| &refused.error)
+    let mut refused = quantization.refused().iter();
+    refused.find(|refused| refused.tensor.is_none_or(is_wanted)).map(|refused| &refused.error)
 }
 
 impl Inner {
@@ -111,15 +119,11 @@ impl Inner {
         }
         for name in Configs::FILES {
             let path = self.folder.join(name);
-            let file = match File::open(&path) {
-                Ok(file) => file,
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
-                Err(error) => return Err(Error::io("opening it", &path, error)),
-            };
-            let mut bytes = Vec::new();
-            // One byte more than is accepted, so that what is too long is refused and not cut.
-            let limited = file.take(Configs::LEN_BYTES_MAX + 1).read_to_end(&mut bytes);
-            limited.map_err(|error| Error::io("reading it", &path, error))?;
+            // One that is there and cannot be read may say what no tensor says: that is an error.
+            if matches!(fs::symlink_metadata(&path), Err(error) if error.kind() == io::ErrorKind::NotFound) {
+                continue;
+            }
+            let bytes = read_limited(&path, Configs::LEN_BYTES_MAX)?;
             configs.insert(name, bytes);
         }
         Ok(configs)

@@ -38,6 +38,10 @@ pub trait TensorBytes {
     /// Returns how many bytes there are. The writer checks it against dtype and shape before it writes.
     fn len_bytes(&self) -> u64;
 
+    /// Hears that its turn will come: called once for each tensor, in the order in which they will be filled, before the first is.
+    /// A source that computes its bytes learns from it what to compute together. Does nothing by default.
+    fn announce(&self) {}
+
     /// Fills all of `target` with the bytes from `offset_bytes` on. Pieces begin and end between elements
     /// (of element types that are at least a byte wide).
     ///
@@ -172,6 +176,7 @@ pub fn save_file(path: &Path, mut tensors: Vec<SaveTensor<'_>>, options: &SaveOp
     check(&tensors)?;
     let mut watch = Watch::new(&tensors, options);
     let (tensor_count, bytes) = (watch.totals.total_tensors, watch.totals.total_bytes);
+    arrange(&mut tensors);
     let file = write_shard(path, &mut tensors, options, &mut watch)?;
     let saved = Saved { files: vec![file.name()], index: None, tensors: tensor_count, bytes };
     publish(vec![file], Existing::Replaced)?;
@@ -252,6 +257,7 @@ pub(crate) fn write_checkpoint(
     }
     let lens: Vec<u64> = tensors.iter().map(|tensor| tensor.bytes.len_bytes()).collect();
     let shards = shards(&lens, max_shard_bytes);
+    shards.iter().for_each(|range| arrange(&mut tensors[range.clone()]));
     let mut watch = Watch::new(&tensors, options);
     let mut index = Index {
         metadata: IndexMetadata { total_size: watch.totals.total_bytes },
@@ -332,15 +338,20 @@ fn shard_name(number: usize, count: usize) -> String {
     }
 }
 
-/// Writes one file, under its temporary name, to storage.
+/// Puts the tensors of a file in the order in which they will be written, and tells them.
+fn arrange(tensors: &mut [SaveTensor<'_>]) {
+    // Each tensor is aligned for its own dtype this way, because the format allows no holes between them.
+    tensors.sort_by(|a, b| (Reverse(a.dtype), &a.name).cmp(&(Reverse(b.dtype), &b.name)));
+    tensors.iter().for_each(|tensor| tensor.bytes.announce());
+}
+
+/// Writes one file, its tensors in this order, under its temporary name to storage.
 fn write_shard(
     target: &Path,
     tensors: &mut [SaveTensor<'_>],
     options: &SaveOptions,
     watch: &mut Watch<'_>,
 ) -> Result<NewFile> {
-    // Each tensor is aligned for its own dtype this way, because the format allows no holes between them.
-    tensors.sort_by(|a, b| (Reverse(a.dtype), &a.name).cmp(&(Reverse(b.dtype), &b.name)));
     let entries =
         tensors.iter().map(|SaveTensor { name, dtype, shape, .. }| NewTensor { name, dtype: *dtype, shape });
     let header = header::encode(&entries.collect::<Vec<_>>(), &options.metadata, DATA_ALIGN_BYTES)

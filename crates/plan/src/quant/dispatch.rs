@@ -158,6 +158,11 @@ fn words(scene: &Scene<'_>, anchor: &TensorRef<'_>) -> Result<Option<Group>, Qua
         Method::Mlx(_) if !scene.config.is_excluded(module(base)) => {
             scene.need(anchor, base, "scales", "scales").map(|_| None)
         }
+        Method::Quark(config)
+            if !scene.config.is_excluded(module(base)) && config.weight(module(base)).is_some() =>
+        {
+            scene.need(anchor, base, "weight_scale", "scale").map(|_| None)
+        }
         _ => Ok(None),
     }
 }

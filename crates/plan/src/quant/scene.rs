@@ -57,6 +57,54 @@ pub(super) fn module(base: &str) -> &str {
     base.strip_suffix('.').unwrap_or(base)
 }
 
+/// Finds a tensor that by its name scales this one, and that is nobody's scale.
+pub(super) fn stray_scale<'c>(
+    checkpoint: &'c Checkpoint,
+    tensor: &TensorRef<'_>,
+    is_taken: impl Fn(TensorId) -> bool,
+) -> Option<TensorRef<'c>> {
+    let name = tensor.info.name;
+    let (base, leaf) = split(name);
+    let stem = PACKED_ENDS.iter().find_map(|end| name.strip_suffix(end)).filter(|stem| *stem != base);
+    let own = [Some(name), stem].into_iter().flatten();
+    let own = own.flat_map(|stem| SCALE_ENDS.iter().map(move |end| [stem, end].concat()));
+    // Beside it in the module, where its name says that it is what the module multiplies with.
+    let is_weight =
+        tensor.info.shape.len() > 1 && ["weight", "packed", "codes"].iter().any(|word| leaf.contains(word));
+    let beside = SCALE_LEAVES.iter().filter(|_| is_weight).map(|scale| [base, scale].concat());
+    own.chain(beside).filter_map(|name| checkpoint.find(&name)).find(|scale| !is_taken(scale.id))
+}
+
+/// What the names of packed tensors end with, and those of their scales do not.
+const PACKED_ENDS: [&str; 4] = ["_blocks", "_packed", "_qweight", ".blocks"];
+
+/// What is appended to a name for the tensor that scales it.
+const SCALE_ENDS: [&str; 10] = [
+    "_scale",
+    "_scales",
+    "_scale_inv",
+    "_weight_scale",
+    ".scale",
+    ".scales",
+    "._scale",
+    ".absmax",
+    "_absmax",
+    "_weight_scale_inv",
+];
+
+/// The names that scales have in the module of their weight.
+const SCALE_LEAVES: [&str; 9] = [
+    "weight_scale",
+    "weight_scales",
+    "weight_scale_inv",
+    "scale_weight",
+    "scales",
+    "scale",
+    "wscales",
+    "SCB",
+    "absmax",
+];
+
 pub(super) fn missing(of: &TensorRef<'_>, name: &str, what: &'static str) -> QuantError {
     QuantError::Missing { tensor: of.info.name.to_owned(), missing: name.to_owned(), what }
 }

@@ -4,22 +4,26 @@ use std::collections::{HashMap, HashSet};
 
 use super::config::{Config, Method};
 use super::dispatch::{self, Signature};
+use super::families::bitsandbytes::STATE;
 use super::families::comfy::Layers;
 use super::families::gptq::{self, Samples};
 use super::families::hqq;
 use super::families::plain;
 use super::families::torchao::{self, Entry};
 use super::quantization::{Part, Quantization, Refusal, pass};
-use super::scene::{Scene, contradiction, missing, split};
+use super::scene::{Scene, contradiction, missing, split, stray_scale, unsupported};
 use super::values::{NEED_LEN_BYTES_MAX, Need, Values};
-use super::{Configs, Group, QuantError, Role};
+use super::{Configs, Family, Group, QuantError, Role};
 use crate::checkpoint::{Checkpoint, TensorId, TensorRef};
+use crate::dtype::Dtype;
 
 /// A first look at a checkpoint: what may be quantized, and which bytes would tell.
 #[derive(Debug)]
 pub struct Survey {
     config: Config,
     candidates: Vec<Candidate>,
+    /// Whether there are integers that codes may be packed into.
+    has_integers: bool,
     needs: Vec<Need>,
     samples: Samples,
     comfy: Layers,
@@ -45,6 +49,7 @@ impl Survey {
         let mut survey = Survey {
             config,
             candidates: Vec::new(),
+            has_integers: false,
             needs: Vec::new(),
             samples: Samples::default(),
             comfy: Layers::default(),
@@ -61,7 +66,10 @@ impl Survey {
         for tensor in checkpoint.tensors() {
             let named = || dispatch::signature(tensor.info.name, tensor.info.dtype);
             let described = described.get(&tensor.id).map(|place| Signature::Torchao(*place));
-            let Some(signature) = described.or_else(named) else { continue };
+            let Some(signature) = described.or_else(named) else {
+                survey.has_integers |= may_be_codes(&tensor);
+                continue;
+            };
             survey.add(checkpoint, signature, &tensor);
         }
         survey.needs.sort_unstable();
@@ -89,7 +97,7 @@ impl Survey {
             warnings: self.config.warnings.clone(),
             ..Quantization::default()
         };
-        if self.candidates.is_empty() {
+        if self.candidates.is_empty() && !self.has_integers {
             return quantization;
         }
         let mut comfy = self.comfy.clone();
@@ -188,6 +196,12 @@ fn recognize(
 fn finish(checkpoint: &Checkpoint, mut groups: Vec<Group>, quantization: &mut Quantization) {
     let Quantization { refused, parts, .. } = quantization;
     groups.sort_by_key(payload);
+    let mut is_scaled = vec![false; checkpoint.len()];
+    for (_, member) in groups.iter().filter(|group| group.members.len() > 1).flat_map(|group| &group.members)
+    {
+        is_scaled[member.0 as usize] = true;
+    }
+    let stray = |tensor: &TensorRef<'_>| stray_scale(checkpoint, tensor, |id| is_scaled[id.0 as usize]);
     *parts = vec![Part::Plain; checkpoint.len()];
     // Of results under new names; the others keep a stored tensor's, which are unique.
     let mut names = HashSet::new();
@@ -197,7 +211,11 @@ fn finish(checkpoint: &Checkpoint, mut groups: Vec<Group>, quantization: &mut Qu
         let stored = checkpoint.tensor(id);
         let taken = group.members.iter().find(|(_, member)| parts[member.0 as usize] != Part::Plain);
         let is_renamed = group.name != stored.info.name;
-        let error = if let Some((_, member)) = taken {
+        let error = if group.family == Family::Plain
+            && let Some(scale) = stray(&stored)
+        {
+            Some(strange_scale(&stored, &scale))
+        } else if let Some((_, member)) = taken {
             let found =
                 format!("{:?} belongs to another quantized tensor too", checkpoint.tensor(*member).info.name);
             Some(contradiction(&stored, "every stored tensor belongs to one", found))
@@ -223,14 +241,40 @@ fn finish(checkpoint: &Checkpoint, mut groups: Vec<Group>, quantization: &mut Qu
         place += 1; // Fewer than tensors.
         true
     });
+    let mut known: HashSet<_> = refused.iter().filter_map(|refusal| refusal.tensor).collect();
+    // What describes a tensor stands for it.
+    let described = |id: &TensorId| checkpoint.find(checkpoint.tensor(*id).info.name.split_once(STATE)?.0);
+    let described: Vec<_> = known.iter().filter_map(described).map(|tensor| tensor.id).collect();
+    known.extend(described);
     for tensor in checkpoint.tensors() {
         let part = &mut parts[tensor.id.0 as usize];
-        if *part == Part::Plain {
-            look_at_rest(checkpoint, &tensor, part, refused);
+        if *part != Part::Plain || known.contains(&tensor.id) {
+            continue;
+        }
+        look_at_rest(checkpoint, &tensor, part, refused);
+        if may_be_codes(&tensor)
+            && let Some(scale) = stray(&tensor)
+        {
+            refused.push(Refusal { tensor: Some(tensor.id), error: strange_scale(&tensor, &scale) });
         }
     }
     refused.sort_by_key(|refusal| refusal.tensor);
     quantization.groups = groups.into();
+}
+
+/// Tells integers that codes may be packed into from indices and masks.
+fn may_be_codes(tensor: &TensorRef<'_>) -> bool {
+    use Dtype::{I8, I16, I32, U8, U16, U32};
+    let (_, leaf) = split(tensor.info.name);
+    let is_auxiliary = leaf.contains("zero") || leaf.contains("scale") || leaf == "g_idx";
+    matches!(tensor.info.dtype, U8 | I8 | U16 | I16 | U32 | I32)
+        && tensor.info.len_bytes() > 0
+        && !is_auxiliary
+}
+
+/// Codes that nothing here reads must not pass for numbers.
+fn strange_scale(tensor: &TensorRef<'_>, scale: &TensorRef<'_>) -> QuantError {
+    unsupported("scaled codes", tensor, format!("a scale called {:?}", scale.info.name))
 }
 
 /// Finds a tensor with fewer bytes than the recipe reads of it. Families have checked every shape; this holds also where one of

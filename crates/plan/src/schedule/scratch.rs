@@ -42,11 +42,14 @@ pub(super) fn scratch(
         })
     };
     let stays = arenas.len() as u32;
-    let mut slots = Slots::new(checkpoint, request, dequantize, machine, made().map(|(_, group)| group))?;
+    let world = World { checkpoint, dequantize, machine };
+    let groups: Vec<&Group> = made().map(|(_, group)| group).collect();
+    let budget = Budget::new(&world, request.transient_bytes_max, &groups)?;
+    let mut slots = Slots::new(budget.ring_len_bytes, congruence_bytes(machine));
     let mut small_end = 0;
     for (tensor, group) in made() {
         let operation = scratch.operations.len() as u32;
-        let slot = slots.take(operation, slot_len_bytes(checkpoint, group, dequantize, machine));
+        let slot = slots.take(operation, world.slot_len_bytes(group, budget.small_len_bytes_max));
         let (mut sources, mut large) = (Vec::new(), Vec::new());
         let mut end = slot.begin;
         let mut ordered: Vec<_> = members(group, dequantize).collect();
@@ -57,7 +60,7 @@ pub(super) fn scratch(
             if len_bytes == 0 || role == Role::Description {
                 continue;
             }
-            let is_small = len_bytes <= SMALL_LEN_BYTES_MAX;
+            let is_small = len_bytes <= budget.small_len_bytes_max;
             let how = how(role, len_bytes, machine);
             let place = if is_small {
                 let offset_bytes = align_up(small_end, SMALL_ALIGN_BYTES);
@@ -126,20 +129,85 @@ fn how(role: Role, len_bytes: u64, machine: &Machine) -> How {
     if is_worth_it { How::InPlace } else { How::Gathered }
 }
 
-/// Returns the bytes that the large sources of a group take, wherever they begin.
-fn slot_len_bytes(checkpoint: &Checkpoint, group: &Group, dequantize: &Dequantize, machine: &Machine) -> u64 {
-    let congruence = congruence_bytes(machine);
-    let len = |(role, id)| {
-        let len_bytes = checkpoint.tensor(id).info.len_bytes();
-        match (len_bytes <= SMALL_LEN_BYTES_MAX || role == Role::Description, how(role, len_bytes, machine)) {
-            (true, _) => 0,
+/// What the lengths of sources depend on.
+struct World<'w> {
+    checkpoint: &'w Checkpoint,
+    dequantize: &'w Dequantize,
+    machine: &'w Machine,
+}
+
+impl World<'_> {
+    /// Returns the lengths of a group's sources.
+    fn lens_bytes(&self, group: &Group) -> impl Iterator<Item = (Role, u64)> {
+        let members = members(group, self.dequantize).filter(|(role, _)| *role != Role::Description);
+        members.map(|(role, id)| (role, self.checkpoint.tensor(id).info.len_bytes()))
+    }
+
+    /// Returns the bytes that the small sources of a group take.
+    fn small_len_bytes(&self, group: &Group, small_len_bytes_max: u64) -> u64 {
+        let small = self.lens_bytes(group).filter(|(_, len_bytes)| *len_bytes <= small_len_bytes_max);
+        small.map(|(_, len_bytes)| align_up(len_bytes, SMALL_ALIGN_BYTES)).sum()
+    }
+
+    /// Returns the bytes that the other sources take in the ring, wherever they begin.
+    fn slot_len_bytes(&self, group: &Group, small_len_bytes_max: u64) -> u64 {
+        let congruence = congruence_bytes(self.machine);
+        let large = self.lens_bytes(group).filter(|(_, len_bytes)| *len_bytes > small_len_bytes_max);
+        let len = |(role, len_bytes)| match how(role, len_bytes, self.machine) {
             // The aligned cover around it.
-            (false, How::InPlace) => align_up(len_bytes, congruence) + congruence,
-            (false, _) => align_up(len_bytes, CONGRUENCE_BYTES),
+            How::InPlace => align_up(len_bytes, congruence) + congruence,
+            _ => align_up(len_bytes, CONGRUENCE_BYTES),
+        };
+        // The payload may be preceded by sources that end off the congruence.
+        align_up(large.map(len).sum::<u64>() + congruence, congruence)
+    }
+}
+
+/// How the transient memory is shared between small sources and the ring.
+struct Budget {
+    small_len_bytes_max: u64,
+    ring_len_bytes: u64,
+}
+
+impl Budget {
+    /// Calls fewer sources small where all of them would leave the ring less than half of what is allowed, or less than the largest
+    /// operation needs.
+    fn new(world: &World<'_>, max_bytes: Option<u64>, groups: &[&Group]) -> Result<Budget, PlanError> {
+        let align_bytes = congruence_bytes(world.machine);
+        let mut small_len_bytes_max = SMALL_LEN_BYTES_MAX;
+        loop {
+            let (mut largest, mut sum, mut small) = ((0, None), 0u64, 0u64);
+            for group in groups {
+                let len = world.slot_len_bytes(group, small_len_bytes_max);
+                sum = sum.saturating_add(len);
+                small = small.saturating_add(world.small_len_bytes(group, small_len_bytes_max));
+                if len > largest.0 {
+                    largest = (len, Some(group));
+                }
+            }
+            let small_bytes = align_up(small, align_bytes);
+            let needed_bytes = small_bytes + largest.0;
+            let default_bytes =
+                || TRANSIENT_BYTES_DEFAULT.max(largest.0 + small_bytes.min(SMALL_BYTES_DEFAULT_MAX));
+            let max_bytes = max_bytes.unwrap_or_else(default_bytes);
+            let is_ring_short = needed_bytes > max_bytes || small_bytes > max_bytes / 2;
+            match largest.1 {
+                Some(_) if is_ring_short && small > 0 => small_len_bytes_max /= 8,
+                Some(group) if needed_bytes > max_bytes => {
+                    return Err(PlanError::OverTransientBudget {
+                        name: group.name.clone(),
+                        needed_bytes,
+                        max_bytes,
+                    });
+                }
+                _ => {
+                    let left_bytes = max_bytes - small_bytes;
+                    let ring_len_bytes = sum.min(left_bytes - left_bytes % align_bytes);
+                    return Ok(Budget { small_len_bytes_max, ring_len_bytes });
+                }
+            }
         }
-    };
-    // The payload may be preceded by sources that end off the congruence.
-    members(group, dequantize).map(len).sum::<u64>() + congruence
+    }
 }
 
 /// A ring of places for the sources of operations.
@@ -147,7 +215,7 @@ struct Slots {
     capacity_bytes: u64,
     align_bytes: u64,
     head: u64,
-    /// Operations and what nobody took again of their places, oldest first.
+    /// Operations and what nobody took again of their places, in the order of places from the head on, around the ring.
     taken: VecDeque<(u32, Range<u64>)>,
 }
 
@@ -158,57 +226,42 @@ struct Slot {
 }
 
 impl Slots {
-    fn new<'g>(
-        checkpoint: &Checkpoint,
-        request: &Request,
-        dequantize: &Dequantize,
-        machine: &Machine,
-        groups: impl Iterator<Item = &'g Group>,
-    ) -> Result<Slots, PlanError> {
-        let align_bytes = congruence_bytes(machine);
-        let (mut largest, mut sum) = ((0, None), 0u64);
-        for group in groups {
-            let len = align_up(slot_len_bytes(checkpoint, group, dequantize, machine), align_bytes);
-            sum = sum.saturating_add(len);
-            if len > largest.0 {
-                largest = (len, Some(group));
-            }
-        }
-        let max_bytes = request.transient_bytes_max.unwrap_or(TRANSIENT_BYTES_DEFAULT.max(largest.0));
-        match largest {
-            (needed_bytes, Some(group)) if needed_bytes > max_bytes => {
-                Err(PlanError::OverTransientBudget { name: group.name.clone(), needed_bytes, max_bytes })
-            }
-            _ => Ok(Slots {
-                capacity_bytes: sum.min(max_bytes - max_bytes % align_bytes),
-                align_bytes,
-                head: 0,
-                taken: VecDeque::new(),
-            }),
-        }
+    fn new(capacity_bytes: u64, align_bytes: u64) -> Slots {
+        Slots { capacity_bytes, align_bytes, head: 0, taken: VecDeque::new() }
     }
 
     fn take(&mut self, operation: u32, len_bytes: u64) -> Slot {
         let len_bytes = align_up(len_bytes, self.align_bytes);
-        let begin = if self.head + len_bytes > self.capacity_bytes { 0 } else { self.head };
+        let mut begin = self.head;
+        if self.head + len_bytes > self.capacity_bytes {
+            // What lies behind the head comes last when the ring is walked from its start.
+            begin = 0;
+            let behind = self.taken.iter().take_while(|(_, taken)| taken.start >= self.head).count();
+            self.taken.rotate_left(behind);
+        }
         let place = begin..begin + len_bytes;
         self.head = place.end;
         let mut after: Range<u32> = 0..0;
-        self.taken.retain_mut(|(older, taken)| {
-            if taken.start < place.end && place.start < taken.end {
-                let from = if after.is_empty() { *older } else { after.start };
-                after = from..*older + 1;
-                taken.start = place.end; // What is left of it is for the next, which then waits, too.
+        while let Some((older, taken)) = self.taken.front_mut().filter(|(_, taken)| taken.start < place.end) {
+            if taken.start < place.start {
+                break; // Of this round: the ring was walked to its end.
             }
-            taken.start < taken.end
-        });
+            let only = *older..*older + 1;
+            after =
+                if after.is_empty() { only } else { after.start.min(only.start)..after.end.max(only.end) };
+            taken.start = place.end; // What is left of it is for the next, which then waits, too.
+            if taken.start < taken.end {
+                break;
+            }
+            self.taken.pop_front();
+        }
         self.taken.push_back((operation, place));
         Slot { begin, after }
     }
 }
 
 /// A source up to this is read with all others of its kind before everything else, and stays until the load is over: 50,000 of
-/// them take at most 200 MiB, and mostly a few bytes each.
+/// them take at most 200 MiB, and mostly a few bytes each. Less where the budget is tight.
 const SMALL_LEN_BYTES_MAX: u64 = 4096;
 
 /// The widest number of a small source, and the widest access of a kernel.
@@ -216,3 +269,6 @@ const SMALL_ALIGN_BYTES: u64 = 16;
 
 /// Packed bytes that wait: a few tensors of a large model, so that reading the next goes on while one is worked off.
 const TRANSIENT_BYTES_DEFAULT: u64 = 256 << 20;
+
+/// What small sources may add to that where the largest operation alone needs all of it.
+const SMALL_BYTES_DEFAULT_MAX: u64 = 64 << 20;

@@ -247,3 +247,71 @@ fn an_exclusion_list_that_cannot_be_read_is_a_warning() {
     assert_eq!(found.quantization.groups().len(), 1);
     assert_eq!(found.quantization.warnings().len(), 1, "{}", found.text());
 }
+
+#[test]
+fn codes_with_scales_that_no_rule_reads_do_not_pass_for_numbers() {
+    let refused = |codes: (&str, Dtype, &[u64]), scale: &str| {
+        let found = Model::new(&[codes, (scale, F16, &[4])]).recognize();
+        let [refusal] = found.quantization.refused() else {
+            panic!("{} with {scale}: {}", codes.0, found.text());
+        };
+        let text = refusal.error.to_string();
+        assert!(text.contains(codes.0) && text.contains(scale) && text.contains("as stored"), "{text}");
+        assert!(found.quantization.groups().is_empty(), "{}", found.text());
+    };
+    refused(("a.weight", I8, &[4, 8]), "a.weight_scales");
+    refused(("a.weight", I16, &[4, 8]), "a.scales");
+    refused(("a.experts.up_packed", I32, &[2, 4, 8]), "a.experts.up_scale");
+    refused(("a.experts.up_blocks", U8, &[4, 8]), "a.experts.up_scales");
+    refused(("a.experts.up", U8, &[2, 4, 8]), "a.experts.up.absmax");
+    // Floats too: unscaled they would be other numbers.
+    refused(("a.weight", F8E4m3, &[4, 8]), "a.scales");
+    refused(("a.experts.up", F8E4m3, &[2, 4, 8]), "a.experts.up_scales");
+    refused(("a.experts.up", F4, &[2, 4, 8]), "a.experts.up_scale");
+    refused(("a.weight", F4, &[4, 8]), "a.weight_scales");
+}
+
+#[test]
+fn integers_beside_numbers_are_no_codes() {
+    let found = Model::new(&[
+        ("a.position_ids", I32, &[1, 8]),
+        ("a.relative_position_index", I32, &[8, 8]),
+        ("a.scale", F32, &[4]),
+        ("b.mask", U8, &[8, 8]),
+        ("b.weight", Bf16, &[8, 8]),
+        ("b.scale", F32, &[4]),
+        // The scale is the weight's, and the bias has none.
+        ("c.bias", F8E4m3, &[8]),
+        ("c.weight", F8E4m3, &[8, 8]),
+        ("c.weight_scale", F32, &[]),
+    ])
+    .recognize();
+    assert_eq!(found.quantization.refused(), [], "{}", found.text());
+    assert_eq!(found.quantization.groups().len(), 2);
+}
+
+#[test]
+fn experts_of_fp8_need_the_scale_that_the_configuration_promises() {
+    let model = Model::new(&[("a.experts.gate_up_proj", F8E4m3, &[2, 4, 8])]);
+    let text = model.config(r#"{"quant_method":"fp8","weight_block_size":[128,128]}"#).error();
+    assert!(text.contains("\"a.experts.gate_up_proj_scale\" (scale)"), "{text}");
+}
+
+#[test]
+fn eight_bit_integers_are_held_against_the_configuration() {
+    let model = |groups: u64, weights: &str| {
+        let tensors: [(&str, Dtype, &[u64]); 2] =
+            [("a.weight", I8, &[4, 192]), ("a.weight_scale", Bf16, &[4, groups])];
+        Model::new(&tensors).config(&format!(
+            r#"{{"quant_method":"compressed-tensors","format":"int-quantized","config_groups":{{"group_0":
+                {{"targets":["Linear"],"weights":{{"num_bits":8,"type":"int",{weights}}}}}}}}}"#
+        ))
+    };
+    let by_group = r#""strategy":"group","group_size":128"#;
+    // The last group is short; two of 96 columns would be other numbers.
+    assert_eq!(model(2, by_group).recognize().group().group_size, Some(128));
+    let text = model(3, by_group).error();
+    assert!(text.contains("\"a.weight_scale\"") && text.contains("2 groups"), "{text}");
+    let text = model(1, r#""strategy":"channel","symmetric":false"#).error();
+    assert!(text.contains("\"a.weight_zero_point\" (zero-points)"), "{text}");
+}

@@ -34,7 +34,7 @@ impl<'m> Batches<'m> {
     }
 
     /// Notes a tensor that will be asked for, behind those noted before.
-    pub(super) fn expect(&self, name: &str, len_bytes: u64) {
+    fn expect(&self, name: &str, len_bytes: u64) {
         self.state.borrow_mut().later.push_back((name.to_owned(), len_bytes));
     }
 
@@ -55,7 +55,10 @@ impl<'m> Batches<'m> {
             let loaded = self.model.load(&self.options.clone().request(request))?;
             state.loaded.extend(loaded.tensors);
         }
-        Ok(state.loaded.remove(name).expect("tensors are asked for in the order in which they were expected"))
+        Ok(state
+            .loaded
+            .remove(name)
+            .expect("tensors are asked for in the order in which they were announced"))
     }
 }
 
@@ -78,6 +81,12 @@ pub(super) enum Bytes {
 impl TensorBytes for Made<'_, '_> {
     fn len_bytes(&self) -> u64 {
         self.len_bytes
+    }
+
+    fn announce(&self) {
+        if self.len_bytes > 0 {
+            self.batches.expect(&self.name, self.len_bytes);
+        }
     }
 
     fn fill(&mut self, offset_bytes: u64, target: &mut [u8]) -> Result<()> {
@@ -103,5 +112,6 @@ impl TensorBytes for Made<'_, '_> {
     }
 }
 
-/// What is dequantized ahead of the writer: some tensors of a large model, so that reading does not stop at each.
-const BATCH_LEN_BYTES: u64 = 256 << 20;
+/// What is dequantized ahead of the writer: some tensors of a large model, so that reading does not stop at each. Tests have small
+/// models, and several batches all the same.
+const BATCH_LEN_BYTES: u64 = if cfg!(test) { 64 } else { 256 << 20 };

@@ -190,7 +190,7 @@ pub fn convert(model: &Model, out_dir: &Path, options: &ConvertOptions) -> Resul
     let save = options.save.clone().metadata(metadata);
 
     let folder = OutFolder::prepare(out_dir)?;
-    let change = Change { dtype: options.cast.or(options.dequantize), plain: options.dequantize.is_some() };
+    let change = Change { dtype: options.dequantize.or(options.cast), plain: options.dequantize.is_some() };
     let mut files = sidecar::copy(model, &folder, change, &mut left_out)?;
     let sidecars = files.iter().map(NewFile::name).collect();
     let (written, saved) = write_checkpoint(&folder, tensors, &save)?;
@@ -238,7 +238,7 @@ fn load_options(options: &ConvertOptions) -> LoadOptions {
     }
 }
 
-/// Returns the tensors of the plain checkpoint, in the order of the plan that makes them.
+/// Returns the tensors of the plain checkpoint, in the order of the plan that makes them: files are filled in this order.
 fn plain<'b, 'm: 'b>(
     model: &'m Model,
     load: &LoadOptions,
@@ -250,7 +250,6 @@ fn plain<'b, 'm: 'b>(
     for placed in plan.tensors() {
         let name = plan.name(placed);
         if placed.operation.is_some() {
-            batches.expect(name, placed.len_bytes);
             let bytes = Made { name: name.to_owned(), len_bytes: placed.len_bytes, batches, bytes: None };
             let (name, shape) = (name.to_owned(), plan.shape(placed).to_vec());
             parts.push(Part::Made(SaveTensor { name, dtype: placed.dtype, shape, bytes: Box::new(bytes) }));
@@ -578,6 +577,31 @@ mod tests {
         let codes = halves("codes");
         assert!(codes[0].to_f32() == 1.0 && codes[1].is_nan() && codes[2].to_f32() == -1.0);
         assert_eq!(copy.tensor("ids").unwrap().to_vec::<i64>().unwrap(), [1]);
+    }
+
+    #[test]
+    fn dequantized_tensors_are_written_in_another_order_than_they_are_stored() {
+        let (folder, out) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let codes: Vec<u8> = (0..16).collect();
+        let tensors = ["b", "a", "d", "c", "f", "e"].map(|name| SaveTensor {
+            name: format!("{name}.weight"),
+            dtype: Dtype::F8E4m3,
+            shape: vec![codes.len() as u64],
+            bytes: Box::new(&codes[..]) as Box<dyn TensorBytes + '_>,
+        });
+        // A file for each, so that they are not sorted by name.
+        save(folder.path(), tensors.into(), &SaveOptions::default().max_shard_bytes(16)).unwrap();
+        let model = Model::open(folder.path()).unwrap();
+        for max_shard_bytes in [u64::MAX, 128] {
+            let out = out.path().join(max_shard_bytes.to_string());
+            let options = ConvertOptions::default().dequantize(Dtype::F32).max_shard_bytes(max_shard_bytes);
+            assert_eq!(convert(&model, &out, &options).unwrap().tensors_dequantized, 6);
+            let plain = Model::open(&out).unwrap();
+            for name in ["a", "b", "c", "d", "e", "f"] {
+                let values = plain.tensor(&format!("{name}.weight")).unwrap().to_vec::<f32>().unwrap();
+                assert_eq!(values[8..10], [0.015625, 0.017578125], "{name}"); // 2^-6, and an eighth more.
+            }
+        }
     }
 
     #[test]

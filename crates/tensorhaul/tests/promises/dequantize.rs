@@ -8,6 +8,7 @@ use std::sync::Arc;
 use serde_json::Value;
 use tempfile::TempDir;
 use tensorhaul::convert::{ConvertOptions, convert};
+use tensorhaul::save::{SaveOptions, SaveTensor, save};
 use tensorhaul::{
     Dequantization, Dtype, EngineChoice, ErrorKind, ExternalMemory, Handover, LoadOptions, Model, Preference,
     Request, Select, Tensor,
@@ -127,6 +128,7 @@ fn packed_bytes_wait_in_no_more_memory_than_allowed() {
         for (in_place, extra) in [(Preference::Off, 0), (Preference::Preferred, 0), (Preference::Off, 4096)] {
             let options = to(Dtype::F32).transient_bytes(needed + extra).in_place(in_place);
             let loaded = model.load(&options.threads(3)).unwrap();
+            assert!(loaded.report.promised.transient_bytes <= needed + extra, "{}", vector.name);
             assert_is_expected(&vector, Dtype::F32, |name| loaded.tensors.get(name), host);
         }
     }
@@ -213,4 +215,58 @@ fn a_format_that_is_not_known_loads_as_stored_and_says_so_otherwise() {
     assert_eq!(error.kind(), ErrorKind::Unsupported, "{error:?}");
     assert!(error.to_string().to_lowercase().contains("aqlm"), "{error}");
     assert!(error.to_string().contains("as stored"), "{error}");
+}
+
+#[test]
+fn the_report_counts_bytes_as_they_are_stored() {
+    for vector in vectors() {
+        let model = Model::open(vector.folder.path()).unwrap();
+        let stored: u64 = model.checkpoint().tensors().map(|tensor| tensor.info.len_bytes()).sum();
+        let report = model.load(&to(Dtype::F32)).unwrap().report;
+        assert!(report.bytes > stored, "{}: numbers take more than codes", vector.name);
+        let probed = report.bytes_hot + report.bytes_cold;
+        assert!((1..=stored).contains(&probed), "{}: {probed} of {stored} bytes", vector.name);
+    }
+}
+
+#[test]
+fn a_configuration_that_is_there_and_cannot_be_read_is_an_error() {
+    let vector = vectors().remove(0);
+    let config = vector.folder.path().join("config.json");
+    fs::remove_file(&config).unwrap();
+    fs::create_dir(&config).unwrap();
+    let model = Model::open(vector.folder.path()).unwrap();
+    model.load(&LoadOptions::default()).unwrap();
+    let error = model.load(&to(Dtype::F32)).unwrap_err();
+    assert!(error.to_string().contains("config.json"), "{error}");
+}
+
+#[test]
+fn what_cannot_be_dequantized_is_refused_where_it_is_asked_for() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let tensor = |name: &str, dtype, shape: &[u64], bytes: &'static [u8]| SaveTensor {
+        name: name.to_owned(),
+        dtype,
+        shape: shape.to_vec(),
+        bytes: Box::new(bytes),
+    };
+    let tensors = vec![
+        tensor("good.weight", Dtype::F8E4m3, &[2, 2], &[0x38; 4]),
+        tensor("good.weight_scale", Dtype::Bf16, &[1], &[0x80, 0x3f]),
+        tensor("bad.weight", Dtype::I8, &[2, 2], &[1; 4]),
+        tensor("bad.weight_scales", Dtype::Bf16, &[1], &[0x80, 0x3f]),
+    ];
+    save(folder.path(), tensors, &SaveOptions::default()).unwrap();
+    let model = Model::open(folder.path()).unwrap();
+    let select = |glob: &str| to(Dtype::F32).request(Request::of(Select::Globs(vec![glob.to_owned()])));
+    let loaded = model.load(&select("good.*")).unwrap();
+    assert_eq!(loaded.tensors.get("good.weight").unwrap().as_slice::<f32>().unwrap(), [1.0; 4]);
+    for options in [to(Dtype::F32), select("bad.weight"), select("*.weight")] {
+        let error = model.load(&options).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unsupported);
+        assert!(error.to_string().contains("bad.weight_scales"), "{error}");
+    }
+    let out = folder.path().join("out");
+    convert(&model, &out, &ConvertOptions::default().dequantize(Dtype::F32)).unwrap_err();
+    assert!(!out.exists());
 }

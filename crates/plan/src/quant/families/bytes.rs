@@ -5,7 +5,7 @@ use super::nvfp4::{self, Convention};
 use super::{bitsandbytes, compressed_tensors, fold, plain, quark};
 use crate::checkpoint::TensorRef;
 use crate::dtype::Dtype;
-use crate::quant::config::{Algorithm, GroupSize, Method};
+use crate::quant::config::{Algorithm, GroupSize, Method, Strategy};
 use crate::quant::scene::{
     Scene, ambiguous, contradiction, float_number, grid, group_size, members, missing, module, split,
     two_dims, unsupported, wrong_shape,
@@ -48,12 +48,26 @@ pub(in crate::quant) fn recognize(
         }
         (_, Dtype::I8) => {
             let zeros = scene.find(base, "weight_zero_point");
-            let family = match &scene.config.method {
-                Method::Modelopt(_) => Family::Modelopt,
-                Method::Quark(_) => Family::Quark,
-                _ => Family::CompressedTensors,
+            let (family, size, is_asymmetric) = match &scene.config.method {
+                Method::Modelopt(config) => (Family::Modelopt, config.group_size(module), false),
+                Method::Quark(config) => {
+                    let weight = config.weight(module);
+                    let size =
+                        weight.filter(|weight| weight.is_per_group).and_then(|weight| weight.group_size);
+                    (Family::Quark, size, weight.is_some_and(|weight| weight.is_symmetric == Some(false)))
+                }
+                Method::CompressedTensors(config) => {
+                    let scheme = config.scheme(module);
+                    let size = scheme.filter(|scheme| scheme.strategy == Some(Strategy::Group));
+                    let size = size.and_then(|scheme| scheme.group_size);
+                    (Family::CompressedTensors, size, scheme.is_some_and(|scheme| !scheme.is_symmetric))
+                }
+                _ => (Family::CompressedTensors, None, false),
             };
-            compressed_tensors::int8(payload, &scale, zeros.as_ref(), family, name())
+            if is_asymmetric && zeros.is_none() {
+                return Err(missing(payload, &[base, "weight_zero_point"].concat(), "zero-points"));
+            }
+            compressed_tensors::int8(payload, &scale, zeros.as_ref(), size, family, name())
         }
         (_, Dtype::U8) => int4(scene, payload, &scale, global.as_ref(), module),
         _ => Err(unsupported("scaled floats", payload, format!("scales of dtype {}", scale.info.dtype))),

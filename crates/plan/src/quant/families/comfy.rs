@@ -97,7 +97,7 @@ pub(in crate::quant) fn recognize(
         }
         "int8_tensorwise" => {
             let scale = scene.need(payload, base, "weight_scale", "scale")?;
-            compressed_tensors::int8(payload, &scale, None, Family::Comfy, name())
+            compressed_tensors::int8(payload, &scale, None, None, Family::Comfy, name())
         }
         other => Err(unsupported("ComfyUI", payload, other)),
     }

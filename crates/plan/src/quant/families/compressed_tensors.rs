@@ -280,6 +280,7 @@ pub(super) fn int8(
     payload: &TensorRef<'_>,
     scale: &TensorRef<'_>,
     zeros: Option<&TensorRef<'_>>,
+    configured: Option<GroupSize>,
     family: Family,
     name: String,
 ) -> Result<Group, QuantError> {
@@ -290,14 +291,24 @@ pub(super) fn int8(
     let (groups, per_row) = match *scale.info.shape {
         _ if numel(scale) == 1 && rows > 1 => (1, 0),
         [ref leading @ .., n, groups]
-            if n == rows && leading.iter().product::<u64>() == batch && groups > 0 && cols % groups == 0 =>
+            if n == rows && leading.iter().product::<u64>() == batch && groups > 0 =>
         {
             (groups, groups)
         }
         [ref leading @ .., n] if n == rows && leading.iter().product::<u64>() == batch => (1, 1),
         _ => return Err(wrong_shape(scale, format!("one number, [{rows}] or [{rows}, groups]"))),
     };
-    let per_group = [if per_row == 0 { rows } else { 1 }, cols / groups];
+    // The last group may be short, so the quotient is the size only where nothing says another.
+    let size = match configured {
+        Some(GroupSize::Columns(size)) if groups > 1 => u64::from(size).max(1),
+        _ if cols.is_multiple_of(groups) => cols / groups,
+        _ => return Err(wrong_shape(scale, format!("a number of groups that {cols} columns fall into"))),
+    };
+    if cols.div_ceil(size) != groups {
+        let expected = format!("{} groups, as {cols} columns by {size} have,", cols.div_ceil(size));
+        return Err(wrong_shape(scale, expected));
+    }
+    let per_group = [if per_row == 0 { rows } else { 1 }, size];
     let batch_stride = if batch > 1 { rows * per_row } else { 0 };
     let col_stride = u64::from(groups > 1);
     let grid = Grid { batch_stride, ..grid(number, per_group, [per_row, col_stride]) };
@@ -324,7 +335,7 @@ pub(super) fn int8(
         shape: payload.info.shape.to_vec(),
         family,
         bits: 8,
-        group_size: group_size(cols / groups, cols),
+        group_size: group_size(size, cols),
         is_symmetric: Some(zeros.is_none()),
         members: members([
             (Role::Payload, Some(payload.id)),

@@ -22,8 +22,10 @@ pub(in crate::quant) fn recognize(scene: &Scene<'_>, payload: &TensorRef<'_>) ->
         _ => SUFFIXES_OF_EXPERTS.iter().find_map(|suffix| scene.find(payload.info.name, suffix)),
     };
     let Some(scale) = scale else {
-        if leaf == "weight" && !scene.config.is_excluded(module(base)) && is_promised(scene, module(base)) {
-            return Err(missing(payload, &[base, "weight_scale"].concat(), "scale"));
+        // Experts in one tensor have names of their own.
+        let is_weight = leaf == "weight" || payload.info.shape.len() > 2;
+        if is_weight && !scene.config.is_excluded(module(base)) && is_promised(scene, module(base)) {
+            return Err(missing(payload, &[payload.info.name, "_scale"].concat(), "scale"));
         }
         return plain::recognize(payload);
     };

@@ -7,7 +7,7 @@ use crate::dtype::Dtype;
 use crate::quant::config::{GroupSize, Method, PackedRule, QuarkWeight};
 use crate::quant::scene::{
     Matrices, Scene, ambiguous, check_dtype, check_shape, float_number, grid, group_size, matrices, members,
-    module, numel, split, two_dims, unsupported, wrong_shape,
+    missing, module, numel, split, two_dims, unsupported, wrong_shape,
 };
 use crate::quant::{
     Codes, Element, Family, Grid, Group, Number, QuantError, Recipe, Role, Scale, ZeroOffset, ZeroPoint,
@@ -34,7 +34,12 @@ pub(in crate::quant) fn integers(
         "uint4" => false,
         other => return Err(unsupported("Quark", payload, format!("{other} in words of 32 bits"))),
     };
-    let zeros = scene.find(base, "weight_zero_point").filter(|_| weight.is_symmetric != Some(true));
+    // Signed codes of a symmetric layer have no zero-point, whatever is stored; unsigned ones always have one.
+    let is_symmetric = is_signed && weight.is_symmetric == Some(true);
+    let zeros = scene.find(base, "weight_zero_point").filter(|_| !is_symmetric);
+    if zeros.is_none() && (!is_signed || weight.is_symmetric == Some(false)) {
+        return Err(missing(payload, &[base, "weight_zero_point"].concat(), "zero-points"));
+    }
     let parts = Parts { scene, payload, scale, zeros, is_signed };
     let (rows, cols, per_group, recipe) = match weight.is_per_group {
         true => parts.grouped(weight, config.is_reordered)?,
