@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file
+from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file
 
 warnings.filterwarnings("ignore")
@@ -173,6 +173,10 @@ def write(folder: Path, tensors: dict, config: dict | None, metadata: dict, expe
     save_file({name: tensor.float().contiguous() for name, tensor in expected.items()}, folder / "expected/model.safetensors")
     dense = [name for name in tensors if name == f"{NAME}.bias"] + list(DENSE)
     (folder / "expected/about.json").write_text(json.dumps({"dense": dense, "optional": [], "is_folded": False}))
+
+
+def load_file(path: Path) -> dict:
+    return {name: tensor.float().numpy() for name, tensor in load_tensors(path).items()}  # numpy has no BF16.
 
 
 def difference(command: str, folder: Path, converted: Path) -> str | None:
