@@ -101,11 +101,12 @@ impl Load {
         if report.device != "host" {
             let _ = writeln!(
                 text,
-                "  device    driver {}, context {}, allocate {}, pin {}",
+                "  device    driver {}, context {}, allocate {}, pin {}, kernels {}",
                 seconds(phases.driver_seconds),
                 seconds(phases.context_seconds),
                 seconds(phases.allocate_seconds),
-                seconds(phases.pin_seconds)
+                seconds(phases.pin_seconds),
+                seconds(phases.module_seconds)
             );
             let _ = writeln!(
                 text,

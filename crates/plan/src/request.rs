@@ -153,9 +153,10 @@ fn matching(checkpoint: &Checkpoint, globs: &[String]) -> Result<Vec<TensorId>, 
     Ok(ids)
 }
 
-/// Tells whether one of the globs matches, or is, one of the names. What is not a glob matches nothing.
-pub fn any_matches(globs: &[String], names: &[&str]) -> bool {
-    Globs::new(globs).is_ok_and(|mut globs| names.iter().any(|name| globs.is_hit(name)))
+/// Returns what tells whether one of the globs matches, or is, one of the names. What is not a glob matches nothing.
+pub fn matcher(globs: &[String]) -> impl FnMut(&[&str]) -> bool {
+    let mut globs = Globs::new(globs).ok();
+    move |names| globs.as_mut().is_some_and(|globs| names.iter().any(|name| globs.is_hit(name)))
 }
 
 /// Globs, each of which must match something.

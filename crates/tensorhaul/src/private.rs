@@ -66,6 +66,7 @@ fn attempt(model: &Inner, options: &LoadOptions, cancel: &Cancel, emit: &mut Emi
 
         let plan = Plan::new(&model.checkpoint, &request, &machine)?;
         prepare::check_external(&plan, options)?;
+        quantized::check_group_indices(model, &plan)?;
         if let Some(total_bytes) = total_bytes {
             prepare::check_total(&plan, options, total_bytes)?;
         }
@@ -73,7 +74,10 @@ fn attempt(model: &Inner, options: &LoadOptions, cancel: &Cancel, emit: &mut Emi
         let planned_at = Instant::now();
 
         let temperatures = Temperatures::new(model, &plan, &probed);
-        let fallbacks = std::mem::take(&mut probed.fallbacks);
+        let mut fallbacks = std::mem::take(&mut probed.fallbacks);
+        if options.dequantization.is_some() {
+            fallbacks.extend(quantized::warnings(model)?);
+        }
         let load = Load { model, plan: &plan, temperatures: &temperatures, near_processors, options, cancel };
         let Read { ring, prepared, started_at, done, engine, fallbacks } =
             load.read(opening, fallbacks, emit)?;

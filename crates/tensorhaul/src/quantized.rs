@@ -6,13 +6,14 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use tensorhaul_plan::quant::{Configs, Need, QuantError, Quantization, Survey, Values};
-use tensorhaul_plan::request::any_matches;
-use tensorhaul_plan::{Dequantize, Dtype, Layout, Select, TensorId};
+use tensorhaul_plan::quant::{Configs, Need, QuantError, Quantization, Role, Survey, Values};
+use tensorhaul_plan::request::matcher;
+use tensorhaul_plan::{Dequantize, Dtype, Layout, Plan, Select, TensorId};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::locate::read_limited;
 use crate::model::{Inner, Source};
+use crate::report::Fallback;
 
 /// Which quantized tensors arrive as numbers, and of which kind: FP8, GPTQ, AWQ and their relatives become F32, F16 or BF16 where they are
 /// loaded to, by one rounding to nearest. Tensors that are not quantized arrive as they are stored.
@@ -72,6 +73,13 @@ pub(crate) fn dequantize(model: &Inner, options: &Dequantization, select: &Selec
     Ok(Dequantize { groups: quantization.shared_groups(), globs: only, dtype, layout, fold })
 }
 
+/// Returns what is odd about how the checkpoint is quantized, but decided: whoever asks for the numbers should know.
+pub(crate) fn warnings(model: &Inner) -> Result<Vec<Fallback>> {
+    let quantization = model.quantization()?;
+    let told = quantization.warnings().iter();
+    Ok(told.map(|why| Fallback::new("quantization is read otherwise than described", why)).collect())
+}
+
 /// Finds a tensor that was asked for and cannot be dequantized. Of several globs, one that matches a refused tensor, or what it would become, is
 /// enough: whoever names it wants it.
 fn refusal<'q>(
@@ -80,22 +88,51 @@ fn refusal<'q>(
     only: Option<&[String]>,
     select: &Select,
 ) -> Option<&'q QuantError> {
-    let is_wanted = |tensor: TensorId| {
+    let mut is_chosen = only.map(matcher);
+    let mut is_globbed = match select {
+        Select::Globs(globs) => Some(matcher(globs)),
+        _ => None,
+    };
+    let mut is_wanted = |tensor: TensorId| {
         let name = model.checkpoint.tensor(tensor).info.name;
         let module = name.rsplit_once('.').map_or(name, |(module, _)| module);
         let result = format!("{module}.weight");
         let names = [name, &result, name.strip_suffix("_blocks").unwrap_or(name)];
-        let is_hit = |globs: &[String]| any_matches(globs, &names);
-        let is_selected = match select {
-            Select::Names(selected) => selected.iter().any(|selected| names.contains(&selected.as_str())),
-            Select::Globs(globs) => is_hit(globs),
+        let is_selected = match (select, &mut is_globbed) {
+            (Select::Names(selected), _) => {
+                selected.iter().any(|selected| names.contains(&selected.as_str()))
+            }
+            (_, Some(is_globbed)) => is_globbed(&names),
             // A predicate sees tensors by itself.
             _ => true,
         };
-        is_selected && only.is_none_or(is_hit)
+        is_selected && is_chosen.as_mut().is_none_or(|is_chosen| is_chosen(&names))
     };
     let mut refused = quantization.refused().iter();
-    refused.find(|refused| refused.tensor.is_none_or(is_wanted)).map(|refused| &refused.error)
+    refused.find(|refused| refused.tensor.is_none_or(&mut is_wanted)).map(|refused| &refused.error)
+}
+
+/// Checks that the columns of every tensor with a group index name groups that it has. Kernels do not look, and a scale of another group
+/// would give wrong numbers. Reads 4 bytes a column, a thousandth of what is quantized so.
+pub(crate) fn check_group_indices(model: &Inner, plan: &Plan) -> Result<()> {
+    for operation in plan.operations() {
+        let Some(group_count) = operation.recipe.group_index else { continue };
+        for source in operation.sources.iter().filter(|source| source.role == Role::GroupIndex) {
+            let stored = model.checkpoint.tensor(source.id);
+            let bytes = model.read(stored.file, stored.file_offset_bytes, source.len_bytes)?;
+            let groups = bytes.as_chunks().0.iter().map(|bytes| i32::from_le_bytes(*bytes));
+            let is_outside = |group: i32| u32::try_from(group).map_or(true, |group| group >= group_count);
+            if let Some((column, group)) = groups.enumerate().find(|(_, group)| is_outside(*group)) {
+                let error = QuantError::WrongValue {
+                    tensor: stored.info.name.to_owned(),
+                    found: format!("group {group} for column {column}"),
+                    expected: format!("a group from 0 to {}", group_count.saturating_sub(1)),
+                };
+                return Err(quant_error(error, &model.folder));
+            }
+        }
+    }
+    Ok(())
 }
 
 impl Inner {
@@ -166,7 +203,7 @@ impl Inner {
     }
 
     fn read(&self, file: u32, offset_bytes: u64, len_bytes: u64) -> Result<Vec<u8>> {
-        let mut bytes = vec![0; len_bytes as usize]; // At most READ_LEN_BYTES_MAX.
+        let mut bytes = vec![0; len_bytes as usize]; // No longer than a tensor of the file.
         match &self.source {
             Source::Files(files) => {
                 let open = &files[file as usize];

@@ -140,7 +140,8 @@ pub struct LeftOut {
 
 /// Writes a model's tensors into a folder, and copies the files that belong to them.
 ///
-/// Tensors go from the page cache through a buffer of 4 MiB, whatever their size. The copy is in place whole
+/// Tensors go from the page cache through a buffer of 4 MiB, whatever their size; those that are dequantized are loaded in batches of
+/// 256 MiB, or one at a time where one is larger. The copy is in place whole
 /// or, on error, not at all; see [`save`](crate::save::save) for its files. `config.json`, tokenizer files and
 /// their like are copied from the model's folder (for a model opened as a single file: when a `config.json`
 /// lies beside it), and after a cast `config.json` names the new dtype.

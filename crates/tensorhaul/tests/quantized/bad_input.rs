@@ -42,6 +42,17 @@ fn a_missing_scale_is_named() {
 }
 
 #[test]
+fn a_column_of_a_group_that_is_not_there_is_refused() {
+    for (column, group) in [(0, 2i32), (255, -1), (17, i32::MAX)] {
+        let mut case = gptq();
+        let name = format!("{MODULE}.g_idx");
+        let indices = case.tensors.iter_mut().find(|tensor| tensor.name == name).unwrap();
+        indices.bytes[4 * column..][..4].copy_from_slice(&group.to_le_bytes());
+        assert_refused(&case, &format!("gptq, column {column} of group {group}"));
+    }
+}
+
+#[test]
 fn scales_of_another_shape_are_refused() {
     for (part, dtype, shape) in [
         ("scales", Dtype::F16, vec![2, 39]),

@@ -1,10 +1,11 @@
 //! GPTQ: every width, version of zero-points, order of columns and size of groups.
 
 use serde_json::json;
-use tensorhaul::Dtype;
+use tensorhaul::{Dequantization, Dtype, LoadOptions, Model};
 
 use crate::case::{Case, model_config};
 use crate::check::check;
+use crate::common::Folder;
 use crate::pack::{plane_words, stream_words, transposed};
 
 #[test]
@@ -55,6 +56,20 @@ fn zero_points_lie_in_planes_too() {
 fn a_file_that_says_symmetric_and_is_not_is_believed_by_its_zero_points() {
     check_all(Gptq { bits: 4, zeros: Zeros::Lying, ..Gptq::default() });
     check_all(Gptq { bits: 8, zeros: Zeros::Lying, ..Gptq::default() });
+}
+
+#[test]
+fn a_load_reports_what_it_read_otherwise_than_described() {
+    let reported = |zeros| {
+        let case = Gptq { bits: 4, zeros, ..Gptq::default() }.case();
+        let folder = Folder::on_disk();
+        case.write(folder.path());
+        let options = LoadOptions::default().dequantize(Dequantization::to(Dtype::F32));
+        let report = Model::open(folder.path()).unwrap().load(&options).unwrap().report;
+        report.fallbacks.iter().any(|fallback| fallback.what.starts_with("quantization"))
+    };
+    assert!(reported(Zeros::Lying));
+    assert!(!reported(Zeros::V2));
 }
 
 #[test]
