@@ -55,7 +55,12 @@ fn an_async_load_hands_over_what_a_blocking_one_does() {
             loaded.tensors.iter().map(|(name, _)| name.to_owned()).collect::<Vec<_>>()
         };
         assert_eq!(names(&awaited), names(&blocking));
-        assert_eq!(awaited.report.promised, blocking.report.promised);
+        // A plan also follows what the page cache holds, which others may change between two loads.
+        let is_all_hot = |loaded: &tensorhaul::Loaded| loaded.report.bytes_cold == 0;
+        if is_all_hot(&awaited) && is_all_hot(&blocking) {
+            assert_eq!(awaited.report.promised, blocking.report.promised);
+        }
+        assert_eq!(awaited.report.promised.payload_bytes, blocking.report.promised.payload_bytes);
     }
 }
 
