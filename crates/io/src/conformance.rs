@@ -390,7 +390,7 @@ impl Feed for Bench<'_> {
         let read = *next as u32;
         *next += 1;
         drop(next);
-        let mut job = Job { read, extent: job.extent, access: job.access, memory };
+        let mut job = Job { read, extent: job.extent, stride: None, access: job.access, memory };
         job.memory.bytes_mut().fill(UNTOUCHED);
         Next::Job(job)
     }

@@ -6,7 +6,7 @@ use std::io;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use tensorhaul_plan::Extent;
+use tensorhaul_plan::{Extent, Stride};
 use tensorhaul_stage::Filling;
 
 /// Reads the jobs of one feed.
@@ -53,9 +53,12 @@ pub struct Job {
     pub read: u32,
     /// Which bytes; for [`Access::Direct`] aligned as the file needs it, except at the file's end.
     pub extent: Extent,
+    /// The pieces of the extent to read, which land back to back; the rest is left out. Through the page cache only, and only
+    /// of engines that read on threads.
+    pub stride: Option<Stride>,
     /// Through the page cache or past it.
     pub access: Access,
-    /// Where the bytes go; at least `extent.len_bytes`, and for direct reads up to the next multiple
+    /// Where the bytes go; at least as long as what is read, and for direct reads up to the next multiple
     /// of the file's alignment.
     pub memory: JobMemory,
 }

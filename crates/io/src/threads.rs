@@ -4,7 +4,7 @@ use std::io;
 use std::sync::Mutex;
 use std::thread;
 
-use tensorhaul_plan::Extent;
+use tensorhaul_plan::{Extent, Stride};
 
 use crate::engine::{Access, Counts, Done, Feed, Job, Next, ReadCause, ReadError, Sink};
 
@@ -61,13 +61,34 @@ fn stay_on(processors: &[u32]) {
 }
 
 fn read(reader: &impl ReadAt, job: Job, counts: &mut Counts) -> Done {
-    let Job { read, extent, mut access, mut memory } = job;
+    let Job { read, extent, stride, mut access, mut memory } = job;
     let direct_align = reader.direct_align_bytes(extent.file);
-    if direct_align.is_none() {
+    if direct_align.is_none() || stride.is_some() {
         access = Access::Cached;
     }
-    let result = fill(reader, extent, access, direct_align.unwrap_or(1), memory.bytes_mut(), counts);
+    let result = match stride {
+        Some(stride) => fill_pieces(reader, extent, stride, memory.bytes_mut(), counts),
+        None => fill(reader, extent, access, direct_align.unwrap_or(1), memory.bytes_mut(), counts),
+    };
     Done { read, memory, result }
+}
+
+/// Reads pieces of the extent, one request each, back to back into the memory.
+fn fill_pieces(
+    reader: &impl ReadAt,
+    extent: Extent,
+    stride: Stride,
+    memory: &mut [u8],
+    counts: &mut Counts,
+) -> Result<(), ReadError> {
+    let Stride { piece_len_bytes, piece_count, stride_bytes } = stride;
+    let pieces = memory.chunks_exact_mut(piece_len_bytes as usize); // A job's memory holds it.
+    for (number, piece) in (0..piece_count).zip(pieces) {
+        let offset_bytes = extent.offset_bytes + number * stride_bytes;
+        let extent = Extent { offset_bytes, len_bytes: piece_len_bytes, ..extent };
+        fill(reader, extent, Access::Cached, 1, piece, counts)?;
+    }
+    Ok(())
 }
 
 /// Reads until the extent is complete, whatever pieces the system gives it in.

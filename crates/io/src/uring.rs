@@ -235,6 +235,7 @@ impl Flight<'_> {
             self.jobs.push(None);
             self.jobs.len() as u32 - 1
         });
+        assert!(job.stride.is_none(), "reads of pieces go to engines that read on threads");
         let (len, step) = (job.extent.len_bytes as u32, self.engine.depth.request_len_bytes as u32);
         let access = job.access;
         let pieces = (0..len).step_by(step as usize).map(|begin| Request {

@@ -51,6 +51,24 @@ impl Extent {
     }
 }
 
+/// Equal pieces of an extent at equal distances: the first begins where the extent does, the last ends where it does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Stride {
+    /// Length of each piece.
+    pub piece_len_bytes: u64,
+    /// Number of pieces.
+    pub piece_count: u64,
+    /// From the start of a piece to the start of the next; more than the length of one.
+    pub stride_bytes: u64,
+}
+
+impl Stride {
+    /// Returns the bytes of all pieces.
+    pub fn len_bytes(&self) -> u64 {
+        self.piece_len_bytes * self.piece_count
+    }
+}
+
 /// Rounds down to a multiple of `align`, which is not 0.
 pub const fn align_down(value: u64, align: u64) -> u64 {
     value - value % align

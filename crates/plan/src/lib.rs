@@ -41,12 +41,13 @@ mod text;
 
 pub use checkpoint::{Checkpoint, File, TensorId, TensorRef};
 pub use dtype::{Dtype, DtypeKind, numel};
-pub use extent::Extent;
+pub use extent::{Extent, Stride};
 pub use header::{Header, HeaderError, TensorInfo};
 pub use index::{Index, IndexError};
 pub use placement::{Arena, DeviceId, Place};
 pub use plan::{
-    Copy, Machine, Operation, PlacedTensor, Plan, PlanError, Promised, Read, Source, Staged, Target,
+    Brought, Copy, Machine, Operation, PlacedTensor, Plan, PlanError, Promised, Read, Source, Staged, Steps,
+    Target,
 };
 pub use request::{Dequantize, Layout, Request, Select};
 pub use slice::{Slice, SliceError};

@@ -8,8 +8,8 @@ use serde::Serialize;
 
 use crate::checkpoint::{Checkpoint, TensorId};
 use crate::dtype::Dtype;
-use crate::extent::Extent;
-use crate::placement::{Arena, Place};
+use crate::extent::{Extent, Stride};
+use crate::placement::{Arena, DeviceId, Place};
 use crate::quant::{Family, Recipe, Role};
 use crate::request::Request;
 use crate::schedule;
@@ -48,7 +48,8 @@ pub struct Plan {
     pub(crate) operations: Vec<Operation>,
     pub(crate) reads: Vec<Read>,
     pub(crate) copies: Vec<Copy>,
-    pub(crate) brought: Vec<u32>,
+    pub(crate) brought: Vec<Brought>,
+    pub(crate) names: Vec<String>,
     pub(crate) machine: Machine,
     pub(crate) promised: Promised,
 }
@@ -83,19 +84,31 @@ impl Plan {
 
     /// Returns the name of a tensor of the result.
     pub fn name<'p>(&'p self, tensor: &PlacedTensor) -> &'p str {
-        match tensor.operation {
-            Some(operation) => &self.operations[operation as usize].name,
+        match tensor.name {
+            Some(name) => &self.names[name as usize],
             None => self.checkpoint.tensor(tensor.id).info.name,
         }
     }
 
     /// Returns the shape of a tensor of the result: the part's, where a part was asked for.
     pub fn shape<'p>(&'p self, tensor: &'p PlacedTensor) -> &'p [u64] {
-        match (&tensor.sliced_shape, tensor.operation) {
-            (Some(shape), _) => shape,
-            (None, Some(operation)) => &self.operations[operation as usize].shape,
-            (None, None) => self.checkpoint.tensor(tensor.id).info.shape,
+        match &tensor.shape {
+            Some(shape) => shape,
+            None => self.checkpoint.tensor(tensor.id).info.shape,
         }
+    }
+
+    /// Returns where a tensor of the result is handed over.
+    pub fn device(&self, tensor: &PlacedTensor) -> DeviceId {
+        self.arenas[tensor.place.arena as usize].device
+    }
+
+    /// Returns the devices that tensors are handed over on, ascending; the host's alone for a result without tensors.
+    pub fn devices(&self) -> Vec<DeviceId> {
+        let mut devices: Vec<_> = self.arenas.iter().map(|arena| arena.device).collect();
+        devices.sort_unstable();
+        devices.dedup();
+        devices
     }
 
     /// Returns the operations, in the order in which their sources arrive.
@@ -122,8 +135,8 @@ impl Plan {
         }
     }
 
-    /// Returns the tensors a read brings bytes of, or of whose sources, each once, by their places in [`Plan::tensors`].
-    pub fn brought(&self, read: &Read) -> &[u32] {
+    /// Returns what a read brings bytes of: tensors, and operations whose sources they are, each once.
+    pub fn brought(&self, read: &Read) -> &[Brought] {
         &self.brought[read.brought.start as usize..read.brought.end as usize]
     }
 
@@ -132,7 +145,7 @@ impl Plan {
         let is_staged = |read: &&Read| matches!(read.target, Target::Staged { .. });
         self.reads.iter().filter(is_staged).fold(Staged::default(), |staged, read| Staged {
             reads: staged.reads + 1,
-            read_len_bytes_max: staged.read_len_bytes_max.max(read.extent.len_bytes),
+            read_len_bytes_max: staged.read_len_bytes_max.max(read.len_bytes()),
         })
     }
 
@@ -154,26 +167,47 @@ pub struct PlacedTensor {
     pub id: TensorId,
     /// Element type in the result.
     pub dtype: Dtype,
-    /// The shape of the part, where a part was asked for.
-    pub sliced_shape: Option<Box<[u64]>>,
-    /// What makes it, by its place in [`Plan::operations`]; `None` for one that arrives as stored.
-    pub operation: Option<u32>,
+    /// Its name, by its place in the plan's own list; `None` where it has the stored tensor's. See [`Plan::name`].
+    pub name: Option<u32>,
+    /// Its shape where that is not the stored tensor's. See [`Plan::shape`].
+    pub shape: Option<Box<[u64]>>,
     /// Where its first byte lands.
     pub place: Place,
     /// Its bytes; 0 for an empty tensor.
     pub len_bytes: u64,
-    /// How many reads bring its bytes, or its operation's sources; it is ready, or can be made, when all of them are done.
+    /// How many reads bring bytes of it as stored.
     pub read_count: u32,
+    /// How many operations make parts of it, mostly none. It is ready when all of these and all of its reads are done.
+    pub operation_count: u32,
+    /// The same tensor on another device, by its place in [`Plan::tensors`]: nothing is read for this one, it is copied from device to
+    /// device when that one is ready.
+    pub copy_of: Option<u32>,
 }
 
-/// Dequantization of one tensor, when its sources have arrived.
+impl PlacedTensor {
+    /// Tells whether operations make it, or a part of it.
+    pub fn is_made(&self) -> bool {
+        self.operation_count > 0
+    }
+}
+
+/// What a read brings bytes of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Brought {
+    /// A tensor of the result, by its place in [`Plan::tensors`].
+    Tensor(u32),
+    /// The sources of an operation, by its place in [`Plan::operations`].
+    Operation(u32),
+}
+
+/// Dequantization of one tensor, or of a part of one, when its sources have arrived.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Operation {
-    /// The name of the result.
+    /// The name of the quantized tensor.
     pub name: String,
     /// What people call the format.
     pub family: Family,
-    /// The shape of the result.
+    /// The shape of what it makes.
     pub shape: Vec<u64>,
     /// Whether the result is `[.., K, N]` instead of `[.., N, K]`.
     pub is_transposed: bool,
@@ -181,8 +215,14 @@ pub struct Operation {
     pub recipe: Recipe,
     /// Where they are.
     pub sources: Vec<Source>,
-    /// What it makes, by its place in [`Plan::tensors`], which says where and of which dtype.
+    /// The tensor it makes, or makes a part of, by its place in [`Plan::tensors`], which says of which dtype.
     pub tensor: u32,
+    /// Where the first byte it makes lands; the others follow without gaps.
+    pub place: Place,
+    /// Bytes it makes; 0 where there is nothing to do.
+    pub len_bytes: u64,
+    /// How many reads bring its sources; it can begin when all of them are done.
+    pub read_count: u32,
 }
 
 /// A stored tensor that an operation reads, in scratch memory.
@@ -201,8 +241,10 @@ pub struct Source {
 /// One read of one file, at most a staging buffer long.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Read {
-    /// The bytes read; a whole multiple of the file's direct alignment, except at its end.
+    /// The bytes read; a whole multiple of the file's direct alignment, except at its end and where only pieces of them are read.
     pub extent: Extent,
+    /// The pieces of the extent that are read, where the rest is left out: they land back to back.
+    pub stride: Option<Stride>,
     /// Where they land.
     pub target: Target,
     /// Range of the plan's list of tensors brought; see [`Plan::brought`].
@@ -212,6 +254,13 @@ pub struct Read {
     /// The operations that must have been started before the read begins, and be over before its bytes land: their sources lay in the
     /// same place. Mostly none.
     pub after: Range<u32>,
+}
+
+impl Read {
+    /// Returns the bytes that land in memory.
+    pub fn len_bytes(&self) -> u64 {
+        self.stride.map_or(self.extent.len_bytes, |stride| stride.len_bytes())
+    }
 }
 
 /// Where the bytes of a read land.
@@ -226,15 +275,49 @@ pub enum Target {
     },
 }
 
-/// One copy from a staging buffer into an arena.
+/// One copy from a staging buffer into an arena: of one piece, or of equal pieces at equal distances.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Copy {
     /// Distance from the first byte of the read.
     pub source_offset_bytes: u64,
     /// Where the first byte lands.
     pub target: Place,
-    /// Number of bytes.
+    /// Number of bytes of each piece.
     pub len_bytes: u64,
+    /// Further pieces.
+    #[serde(skip_serializing_if = "Steps::is_once")]
+    pub steps: Steps,
+}
+
+impl Copy {
+    /// Walks the pieces: for each, where it begins in the read and in the arena.
+    pub fn pieces(&self) -> impl Iterator<Item = (u64, u64)> + use<> {
+        let (source, target, steps) = (self.source_offset_bytes, self.target.offset_bytes, self.steps);
+        (0..steps.count).map(move |step| {
+            (source + step * steps.source_stride_bytes, target + step * steps.target_stride_bytes)
+        })
+    }
+}
+
+/// How many pieces, and how far apart they begin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Steps {
+    /// Number of pieces; 1 or more.
+    pub count: u64,
+    /// From a piece to the next in the read.
+    pub source_stride_bytes: u64,
+    /// From a piece to the next in the arena.
+    pub target_stride_bytes: u64,
+}
+
+impl Steps {
+    /// One piece.
+    pub const ONCE: Steps = Steps { count: 1, source_stride_bytes: 0, target_stride_bytes: 0 };
+
+    /// Tells whether there is one piece only.
+    pub fn is_once(&self) -> bool {
+        self.count == 1
+    }
 }
 
 /// The reads of a plan that go through the staging ring.

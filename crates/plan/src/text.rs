@@ -1,5 +1,6 @@
 //! A plan as text for people and as JSON for scripts.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::ops::Range;
 
@@ -7,8 +8,9 @@ use serde::ser::{SerializeSeq, SerializeStruct};
 use serde::{Serialize, Serializer};
 
 use crate::dtype::Dtype;
+use crate::extent::Stride;
 use crate::placement::Arena;
-use crate::plan::{Copy, PlacedTensor, Plan, Read, Target};
+use crate::plan::{Copy, Plan, Read, Steps, Target};
 
 impl fmt::Display for Plan {
     /// Prints every file, arena, read and tensor, a line each. Offsets and lengths are bytes; a tensor
@@ -53,6 +55,9 @@ impl fmt::Display for Plan {
         for read in self.reads() {
             let extent = read.extent;
             write!(f, "  f{}+{}  {}", extent.file, extent.offset_bytes, extent.len_bytes)?;
+            if let Some(Stride { piece_len_bytes, piece_count, stride_bytes }) = read.stride {
+                write!(f, " in {piece_count} x {piece_len_bytes} every {stride_bytes}")?;
+            }
             match &read.target {
                 Target::InPlace(place) => {
                     write!(f, " -> a{}+{}", place.arena, place.offset_bytes)?;
@@ -62,12 +67,17 @@ impl fmt::Display for Plan {
                     write!(f, " -> staging")?;
                     after(f, read)?;
                     for copy in self.copies(read) {
-                        let place = copy.target;
-                        writeln!(
-                            f,
-                            "    +{}  {} -> a{}+{}",
-                            copy.source_offset_bytes, copy.len_bytes, place.arena, place.offset_bytes
-                        )?;
+                        let (place, Steps { count, source_stride_bytes, target_stride_bytes }) =
+                            (copy.target, copy.steps);
+                        write!(f, "    +{}  ", copy.source_offset_bytes)?;
+                        if !copy.steps.is_once() {
+                            write!(f, "{count} x ")?;
+                        }
+                        write!(f, "{} -> a{}+{}", copy.len_bytes, place.arena, place.offset_bytes)?;
+                        if !copy.steps.is_once() {
+                            write!(f, "  every {source_stride_bytes} -> every {target_stride_bytes}")?;
+                        }
+                        writeln!(f)?;
                     }
                 }
             }
@@ -76,8 +86,7 @@ impl fmt::Display for Plan {
             writeln!(f, "\noperations")?;
         }
         for (number, operation) in self.operations().iter().enumerate() {
-            let target = &self.tensors()[operation.tensor as usize];
-            let (family, place) = (operation.family, target.place);
+            let (family, place) = (operation.family, operation.place);
             write!(
                 f,
                 "  o{number}  {family} {} -> a{}+{} ",
@@ -90,19 +99,17 @@ impl fmt::Display for Plan {
             writeln!(f)?;
         }
         writeln!(f, "\ntensors")?;
-        for tensor in self.tensors() {
+        let operations = self.operations_of_tensors();
+        for (number, tensor) in self.tensors().iter().enumerate() {
             let stored = self.checkpoint().tensor(tensor.id);
             write!(f, "  {} {} {:?}", self.name(tensor), tensor.dtype, self.shape(tensor))?;
-            if let Some(operation) = tensor.operation {
+            if let Some(makers) = operations.get(&(number as u32)) {
                 let place = tensor.place;
-                writeln!(
-                    f,
-                    "  o{operation}  {} -> a{}+{}",
-                    tensor.len_bytes, place.arena, place.offset_bytes
-                )?;
+                makers.iter().try_for_each(|operation| write!(f, "  o{operation}"))?;
+                writeln!(f, "  {} -> a{}+{}", tensor.len_bytes, place.arena, place.offset_bytes)?;
                 continue;
             }
-            if tensor.sliced_shape.is_some() {
+            if tensor.shape.is_some() {
                 write!(f, " of {:?}", stored.info.shape)?;
             }
             let place = tensor.place;
@@ -113,6 +120,17 @@ impl fmt::Display for Plan {
             )?;
         }
         Ok(())
+    }
+}
+
+impl Plan {
+    /// Returns the operations that make each tensor, by its place.
+    fn operations_of_tensors(&self) -> HashMap<u32, Vec<u32>> {
+        let mut of_tensors: HashMap<u32, Vec<u32>> = HashMap::new();
+        for (number, operation) in self.operations().iter().enumerate() {
+            of_tensors.entry(operation.tensor).or_default().push(number as u32);
+        }
+        of_tensors
     }
 }
 
@@ -163,6 +181,8 @@ impl Serialize for Reads<'_> {
             offset_bytes: u64,
             len_bytes: u64,
             #[serde(skip_serializing_if = "Option::is_none")]
+            stride: Option<Stride>,
+            #[serde(skip_serializing_if = "Option::is_none")]
             in_place: Option<crate::Place>,
             #[serde(skip_serializing_if = "<[_]>::is_empty")]
             copies: &'p [Copy],
@@ -180,6 +200,7 @@ impl Serialize for Reads<'_> {
                 file: extent.file,
                 offset_bytes: extent.offset_bytes,
                 len_bytes: extent.len_bytes,
+                stride: read.stride,
                 in_place,
                 copies,
                 after: read.after.clone(),
@@ -191,22 +212,6 @@ impl Serialize for Reads<'_> {
 
 struct Tensors<'p>(&'p Plan);
 
-impl Tensors<'_> {
-    fn view<'p>(plan: &'p Plan, tensor: &'p PlacedTensor) -> TensorView<'p> {
-        let stored = plan.checkpoint().tensor(tensor.id);
-        TensorView {
-            name: plan.name(tensor),
-            dtype: tensor.dtype,
-            shape: plan.shape(tensor),
-            file: stored.file,
-            offset_bytes: stored.file_offset_bytes,
-            len_bytes: tensor.len_bytes,
-            place: tensor.place,
-            operation: tensor.operation,
-        }
-    }
-}
-
 #[derive(Serialize)]
 struct TensorView<'p> {
     name: &'p str,
@@ -216,15 +221,27 @@ struct TensorView<'p> {
     offset_bytes: u64,
     len_bytes: u64,
     place: crate::Place,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    operation: Option<u32>,
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    operations: &'p [u32],
 }
 
 impl Serialize for Tensors<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut list = serializer.serialize_seq(Some(self.0.tensors().len()))?;
-        for tensor in self.0.tensors() {
-            list.serialize_element(&Tensors::view(self.0, tensor))?;
+        let plan = self.0;
+        let operations = plan.operations_of_tensors();
+        let mut list = serializer.serialize_seq(Some(plan.tensors().len()))?;
+        for (number, tensor) in plan.tensors().iter().enumerate() {
+            let stored = plan.checkpoint().tensor(tensor.id);
+            list.serialize_element(&TensorView {
+                name: plan.name(tensor),
+                dtype: tensor.dtype,
+                shape: plan.shape(tensor),
+                file: stored.file,
+                offset_bytes: stored.file_offset_bytes,
+                len_bytes: tensor.len_bytes,
+                place: tensor.place,
+                operations: operations.get(&(number as u32)).map_or(&[], Vec::as_slice),
+            })?;
         }
         list.end()
     }

@@ -12,7 +12,8 @@ use tensorhaul_plan::header::encode;
 use tensorhaul_plan::plan::{Machine, Target};
 use tensorhaul_plan::quant::{Codes, Element, Family, Group, Recipe, Role, ZeroPoint};
 use tensorhaul_plan::{
-    Checkpoint, Dequantize, DeviceId, Dtype, File, Header, Layout, Plan, PlanError, Request, Select, Slice,
+    Brought, Checkpoint, Dequantize, DeviceId, Dtype, File, Header, Layout, Place, Plan, PlanError, Request,
+    Select, Slice,
 };
 
 /// A tensor to write: name, dtype, shape.
@@ -50,6 +51,16 @@ fn execute(world: &World, plan: &Plan, order: impl Iterator<Item = usize>) -> Ve
         let extent = read.extent;
         let file = &world.files[extent.file as usize];
         let bytes = &file[extent.offset_bytes as usize..extent.end_bytes() as usize];
+        let pieces: Vec<u8>;
+        let bytes = match read.stride {
+            None => bytes,
+            Some(stride) => {
+                let whole = bytes.chunks(stride.stride_bytes as usize);
+                pieces = whole.flat_map(|chunk| &chunk[..stride.piece_len_bytes as usize]).copied().collect();
+                &pieces
+            }
+        };
+        assert_eq!(bytes.len() as u64, read.len_bytes());
         match &read.target {
             Target::InPlace(place) => {
                 arenas[place.arena as usize][place.offset_bytes as usize..][..bytes.len()]
@@ -57,9 +68,11 @@ fn execute(world: &World, plan: &Plan, order: impl Iterator<Item = usize>) -> Ve
             }
             Target::Staged { .. } => {
                 for copy in plan.copies(read) {
-                    let source = &bytes[copy.source_offset_bytes as usize..][..copy.len_bytes as usize];
-                    let target = &mut arenas[copy.target.arena as usize][copy.target.offset_bytes as usize..];
-                    target[..source.len()].copy_from_slice(source);
+                    let target = &mut arenas[copy.target.arena as usize];
+                    for (from, to) in copy.pieces() {
+                        let source = &bytes[from as usize..][..copy.len_bytes as usize];
+                        target[to as usize..][..source.len()].copy_from_slice(source);
+                    }
                 }
             }
         }
@@ -138,9 +151,9 @@ fn check(world: &World, request: &Request, machine: &Machine) {
     // A tensor is ready when its reads are done, and not before: without any one of them it is not right.
     let mut missing: Vec<u32> = plan.tensors().iter().map(|tensor| tensor.read_count).collect();
     for read in plan.reads() {
-        for tensor in plan.brought(read).iter().copied() {
-            let tensor = tensor as usize;
-            missing[tensor] -= u32::from(plan.tensors()[tensor].len_bytes > 0);
+        for brought in plan.brought(read) {
+            let Brought::Tensor(tensor) = brought else { unreachable!("nothing is dequantized") };
+            missing[*tensor as usize] -= u32::from(plan.tensors()[*tensor as usize].len_bytes > 0);
         }
     }
     assert!(missing.iter().all(|missing| *missing == 0));
@@ -346,12 +359,11 @@ fn groups_of(world: &World, sizes: &[usize]) -> Arc<[Group]> {
 /// when their last source has arrived. Every operation must find its sources whole, and nothing may wait for ever.
 fn check_operations(world: &World, plan: &Plan, lane_of: impl Fn(usize) -> usize, turns: &[usize]) {
     let mut arenas: Vec<_> = plan.arenas().iter().map(|arena| vec![0xee; arena.len_bytes as usize]).collect();
-    let mut missing: Vec<u32> = plan.tensors().iter().map(|tensor| tensor.read_count).collect();
+    let mut missing: Vec<u32> = plan.operations().iter().map(|operation| operation.read_count).collect();
     let mut is_started = vec![false; plan.operations().len()];
     let mut lanes: [Vec<usize>; 2] = Default::default();
     (0..plan.reads().len()).rev().for_each(|read| lanes[lane_of(read) % 2].push(read));
-    let start = |tensor: u32, arenas: &[Vec<u8>], is_started: &mut [bool]| {
-        let Some(number) = plan.tensors()[tensor as usize].operation else { return };
+    let start = |number: u32, arenas: &[Vec<u8>], is_started: &mut [bool]| {
         is_started[number as usize] = true;
         for source in &plan.operations()[number as usize].sources {
             let stored = world.checkpoint.tensor(source.id);
@@ -361,9 +373,9 @@ fn check_operations(world: &World, plan: &Plan, lane_of: impl Fn(usize) -> usize
             assert!(found.starts_with(expected), "a source of {number} was overwritten");
         }
     };
-    for tensor in 0..missing.len() as u32 {
-        if missing[tensor as usize] == 0 {
-            start(tensor, &arenas, &mut is_started);
+    for operation in 0..missing.len() as u32 {
+        if missing[operation as usize] == 0 {
+            start(operation, &arenas, &mut is_started);
         }
     }
     for turn in 0.. {
@@ -375,19 +387,24 @@ fn check_operations(world: &World, plan: &Plan, lane_of: impl Fn(usize) -> usize
         let done = execute(world, plan, std::iter::once(read));
         let read = &plan.reads()[read];
         let spans: Vec<_> = match &read.target {
-            Target::InPlace(place) => vec![(*place, read.extent.len_bytes)],
+            Target::InPlace(place) => vec![(*place, read.len_bytes())],
             Target::Staged { .. } => {
-                plan.copies(read).iter().map(|copy| (copy.target, copy.len_bytes)).collect()
+                let pieces = plan.copies(read).iter().flat_map(|copy| {
+                    let place = |(_, offset_bytes)| (Place { offset_bytes, ..copy.target }, copy.len_bytes);
+                    copy.pieces().map(place)
+                });
+                pieces.collect()
             }
         };
         for (place, len) in spans {
             let range = place.offset_bytes as usize..(place.offset_bytes + len) as usize;
             arenas[place.arena as usize][range.clone()].copy_from_slice(&done[place.arena as usize][range]);
         }
-        for tensor in plan.brought(read) {
-            missing[*tensor as usize] -= 1;
-            if missing[*tensor as usize] == 0 {
-                start(*tensor, &arenas, &mut is_started);
+        for brought in plan.brought(read) {
+            let Brought::Operation(operation) = brought else { continue };
+            missing[*operation as usize] -= 1;
+            if missing[*operation as usize] == 0 {
+                start(*operation, &arenas, &mut is_started);
             }
         }
     }

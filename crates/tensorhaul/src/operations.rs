@@ -12,7 +12,7 @@ use crate::prepare::Prepared;
 
 /// The operations of one transfer.
 pub(crate) struct Operations {
-    /// Tensors and the events behind what makes them, oldest first: one stream works them off in this order.
+    /// Operations and the events behind them, oldest first: one stream works them off in this order.
     running: VecDeque<(u32, Arc<Event>)>,
     /// For each operation, the point behind it, until the copy stream was told to wait for it.
     unordered: Vec<Option<Arc<Event>>>,
@@ -34,7 +34,7 @@ impl Operations {
     pub(crate) fn start(&mut self, number: u32, plan: &Plan, prepared: &Prepared) -> Over {
         let Prepared { device, arenas, .. } = prepared;
         let operation = &plan.operations()[number as usize];
-        let target = &plan.tensors()[operation.tensor as usize];
+        let dtype = plan.tensors()[operation.tensor as usize].dtype;
         let location = |place: tensorhaul_plan::Place| Location {
             allocation: &arenas[place.arena as usize],
             offset_bytes: place.offset_bytes,
@@ -49,8 +49,8 @@ impl Operations {
         let dequantize = Dequantize {
             recipe: &operation.recipe,
             sources: &sources,
-            target: location(target.place),
-            output: Output { dtype: target.dtype, layout },
+            target: location(operation.place),
+            output: Output { dtype, layout },
         };
         // SAFETY: the arenas live until the transfer is over, which waits for the event below. The sources are whole: the
         // events of their copies were seen complete; nobody writes there again before this operation is over, which is what
@@ -64,7 +64,7 @@ impl Operations {
                 return Err(error);
             }
         };
-        self.running.push_back((operation.tensor, Arc::clone(&over)));
+        self.running.push_back((number, Arc::clone(&over)));
         self.unordered[number as usize] = Some(over);
         Ok(())
     }
@@ -79,7 +79,7 @@ impl Operations {
         Ok(())
     }
 
-    /// Takes the oldest operation out, if it is over: what it made, and whether that went well.
+    /// Takes the oldest operation out, if it is over, with whether it went well.
     pub(crate) fn next_over(&mut self, device: &dyn Device) -> Option<(u32, Over)> {
         let (_, event) = self.running.front()?;
         let over = match device.is_complete(event) {
@@ -87,12 +87,12 @@ impl Operations {
             Ok(true) => Ok(()),
             Err(error) => Err(error),
         };
-        self.running.pop_front().map(|(tensor, _)| (tensor, over))
+        self.running.pop_front().map(|(number, _)| (number, over))
     }
 
     /// Waits for the oldest operation, if there is one.
     pub(crate) fn wait_for_next(&mut self, device: &dyn Device) -> Option<(u32, Over)> {
-        let (tensor, event) = self.running.pop_front()?;
-        Some((tensor, device.wait(&event)))
+        let (number, event) = self.running.pop_front()?;
+        Some((number, device.wait(&event)))
     }
 }

@@ -8,9 +8,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use tensorhaul_device::{DeviceError, Event, Piece, Stream};
+use tensorhaul_device::{DeviceError, Event, Piece, Stream, StridedCopy};
 use tensorhaul_io::{Access, Counts, Done, Engine, JobMemory, ReadCause, ReadError, Sink};
-use tensorhaul_plan::Plan;
+use tensorhaul_plan::{Brought, Copy, Plan};
 use tensorhaul_stage::{Copying, Filled, Ring};
 
 use crate::cancel::Cancel;
@@ -242,8 +242,10 @@ struct Arrivals<'a, 'e> {
     gate: &'a Gate,
     hashing: &'a Hashing,
     emit: &'a mut Emit<'e>,
-    /// Reads that each tensor still waits for.
+    /// Reads and operations that each tensor still waits for.
     missing: Vec<u32>,
+    /// Reads that each operation still waits for.
+    missing_sources: Vec<u32>,
     /// Buffers that the device is copying from, oldest first.
     copying: VecDeque<(Event, Copying, u32)>,
     operations: Operations,
@@ -273,7 +275,8 @@ impl<'a, 'e> Arrivals<'a, 'e> {
             gate,
             hashing,
             emit,
-            missing: plan.tensors().iter().map(|tensor| tensor.read_count).collect(),
+            missing: plan.tensors().iter().map(|tensor| tensor.read_count + tensor.operation_count).collect(),
+            missing_sources: plan.operations().iter().map(|operation| operation.read_count).collect(),
             copying: VecDeque::new(),
             operations: Operations::new(plan.operations().len()),
             failed: None,
@@ -284,9 +287,15 @@ impl<'a, 'e> Arrivals<'a, 'e> {
     }
 
     fn take_all(&mut self, messages: &Receiver<Message>) {
+        // What has no bytes to wait for.
         for tensor in 0..self.missing.len() {
             if self.missing[tensor] == 0 {
-                self.complete(tensor); // It has no bytes to wait for.
+                self.ready(tensor);
+            }
+        }
+        for number in 0..self.missing_sources.len() as u32 {
+            if self.missing_sources[number as usize] == 0 {
+                self.make(number);
             }
         }
         loop {
@@ -327,7 +336,7 @@ impl<'a, 'e> Arrivals<'a, 'e> {
                 self.arrived(read);
             }
             JobMemory::Staging(filling) => {
-                let len_bytes = self.transfer.plan.reads()[read as usize].extent.len_bytes;
+                let len_bytes = self.transfer.plan.reads()[read as usize].len_bytes();
                 self.copy(read, filling.filled(len_bytes as usize));
             }
         }
@@ -351,19 +360,34 @@ impl<'a, 'e> Arrivals<'a, 'e> {
 
     fn queue_copies(&mut self, read: u32, buffer: &Copying) -> std::result::Result<Event, DeviceError> {
         let (plan, Prepared { device, arenas, .. }) = (self.transfer.plan, self.prepared);
-        let piece = |copy: &tensorhaul_plan::Copy| Piece {
+        let target = |copy: &Copy| &arenas[copy.target.arena as usize];
+        let piece = |copy: &Copy| Piece {
             source_offset_bytes: copy.source_offset_bytes as usize,
             len_bytes: copy.len_bytes as usize,
-            target: &arenas[copy.target.arena as usize],
+            target: target(copy),
             target_offset_bytes: copy.target.offset_bytes,
         };
         let read = &plan.reads()[read as usize];
         self.operations.order_copies(&read.after, &**device)?;
-        let pieces: Vec<_> = plan.copies(read).iter().map(piece).collect();
+        let (single, strided): (Vec<_>, Vec<_>) =
+            plan.copies(read).iter().partition(|copy| copy.steps.is_once());
+        let pieces: Vec<_> = single.into_iter().map(piece).collect();
         // SAFETY: the buffer is of this device's staging memory, and goes back to the ring only when an event recorded
         // after the copies is complete; the plan's copies are disjoint and inside their arenas, and a tensor is
         // emitted only after the last of them.
         unsafe { device.copy_pieces(buffer.bytes(), &pieces, Stream::Copy)? };
+        for copy in strided {
+            let source = &buffer.bytes()[copy.source_offset_bytes as usize..];
+            let strides = StridedCopy {
+                piece_len_bytes: copy.len_bytes,
+                piece_count: copy.steps.count,
+                source_stride_bytes: copy.steps.source_stride_bytes,
+                target_stride_bytes: copy.steps.target_stride_bytes,
+                target_offset_bytes: copy.target.offset_bytes,
+            };
+            // SAFETY: as above.
+            unsafe { device.copy_strided(source, target(copy), strides, Stream::Copy)? };
+        }
         device.record(Stream::Copy)
     }
 
@@ -398,8 +422,8 @@ impl<'a, 'e> Arrivals<'a, 'e> {
                 }
             }
         }
-        while let Some((tensor, over)) = self.operations.wait_for_next(&*self.prepared.device) {
-            self.made(tensor, over);
+        while let Some((number, over)) = self.operations.wait_for_next(&*self.prepared.device) {
+            self.made(number, over);
         }
     }
 
@@ -424,11 +448,15 @@ impl<'a, 'e> Arrivals<'a, 'e> {
     fn arrived(&mut self, read: u32) {
         let read = &self.transfer.plan.reads()[read as usize];
         self.progress.read_bytes += read.extent.len_bytes;
-        for tensor in self.transfer.plan.brought(read) {
-            let tensor = *tensor as usize;
-            self.missing[tensor] -= 1;
-            if self.missing[tensor] == 0 {
-                self.complete(tensor);
+        for brought in self.transfer.plan.brought(read) {
+            match *brought {
+                Brought::Tensor(tensor) => self.came(tensor as usize),
+                Brought::Operation(number) => {
+                    self.missing_sources[number as usize] -= 1;
+                    if self.missing_sources[number as usize] == 0 {
+                        self.make(number);
+                    }
+                }
             }
         }
         if let Some(progress) = &self.transfer.options.progress {
@@ -436,13 +464,20 @@ impl<'a, 'e> Arrivals<'a, 'e> {
         }
     }
 
-    /// Every read of a tensor is done: it is ready, or can be made.
-    fn complete(&mut self, tensor: usize) {
-        let placed = &self.transfer.plan.tensors()[tensor];
-        let Some(number) = placed.operation else { return self.ready(tensor) };
-        if placed.len_bytes == 0 {
+    /// One more of what a tensor waits for is done.
+    fn came(&mut self, tensor: usize) {
+        self.missing[tensor] -= 1;
+        if self.missing[tensor] == 0 {
+            self.ready(tensor);
+        }
+    }
+
+    /// Every source of an operation has arrived: it can begin.
+    fn make(&mut self, number: u32) {
+        let operation = &self.transfer.plan.operations()[number as usize];
+        if operation.len_bytes == 0 {
             self.gate.pass(number);
-            return self.ready(tensor); // There is nothing to make.
+            return self.came(operation.tensor as usize); // There is nothing to make.
         }
         if self.failed.is_some() || self.transfer.cancel.is_cancelled() {
             return;
@@ -455,21 +490,20 @@ impl<'a, 'e> Arrivals<'a, 'e> {
         }
     }
 
-    /// Hands over what operations have made meanwhile.
+    /// Takes what operations have made meanwhile.
     fn take_made(&mut self) {
-        while let Some((tensor, over)) = self.operations.next_over(&*self.prepared.device) {
-            self.made(tensor, over);
+        while let Some((number, over)) = self.operations.next_over(&*self.prepared.device) {
+            self.made(number, over);
         }
     }
 
-    fn made(&mut self, tensor: u32, over: std::result::Result<(), DeviceError>) {
-        match (over, self.transfer.plan.tensors()[tensor as usize].operation) {
-            (Ok(()), Some(number)) => {
+    fn made(&mut self, number: u32, over: std::result::Result<(), DeviceError>) {
+        match over {
+            Ok(()) => {
                 self.gate.pass(number);
-                self.ready(tensor as usize);
+                self.came(self.transfer.plan.operations()[number as usize].tensor as usize);
             }
-            (Err(error), _) => self.fail(error.into()),
-            (Ok(()), None) => unreachable!("what an operation made names it"),
+            Err(error) => self.fail(error.into()),
         }
     }
 
@@ -491,7 +525,7 @@ impl<'a, 'e> Arrivals<'a, 'e> {
         self.progress.ready_tensors += 1;
         let name = plan.name(placed);
         self.hashing.add(name, &tensor);
-        (self.emit)(Ready { id: placed.id, name, is_made: placed.operation.is_some(), tensor });
+        (self.emit)(Ready { id: placed.id, name, is_made: placed.is_made(), tensor });
     }
 
     fn read_failed(&mut self, read: u32, error: ReadError) {
@@ -502,7 +536,11 @@ impl<'a, 'e> Arrivals<'a, 'e> {
             _ => read.extent.offset_bytes,
         };
         // The first tensor of the read that the file's end, or the failed read, leaves incomplete.
-        let mut brought = plan.brought(read).iter().map(|tensor| &plan.tensors()[*tensor as usize]);
+        let tensor = |brought: &Brought| match *brought {
+            Brought::Tensor(tensor) => &plan.tensors()[tensor as usize],
+            Brought::Operation(number) => &plan.tensors()[plan.operations()[number as usize].tensor as usize],
+        };
+        let mut brought = plan.brought(read).iter().map(tensor);
         let incomplete = brought.find(|tensor| {
             let stored = plan.checkpoint().tensor(tensor.id);
             stored.file_offset_bytes + stored.info.len_bytes() > at_bytes

@@ -49,8 +49,8 @@ impl Feed for Queue<'_> {
                 }
             }
             (ring, _) => self.take(|read| match (&self.plan.reads()[read as usize], ring) {
-                (Read { target: Target::InPlace(place), extent, .. }, _) => {
-                    Some(JobMemory::InPlace(self.landing(*place, extent.len_bytes)))
+                (read @ Read { target: Target::InPlace(place), .. }, _) => {
+                    Some(JobMemory::InPlace(self.landing(*place, read.len_bytes())))
                 }
                 (_, Some(ring)) => ring.take().map(JobMemory::Staging),
                 (_, None) => unreachable!("a plan with staged reads has a ring"),
@@ -97,7 +97,7 @@ impl Queue<'_> {
         let Some(memory) = memory(read) else {
             return Next::Done; // The ring was closed: the load is cancelled.
         };
-        let (extent, access) = (self.plan.reads()[read as usize].extent, self.access[read as usize]);
-        Next::Job(Job { read, extent, access, memory })
+        let Read { extent, stride, .. } = self.plan.reads()[read as usize];
+        Next::Job(Job { read, extent, stride, access: self.access[read as usize], memory })
     }
 }

@@ -30,14 +30,16 @@ pub(crate) fn plan(
     let lifetimes = Lifetimes::new(checkpoint, request, &wanted);
     let Placed { mut tensors, mut arenas, segments } =
         place(checkpoint, request, &wanted, &lifetimes, machine);
-    let Scratch { operations, small, large } =
-        scratch(checkpoint, request, &wanted, &mut tensors, &mut arenas, machine)?;
+    let mut names = Vec::new();
+    let Scratch { mut operations, small, large } =
+        scratch(checkpoint, request, &wanted, &mut tensors, &mut arenas, &mut names, machine)?;
     let segments = if operations.is_empty() {
         segments
     } else {
         in_order(small, segments, large, |segment| wanted[segment.tensors.start as usize].id)
     };
-    let Reads { reads, copies, brought } = reads(checkpoint, &segments, &mut tensors, machine);
+    let Reads { reads, copies, brought } =
+        reads(checkpoint, &segments, &mut tensors, &mut operations, machine);
 
     let mut plan = Plan {
         checkpoint: Arc::clone(checkpoint),
@@ -47,6 +49,7 @@ pub(crate) fn plan(
         reads,
         copies,
         brought,
+        names,
         machine: *machine,
         promised: Promised::default(),
     };

@@ -187,7 +187,7 @@ fn runs(
 
 /// Returns the tensor at the start of its arena, which is where one without bytes stays.
 fn unplaced(checkpoint: &Checkpoint, request: &Request, wanted: &Wanted<'_>, arena: u32) -> PlacedTensor {
-    let sliced_shape = match &wanted.what {
+    let shape = match &wanted.what {
         What::Stored(Some(pieces)) => Some(pieces.shape().into()),
         _ => None,
     };
@@ -198,11 +198,13 @@ fn unplaced(checkpoint: &Checkpoint, request: &Request, wanted: &Wanted<'_>, are
     PlacedTensor {
         id: wanted.id,
         dtype,
-        sliced_shape,
-        operation: None,
+        name: None,
+        shape,
         place: Place { arena, offset_bytes: 0 },
         len_bytes: wanted.len_bytes(checkpoint, request),
         read_count: 0,
+        operation_count: 0,
+        copy_of: None,
     }
 }
 

@@ -6,25 +6,25 @@ use super::place::{IN_PLACE_LEN_BYTES_MIN, Segment};
 use crate::checkpoint::Checkpoint;
 use crate::extent::Extent;
 use crate::placement::Place;
-use crate::plan::{Copy, Machine, PlacedTensor, Read, Target};
+use crate::plan::{Brought, Copy, Machine, Operation, PlacedTensor, Read, Steps, Target};
 
 /// Reads in the order of their segments, the copies of staged ones, and the tensors that each brings bytes of.
 #[derive(Default)]
 pub(super) struct Reads {
     pub(super) reads: Vec<Read>,
     pub(super) copies: Vec<Copy>,
-    pub(super) brought: Vec<u32>,
+    pub(super) brought: Vec<Brought>,
 }
 
 pub(super) fn reads(
     checkpoint: &Checkpoint,
     segments: &[Segment],
     tensors: &mut [PlacedTensor],
+    operations: &mut [Operation],
     machine: &Machine,
 ) -> Reads {
     let mut reads = Reads::default();
-    // Which read counted a tensor last: a read that brings several of an operation's sources counts once.
-    let mut counted = vec![u32::MAX; tensors.len()];
+    let mut tally = Tally::new(tensors, operations);
     let mut rest = segments;
     while let [segment, ..] = rest {
         let count = if segment.in_place { 1 } else { together(rest) };
@@ -47,7 +47,7 @@ pub(super) fn reads(
             }
             let reaches = now[next..].iter().take_while(|segment| segment.begin < extent.end_bytes());
             let inside = &now[next..next + reaches.count()];
-            reads.add(checkpoint, extent, inside, tensors, &mut counted);
+            reads.add(checkpoint, extent, inside, &mut tally);
         }
         rest = later;
     }
@@ -71,17 +71,47 @@ fn together(segments: &[Segment]) -> usize {
     count
 }
 
+/// Counts the reads of each tensor and of each operation, each read once for all it brings of one.
+struct Tally<'t> {
+    tensors: &'t mut [PlacedTensor],
+    operations: &'t mut [Operation],
+    /// The read that was counted last, for each.
+    last_of_tensors: Vec<u32>,
+    last_of_operations: Vec<u32>,
+}
+
+impl<'t> Tally<'t> {
+    fn new(tensors: &'t mut [PlacedTensor], operations: &'t mut [Operation]) -> Tally<'t> {
+        let last_of_tensors = vec![u32::MAX; tensors.len()];
+        let last_of_operations = vec![u32::MAX; operations.len()];
+        Tally { tensors, operations, last_of_tensors, last_of_operations }
+    }
+
+    fn tensor(&mut self, tensor: u32, read: u32) -> Option<Brought> {
+        let index = tensor as usize;
+        let is_new = self.tensors[index].len_bytes > 0 && self.last_of_tensors[index] != read;
+        is_new.then(|| {
+            self.last_of_tensors[index] = read;
+            self.tensors[index].read_count += 1;
+            Brought::Tensor(tensor)
+        })
+    }
+
+    fn operation(&mut self, operation: u32, read: u32) -> Option<Brought> {
+        let index = operation as usize;
+        let is_new = self.operations[index].len_bytes > 0 && self.last_of_operations[index] != read;
+        is_new.then(|| {
+            self.last_of_operations[index] = read;
+            self.operations[index].read_count += 1;
+            Brought::Operation(operation)
+        })
+    }
+}
+
 impl Reads {
     /// Adds the read of an extent for the segments that reach into it. A long gap between two of them can leave an extent without
     /// payload: that is not read.
-    fn add(
-        &mut self,
-        checkpoint: &Checkpoint,
-        extent: Extent,
-        inside: &[Segment],
-        tensors: &mut [PlacedTensor],
-        counted: &mut [u32],
-    ) {
+    fn add(&mut self, checkpoint: &Checkpoint, extent: Extent, inside: &[Segment], tally: &mut Tally<'_>) {
         let (first_copy, first_brought) = (self.copies.len() as u32, self.brought.len() as u32);
         let (mut payload_bytes, mut in_place) = (0, None);
         let mut after: Range<u32> = 0..0;
@@ -99,14 +129,15 @@ impl Reads {
                     source_offset_bytes: begin - extent.offset_bytes,
                     target: Place { offset_bytes, ..segment.target },
                     len_bytes: end - begin,
+                    steps: Steps::ONCE,
                 });
             }
-            for tensor in inside_of(checkpoint, segment, &(begin..end), tensors) {
-                let placed = &mut tensors[tensor as usize];
-                if placed.len_bytes > 0 && counted[tensor as usize] != self.reads.len() as u32 {
-                    counted[tensor as usize] = self.reads.len() as u32;
-                    placed.read_count += 1;
-                    self.brought.push(tensor);
+            let read = self.reads.len() as u32;
+            match segment.operation {
+                Some(operation) => self.brought.extend(tally.operation(operation, read)),
+                None => {
+                    let inside = inside_of(checkpoint, segment, &(begin..end), tally.tensors);
+                    self.brought.extend(inside.filter_map(|tensor| tally.tensor(tensor, read)));
                 }
             }
         }
@@ -118,7 +149,7 @@ impl Reads {
             None => Target::Staged { copies: first_copy..self.copies.len() as u32 },
         };
         let brought = first_brought..self.brought.len() as u32;
-        self.reads.push(Read { extent, target, brought, payload_bytes, after });
+        self.reads.push(Read { extent, stride: None, target, brought, payload_bytes, after });
     }
 }
 
@@ -130,7 +161,7 @@ fn inside_of(
     tensors: &[PlacedTensor],
 ) -> Range<u32> {
     let Range { start, end } = segment.tensors;
-    if segment.operation.is_some() || end - start == 1 {
+    if end - start == 1 {
         return start..end;
     }
     let bytes_of = |index: u32| {

@@ -31,6 +31,7 @@ pub(super) fn scratch(
     wanted: &[Wanted<'_>],
     tensors: &mut [PlacedTensor],
     arenas: &mut Vec<Arena>,
+    names: &mut Vec<String>,
     machine: &Machine,
 ) -> Result<Scratch, PlanError> {
     let mut scratch = Scratch { operations: Vec::new(), small: Vec::new(), large: Vec::new() };
@@ -84,18 +85,25 @@ pub(super) fn scratch(
             };
             if is_small { scratch.small.push(segment) } else { large.push(segment) }
         }
-        tensors[tensor as usize].operation = Some(operation);
+        let made = &mut tensors[tensor as usize];
         let mut recipe = group.recipe.clone();
         recipe.fold = recipe.fold.filter(|_| dequantize.fold);
         let is_transposed = dequantize.layout == Layout::AsStored && recipe.is_column_major;
+        let shape = shape(group, is_transposed);
+        (made.name, made.shape) = (Some(names.len() as u32), Some(shape.as_slice().into()));
+        made.operation_count += 1;
+        names.push(group.name.clone());
         scratch.operations.push(Operation {
             name: group.name.clone(),
             family: group.family,
-            shape: shape(group, is_transposed),
+            shape,
             is_transposed,
             recipe,
             sources,
             tensor,
+            place: made.place,
+            len_bytes: made.len_bytes,
+            read_count: 0,
         });
         scratch.large.push((group.payload(), large));
     }

@@ -62,7 +62,7 @@ impl Feed for Reading<'_> {
         let Some(buffer) = (if wait { ring.take() } else { ring.try_take() }) else { return Next::Busy };
         self.next.store(read + 1, Ordering::Relaxed);
         let memory = JobMemory::Staging(buffer);
-        Next::Job(Job { read: read as u32, extent: *extent, access: Access::Direct, memory })
+        Next::Job(Job { read: read as u32, extent: *extent, stride: None, access: Access::Direct, memory })
     }
 }
 

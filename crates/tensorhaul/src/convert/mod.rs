@@ -250,7 +250,7 @@ fn plain<'b, 'm: 'b>(
     let mut parts = Vec::with_capacity(plan.tensors().len());
     for placed in plan.tensors() {
         let name = plan.name(placed);
-        if placed.operation.is_some() {
+        if placed.is_made() {
             let bytes = Made { name: name.to_owned(), len_bytes: placed.len_bytes, batches, bytes: None };
             let (name, shape) = (name.to_owned(), plan.shape(placed).to_vec());
             parts.push(Part::Made(SaveTensor { name, dtype: placed.dtype, shape, bytes: Box::new(bytes) }));
