@@ -50,4 +50,4 @@ pub use plan::{
     Target,
 };
 pub use request::{Dequantize, Layout, Request, Select};
-pub use slice::{Slice, SliceError};
+pub use slice::{Slice, SliceError, SliceRange};

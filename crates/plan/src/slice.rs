@@ -6,102 +6,223 @@ use std::ops::Range;
 use serde::Serialize;
 
 use crate::dtype::{Dtype, numel};
+use crate::plan::Steps;
 
-/// A part of a tensor: one `start..stop` of elements for each leading dimension; the dimensions
-/// behind them are kept whole. `[0..4]` of a `[8, 16]` tensor is its first four rows.
+/// A part of a tensor: one range of elements for each leading dimension; the dimensions behind them are kept whole. `[0..4]`
+/// of a `[8, 16]` tensor is its first four rows.
 ///
 /// An empty range is allowed and gives an empty tensor; `start > stop` and `stop` past the
 /// dimension are errors, never clamped.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Slice {
-    ranges: Vec<Range<u64>>,
+    ranges: Vec<SliceRange>,
+}
+
+/// Elements `start`, `start + step`, ... below `stop` of one dimension.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct SliceRange {
+    /// The first element kept.
+    pub start: u64,
+    /// Behind the last that may be kept.
+    pub stop: u64,
+    /// From one kept element to the next; 1 or more.
+    pub step: u64,
+}
+
+impl SliceRange {
+    /// Returns the number of elements kept; 0 where the range is backwards or the step 0.
+    pub fn len(&self) -> u64 {
+        if self.step == 0 { 0 } else { self.stop.saturating_sub(self.start).div_ceil(self.step) }
+    }
+
+    /// Tells whether nothing is kept.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+impl From<Range<u64>> for SliceRange {
+    fn from(range: Range<u64>) -> SliceRange {
+        SliceRange { start: range.start, stop: range.end, step: 1 }
+    }
+}
+
+impl fmt::Display for SliceRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.step {
+            1 => write!(f, "{}..{}", self.start, self.stop),
+            step => write!(f, "{}..{} by {step}", self.start, self.stop),
+        }
+    }
 }
 
 impl Slice {
     /// Keeps `ranges[d]` of dimension `d`.
     pub fn new(ranges: impl Into<Vec<Range<u64>>>) -> Slice {
+        Slice { ranges: ranges.into().into_iter().map(SliceRange::from).collect() }
+    }
+
+    /// Keeps every `step`-th element of a range, for each dimension.
+    pub fn with_steps(ranges: impl Into<Vec<SliceRange>>) -> Slice {
         Slice { ranges: ranges.into() }
     }
 
     /// Keeps these rows: a range of dimension 0.
     pub fn rows(range: Range<u64>) -> Slice {
-        Slice { ranges: vec![range] }
+        Slice { ranges: vec![range.into()] }
+    }
+
+    /// Keeps everything.
+    pub fn whole() -> Slice {
+        Slice { ranges: Vec::new() }
     }
 
     /// Returns the ranges as given.
-    pub fn ranges(&self) -> &[Range<u64>] {
+    pub fn ranges(&self) -> &[SliceRange] {
         &self.ranges
     }
 
-    /// Works out which bytes of a tensor the slice keeps.
+    /// Returns the shape of what is kept.
     ///
     /// # Errors
-    /// [`SliceError`] when the slice has more dimensions than the tensor, a range is backwards or
-    /// leaves its dimension, or packed elements (F4, F6) would be cut inside a byte.
-    pub fn pieces(&self, dtype: Dtype, shape: &[u64]) -> Result<Pieces, SliceError> {
-        if self.ranges.len() > shape.len() {
-            return Err(SliceError::TooManyDims { found: self.ranges.len(), ndim: shape.len() });
+    /// [`SliceError`] when the slice has more dimensions than the tensor, a step is 0, or a range is backwards or leaves its
+    /// dimension.
+    pub fn shape(&self, whole: &[u64]) -> Result<Vec<u64>, SliceError> {
+        if self.ranges.len() > whole.len() {
+            return Err(SliceError::TooManyDims { found: self.ranges.len(), ndim: whole.len() });
         }
-        let mut kept = shape.to_vec();
+        let mut kept = whole.to_vec();
         for (dim, range) in self.ranges.iter().enumerate() {
-            if range.start > range.end || range.end > shape[dim] {
-                return Err(SliceError::OutOfRange { dim, range: range.clone(), len: shape[dim] });
+            if range.step == 0 {
+                return Err(SliceError::NoStep { dim });
             }
-            kept[dim] = range.end - range.start;
+            if range.start > range.stop || range.stop > whole[dim] {
+                return Err(SliceError::OutOfRange { dim, range: range.start..range.stop, len: whole[dim] });
+            }
+            kept[dim] = range.len();
         }
-        let pieces = Pieces::new(dtype, shape, kept, &self.ranges)?;
-        if pieces.count > PIECE_COUNT_MAX {
-            return Err(SliceError::TooManyPieces { found: pieces.count, max: PIECE_COUNT_MAX });
+        Ok(kept)
+    }
+
+    /// Works out which bytes of a tensor the slice keeps, to lie back to back.
+    ///
+    /// # Errors
+    /// As [`Slice::shape`]; also when packed elements (F4, F6) would be cut inside a byte, or when there are more
+    /// pieces than a plan holds.
+    pub fn pieces(&self, dtype: Dtype, whole: &[u64]) -> Result<Pieces, SliceError> {
+        let strides = row_major(&self.shape(whole)?);
+        self.pieces_into(dtype, whole, &strides, 0)
+    }
+
+    /// As [`Slice::pieces`], to lie in a tensor of other strides: the first element at `first`, the others by `strides`, both in
+    /// elements of the target, one stride a dimension of the slice's result.
+    ///
+    /// # Errors
+    /// As [`Slice::pieces`].
+    pub fn pieces_into(
+        &self,
+        dtype: Dtype,
+        whole: &[u64],
+        strides: &[u64],
+        first: u64,
+    ) -> Result<Pieces, SliceError> {
+        let shape = self.shape(whole)?;
+        assert_eq!(strides.len(), shape.len(), "one stride a dimension");
+        let (sources, bits) = (row_major(whole), dtype.bits());
+        let mut source_first = 0;
+        let mut loops = Vec::with_capacity(shape.len());
+        for (dim, count) in shape.iter().copied().enumerate() {
+            let (start, step) = self.ranges.get(dim).map_or((0, 1), |range| (range.start, range.step));
+            source_first += start * sources[dim];
+            if count != 1 {
+                loops.push(Loop { count, source: sources[dim] * step * bits, target: strides[dim] * bits });
+            }
+        }
+        if numel(&shape) == Some(0) {
+            let nothing = Pieces { piece_len_bytes: 0, loops: Vec::new(), ..Pieces::default() };
+            return Ok(Pieces { shape, ..nothing });
+        }
+        let mut piece = bits;
+        while let Some(inner) = loops.pop_if(|inner| (inner.source, inner.target) == (piece, piece)) {
+            piece *= inner.count;
+        }
+        let loops = merged(loops);
+        let bytes = |bits: u64| match bits % 8 {
+            0 => Ok(bits / 8),
+            _ => Err(SliceError::InsideByte { dtype }),
+        };
+        let loops = loops
+            .into_iter()
+            .map(|step| Ok(Loop { source: bytes(step.source)?, target: bytes(step.target)?, ..step }));
+        let pieces = Pieces {
+            shape,
+            piece_len_bytes: bytes(piece)?,
+            loops: loops.collect::<Result<_, SliceError>>()?,
+            source_offset_bytes: bytes(source_first * bits)?,
+            target_offset_bytes: bytes(first * bits)?,
+        };
+        let rows = pieces.rows().len();
+        if rows > ROW_COUNT_MAX {
+            return Err(SliceError::TooManyPieces { found: rows, max: ROW_COUNT_MAX });
         }
         Ok(pieces)
     }
 }
 
-/// The bytes a slice keeps: equal pieces in ascending order, back to back in the result.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// Returns the elements between neighbours of each dimension, where the last is contiguous.
+pub(crate) fn row_major(shape: &[u64]) -> Vec<u64> {
+    let mut strides = vec![1u64; shape.len()];
+    for dim in (1..shape.len()).rev() {
+        // Saturated only beside a dimension of 0, where nothing has an address.
+        strides[dim - 1] = strides[dim].saturating_mul(shape[dim]);
+    }
+    strides
+}
+
+/// Makes one loop of two where the outer one goes on where the inner one ends.
+fn merged(loops: Vec<Loop>) -> Vec<Loop> {
+    let mut merged: Vec<Loop> = Vec::with_capacity(loops.len());
+    for inner in loops {
+        let runs_on = |outer: &mut Loop| {
+            (outer.source, outer.target) == (inner.source * inner.count, inner.target * inner.count)
+        };
+        match merged.pop_if(runs_on) {
+            Some(outer) => merged.push(Loop { count: outer.count * inner.count, ..inner }),
+            None => merged.push(inner),
+        }
+    }
+    merged
+}
+
+/// The bytes a slice keeps, as nested loops over equal pieces, and where they go.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Pieces {
     shape: Vec<u64>,
     piece_len_bytes: u64,
-    /// For each cut dimension, outermost first: number of steps, bytes a step, bytes before the first.
-    loops: Vec<(u64, u64)>,
-    first_offset_bytes: u64,
+    /// Outermost first.
+    loops: Vec<Loop>,
+    source_offset_bytes: u64,
+    target_offset_bytes: u64,
+}
+
+/// How often something is repeated, and the distances between its repetitions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Loop {
     count: u64,
+    source: u64,
+    target: u64,
+}
+
+/// Equal pieces at equal distances: where the first begins, in the tensor and in what it goes to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Row {
+    pub(crate) source_offset_bytes: u64,
+    pub(crate) target_offset_bytes: u64,
+    pub(crate) len_bytes: u64,
+    pub(crate) steps: Steps,
 }
 
 impl Pieces {
-    fn new(dtype: Dtype, whole: &[u64], kept: Vec<u64>, ranges: &[Range<u64>]) -> Result<Pieces, SliceError> {
-        // The last dimension that is cut decides the piece: everything inside it is contiguous.
-        let cut = (0..ranges.len()).rev().find(|&dim| kept[dim] != whole[dim]).unwrap_or(0);
-        let stride_bytes = |dim: usize| bytes(dtype, whole.get(dim + 1..).unwrap_or(&[]));
-        let mut pieces = Pieces {
-            piece_len_bytes: bytes(dtype, &kept[cut.min(kept.len())..])?,
-            loops: Vec::with_capacity(cut),
-            first_offset_bytes: 0,
-            count: kept[..cut.min(kept.len())].iter().product(),
-            shape: kept,
-        };
-        if numel(&pieces.shape) == Some(0) {
-            return Ok(Pieces { piece_len_bytes: 0, loops: Vec::new(), count: 0, ..pieces });
-        }
-        for (dim, range) in ranges.iter().enumerate().take(cut + 1) {
-            let stride = match stride_bytes(dim) {
-                Ok(stride) => stride,
-                // Packed elements: only an offset of whole bytes has an address.
-                Err(_) if dim == cut => {
-                    pieces.first_offset_bytes +=
-                        bytes(dtype, &[range.start, numel(&whole[dim + 1..]).unwrap_or(1)])?;
-                    continue;
-                }
-                Err(error) => return Err(error),
-            };
-            pieces.first_offset_bytes += range.start * stride;
-            if dim < cut {
-                pieces.loops.push((pieces.shape[dim], stride));
-            }
-        }
-        Ok(pieces)
-    }
-
     /// Returns the shape of the result.
     pub fn shape(&self) -> &[u64] {
         &self.shape
@@ -114,30 +235,81 @@ impl Pieces {
 
     /// Returns the number of pieces; 0 when the result is empty.
     pub fn count(&self) -> u64 {
-        self.count
+        if self.piece_len_bytes == 0 { 0 } else { self.loops.iter().map(|step| step.count).product() }
     }
 
     /// Returns the bytes of the result.
     pub fn len_bytes(&self) -> u64 {
-        self.count * self.piece_len_bytes
+        self.count() * self.piece_len_bytes
     }
 
-    /// Walks the offsets of the pieces from the tensor's first byte, ascending.
+    /// Returns where the first piece goes, from the start of the target.
+    pub fn target_offset_bytes(&self) -> u64 {
+        self.target_offset_bytes
+    }
+
+    /// Returns the bytes of the tensor from its first on, if the result is one run of them that goes to the start of its target.
+    pub fn run(&self) -> Option<Range<u64>> {
+        let begin = self.source_offset_bytes;
+        (self.count() == 1 && self.target_offset_bytes == 0).then(|| begin..begin + self.piece_len_bytes)
+    }
+
+    /// Walks the offsets of the pieces from the tensor's first byte, in the order of the result's elements.
     pub fn offsets_bytes(&self) -> impl Iterator<Item = u64> + '_ {
-        (0..self.count).map(|mut index| {
-            let mut offset = self.first_offset_bytes;
-            for (steps, stride) in self.loops.iter().rev() {
-                offset += index % steps * stride;
-                index /= steps;
-            }
-            offset
+        self.rows().flat_map(|row| {
+            (0..row.steps.count)
+                .map(move |step| row.source_offset_bytes + step * row.steps.source_stride_bytes)
         })
+    }
+
+    /// Walks rows of equal pieces: all loops but the innermost.
+    pub(crate) fn rows(&self) -> impl ExactRows + '_ {
+        let (outer, inner) = match self.loops.split_last() {
+            Some((inner, outer)) => (outer, *inner),
+            None => (&[][..], Loop { count: 1, source: 0, target: 0 }),
+        };
+        let count = if self.piece_len_bytes == 0 { 0 } else { outer.iter().map(|step| step.count).product() };
+        let steps = Steps {
+            count: inner.count,
+            source_stride_bytes: inner.source,
+            target_stride_bytes: inner.target,
+        };
+        let row = move |mut index: u64| {
+            let (mut source, mut target) = (self.source_offset_bytes, self.target_offset_bytes);
+            for step in outer.iter().rev() {
+                source += index % step.count * step.source;
+                target += index % step.count * step.target;
+                index /= step.count;
+            }
+            let len_bytes = self.piece_len_bytes;
+            Row { source_offset_bytes: source, target_offset_bytes: target, len_bytes, steps }
+        };
+        Rows { indices: 0..count, row }
     }
 }
 
-/// Bytes of packed elements in this shape; the header has checked that the whole tensor's bits fit.
-fn bytes(dtype: Dtype, shape: &[u64]) -> Result<u64, SliceError> {
-    numel(shape).and_then(|numel| dtype.len_bytes(numel)).ok_or(SliceError::InsideByte { dtype })
+/// Rows and how many of them there are, which may pass what a `usize` holds.
+pub(crate) trait ExactRows: Iterator<Item = Row> {
+    fn len(&self) -> u64;
+}
+
+struct Rows<F> {
+    indices: Range<u64>,
+    row: F,
+}
+
+impl<F: Fn(u64) -> Row> Iterator for Rows<F> {
+    type Item = Row;
+
+    fn next(&mut self) -> Option<Row> {
+        self.indices.next().map(&self.row)
+    }
+}
+
+impl<F: Fn(u64) -> Row> ExactRows for Rows<F> {
+    fn len(&self) -> u64 {
+        self.indices.end - self.indices.start
+    }
 }
 
 /// Why a slice of a tensor does not exist.
@@ -151,6 +323,11 @@ pub enum SliceError {
         /// Dimensions of the tensor.
         ndim: usize,
     },
+    /// A range that goes nowhere.
+    NoStep {
+        /// Which dimension, from 0.
+        dim: usize,
+    },
     /// A range that is backwards or leaves its dimension.
     OutOfRange {
         /// Which dimension, from 0.
@@ -160,9 +337,9 @@ pub enum SliceError {
         /// Elements the dimension has.
         len: u64,
     },
-    /// More pieces than a plan can hold.
+    /// More rows of equal pieces than a plan can hold.
     TooManyPieces {
-        /// Pieces that the slice keeps.
+        /// Rows of pieces that the slice keeps.
         found: u64,
         /// The limit.
         max: u64,
@@ -180,6 +357,9 @@ impl fmt::Display for SliceError {
             SliceError::TooManyDims { found, ndim } => {
                 write!(f, "the slice has {found} dimensions, the tensor {ndim}")
             }
+            SliceError::NoStep { dim } => {
+                write!(f, "the step of dimension {dim} is 0; 1 keeps every element")
+            }
             SliceError::OutOfRange { dim, range, len } if range.start > range.end => {
                 write!(
                     f,
@@ -191,7 +371,7 @@ impl fmt::Display for SliceError {
                 write!(f, "{}..{} leaves dimension {dim}, which has {len} elements", range.start, range.end)
             }
             SliceError::TooManyPieces { found, max } => {
-                write!(f, "the slice is {found} pieces, a plan holds {max}; slice fewer rows at a time")
+                write!(f, "the slice is {found} rows of pieces, a plan holds {max}; slice fewer at a time")
             }
             SliceError::InsideByte { dtype } => {
                 write!(
@@ -206,9 +386,9 @@ impl fmt::Display for SliceError {
 
 impl std::error::Error for SliceError {}
 
-/// The most pieces of one slice: each is planned as a copy of its own, of about 80 bytes, so that this many take 20 MiB.
-/// The longest inner slice of a known model is a vocabulary's, with 262,144 rows.
-pub const PIECE_COUNT_MAX: u64 = 1 << 18;
+/// The most rows of equal pieces of one slice: each is planned as a copy of its own, of about 80 bytes, so that this many take
+/// 20 MiB. A slice of two dimensions is one row, however many pieces that has.
+pub const ROW_COUNT_MAX: u64 = 1 << 18;
 
 /// Greatest common divisor with 8 of a width below 8 bits.
 fn gcd(bits: u64) -> u64 {
@@ -247,12 +427,14 @@ mod tests {
     }
 
     #[test]
-    fn a_slice_of_too_many_pieces_says_so_before_it_takes_memory() {
-        let column = Slice::new([0..PIECE_COUNT_MAX + 1, 0..1]);
-        let error = column.pieces(Dtype::U8, &[1 << 40, 2]).unwrap_err();
+    fn a_slice_of_too_many_rows_says_so_before_it_takes_memory() {
+        let corners = Slice::new([0..ROW_COUNT_MAX + 1, 0..1, 0..1]);
+        let error = corners.pieces(Dtype::U8, &[1 << 40, 2, 2]).map(|pieces| pieces.count());
+        assert_eq!(error, Ok(ROW_COUNT_MAX + 1), "one row of pieces");
+        let corners = Slice::new([0..ROW_COUNT_MAX + 1, 0..2, 0..1]);
         assert_eq!(
-            error.to_string(),
-            "the slice is 262145 pieces, a plan holds 262144; slice fewer rows at a time"
+            corners.pieces(Dtype::U8, &[1 << 40, 3, 2]).unwrap_err().to_string(),
+            "the slice is 262145 rows of pieces, a plan holds 262144; slice fewer at a time"
         );
     }
 
@@ -267,26 +449,48 @@ mod tests {
     proptest! {
         #[test]
         fn pieces_are_the_elements_that_a_naive_walk_keeps(
-            dims in proptest::collection::vec((1u64..5, 0u64..5, 0u64..5), 0..4),
+            dims in proptest::collection::vec((1u64..5, 0u64..5, 0u64..5, 1u64..4), 0..4),
+            gaps in proptest::collection::vec(0u64..3, 4),
         ) {
             let shape: Vec<u64> = dims.iter().map(|dim| dim.0).collect();
-            let ranges: Vec<Range<u64>> = dims.iter().map(|&(len, a, b)| a.min(b).min(len)..a.max(b).min(len)).collect();
-            let pieces = Slice::new(ranges.clone()).pieces(Dtype::U8, &shape).unwrap();
-            let found: Vec<u64> = pieces
-                .offsets_bytes()
-                .flat_map(|offset| offset..offset + pieces.piece_len_bytes())
-                .collect();
-            let naive: Vec<u64> = (0..shape.iter().product())
-                .filter(|flat| {
-                    let mut rest = *flat;
-                    (0..shape.len()).rev().all(|dim| {
-                        let index = rest % shape[dim];
-                        rest /= shape[dim];
-                        ranges[dim].contains(&index)
-                    })
-                })
-                .collect();
-            prop_assert_eq!(found, naive);
+            let range = |&(len, a, b, step): &(u64, u64, u64, u64)| SliceRange {
+                start: a.min(b).min(len),
+                stop: a.max(b).min(len),
+                step,
+            };
+            let ranges: Vec<SliceRange> = dims.iter().map(range).collect();
+            let slice = Slice::with_steps(ranges.clone());
+            // The target's rows have gaps behind them.
+            let kept = slice.shape(&shape).unwrap();
+            let mut strides = row_major(&kept);
+            for dim in (0..kept.len().saturating_sub(1)).rev() {
+                strides[dim] = strides[dim + 1] * kept[dim + 1].max(1) + gaps[dim];
+            }
+            let pieces = slice.pieces_into(Dtype::U16, &shape, &strides, 7).unwrap();
+            let mut found = Vec::new();
+            for row in pieces.rows() {
+                for step in 0..row.steps.count {
+                    let source = row.source_offset_bytes + step * row.steps.source_stride_bytes;
+                    let target = row.target_offset_bytes + step * row.steps.target_stride_bytes;
+                    found.extend((0..row.len_bytes).map(|byte| (source + byte, target + byte)));
+                }
+            }
+            let mut naive = Vec::new();
+            for flat in 0..shape.iter().product::<u64>() {
+                let (mut rest, mut target, mut is_kept) = (flat, 7, true);
+                for dim in (0..shape.len()).rev() {
+                    let (index, range) = (rest % shape[dim], ranges[dim]);
+                    rest /= shape[dim];
+                    is_kept &= (range.start..range.stop).contains(&index)
+                        && (index - range.start).is_multiple_of(range.step);
+                    target += index.saturating_sub(range.start) / range.step * strides[dim];
+                }
+                if is_kept {
+                    naive.extend((0..2).map(|byte| (2 * flat + byte, 2 * target + byte)));
+                }
+            }
+            prop_assert_eq!(&found, &naive);
+            prop_assert_eq!(pieces.len_bytes(), naive.len() as u64);
         }
     }
 }

@@ -81,7 +81,7 @@ fn execute(world: &World, plan: &Plan, order: impl Iterator<Item = usize>) -> Ve
 }
 
 /// The bytes a slice keeps, element by element.
-fn naive(world: &World, name: &str, slice: Option<&[Range<u64>]>) -> Vec<u8> {
+fn naive(world: &World, name: &str, slice: Option<&[SliceRange]>) -> Vec<u8> {
     let tensor = world.checkpoint.find(name).unwrap();
     let file = &world.files[tensor.file as usize];
     let bytes = &file[tensor.file_offset_bytes as usize..][..tensor.info.len_bytes() as usize];
@@ -92,7 +92,9 @@ fn naive(world: &World, name: &str, slice: Option<&[Range<u64>]>) -> Vec<u8> {
         (0..tensor.info.shape.len()).rev().all(|dim| {
             let index = rest % tensor.info.shape[dim];
             rest /= tensor.info.shape[dim];
-            ranges.get(dim).is_none_or(|range| range.contains(&index))
+            ranges.get(dim).is_none_or(|range| {
+                (range.start..range.stop).contains(&index) && (index - range.start).is_multiple_of(range.step)
+            })
         })
     };
     let flats = 0..tensor.info.shape.iter().product();
