@@ -22,7 +22,7 @@ use safetensors::tensor::Metadata;
 use tensorhaul_plan::header::{Header, NewTensor, encode};
 use tensorhaul_plan::plan::Machine;
 use tensorhaul_plan::quant::{Configs, Survey, Values};
-use tensorhaul_plan::{Checkpoint, Dequantize, Dtype, File, Plan, Request};
+use tensorhaul_plan::{Checkpoint, Dequantize, Dtype, File, InPlace, Plan, Request};
 
 const TENSOR_COUNTS: [usize; 2] = [100_000, 1_000_000];
 
@@ -51,9 +51,9 @@ fn time(criterion: &mut Criterion) {
             bench("parse_and_plan", &|json| {
                 plan(parse(json, file_len_bytes), Machine::default()).tensors().len()
             });
-            let in_place = Machine { in_place: true, ..Machine::default() };
+            let in_place = Machine { in_place: InPlace::host(4 << 20), ..Machine::default() };
             bench("parse_and_plan_in_place", &|json| {
-                plan(parse(json, file_len_bytes), in_place).tensors().len()
+                plan(parse(json, file_len_bytes), in_place.clone()).tensors().len()
             });
             bench("reference_parse", &|json| reference(json).tensors().len());
         }

@@ -30,6 +30,7 @@ pub mod checkpoint;
 pub mod dtype;
 pub mod extent;
 pub mod header;
+pub mod in_place;
 pub mod index;
 pub mod placement;
 pub mod plan;
@@ -43,6 +44,7 @@ pub use checkpoint::{Checkpoint, File, TensorId, TensorRef};
 pub use dtype::{Dtype, DtypeKind, numel};
 pub use extent::{Extent, Stride};
 pub use header::{Header, HeaderError, TensorInfo};
+pub use in_place::{InPlace, Route};
 pub use index::{Index, IndexError};
 pub use placement::{Arena, DeviceId, Place};
 pub use plan::{

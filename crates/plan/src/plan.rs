@@ -9,33 +9,39 @@ use serde::Serialize;
 use crate::checkpoint::{Checkpoint, TensorId};
 use crate::dtype::Dtype;
 use crate::extent::{Extent, Stride};
+use crate::in_place::InPlace;
 use crate::placement::{Arena, DeviceId, Place};
 use crate::quant::{Family, Recipe, Role};
 use crate::request::Request;
 use crate::schedule;
 use crate::slice::SliceError;
 
-/// What the machine brings to a plan: the staging buffers, and whether storage can write straight
+/// What the machine brings to a plan: the staging buffers, and what storage can write straight
 /// into the memory the tensors are handed over in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Machine {
-    /// Length of a staging buffer, and of the largest single read; a multiple of 4096.
+    /// Length of a staging buffer, and of the largest read into one; a multiple of 4096.
     pub buffer_len_bytes: u64,
     /// Number of staging buffers.
     pub buffer_count: u32,
     /// Direct (`O_DIRECT`) reads start and end at multiples of this, a power of two up to 4096, as
     /// probed; 1 when no file can be read directly.
     pub direct_align_bytes: u64,
-    /// Whether reads may land in the tensors' own memory: true of host and unified memory, where a
-    /// stop in the staging ring would copy every byte once more.
-    pub in_place: bool,
+    /// Which reads may land in the tensors' own memory: those into host and unified memory, where a stop in the staging ring
+    /// would copy every byte once more, and those that direct storage can do.
+    pub in_place: InPlace,
 }
 
 impl Default for Machine {
     /// 64 buffers of 4 MiB, direct reads of whole pages, and no memory that storage can write to: an
     /// accelerator.
     fn default() -> Machine {
-        Machine { buffer_len_bytes: 4 << 20, buffer_count: 64, direct_align_bytes: 4096, in_place: false }
+        Machine {
+            buffer_len_bytes: 4 << 20,
+            buffer_count: 64,
+            direct_align_bytes: 4096,
+            in_place: InPlace::never(),
+        }
     }
 }
 
@@ -62,7 +68,7 @@ impl Plan {
     /// result would pass `target_bytes_max`.
     ///
     /// # Panics
-    /// When `machine.buffer_len_bytes` is 0 or no multiple of 4096, `machine.buffer_count` is 0, or
+    /// When `machine.buffer_len_bytes` or the longest read of a route is 0 or no multiple of 4096, `machine.buffer_count` is 0, or
     /// `machine.direct_align_bytes` is no power of two up to 4096.
     pub fn new(
         checkpoint: &Arc<Checkpoint>,
@@ -238,7 +244,7 @@ pub struct Source {
     pub len_bytes: u64,
 }
 
-/// One read of one file, at most a staging buffer long.
+/// One read of one file, at most as long as a staging buffer, or as its route in place allows.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Read {
     /// The bytes read; a whole multiple of the file's direct alignment, except at its end and where only pieces of them are read.

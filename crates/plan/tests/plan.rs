@@ -12,8 +12,8 @@ use tensorhaul_plan::header::encode;
 use tensorhaul_plan::plan::{Machine, Target};
 use tensorhaul_plan::quant::{Codes, Element, Family, Group, Recipe, Role, ZeroPoint};
 use tensorhaul_plan::{
-    Brought, Checkpoint, Dequantize, DeviceId, Dtype, File, Header, Layout, Place, Plan, PlanError, Request,
-    Select, Slice,
+    Brought, Checkpoint, Dequantize, DeviceId, Dtype, File, Header, InPlace, Layout, Place, Plan, PlanError,
+    Request, Route, Select, Slice, SliceRange,
 };
 
 /// A tensor to write: name, dtype, shape.
@@ -115,7 +115,14 @@ fn check(world: &World, request: &Request, machine: &Machine) {
     for read in plan.reads() {
         let (extent, align) = (read.extent, machine.direct_align_bytes);
         let file_len = world.files[extent.file as usize].len() as u64;
-        assert!(extent.len_bytes > 0 && extent.len_bytes <= machine.buffer_len_bytes);
+        let route = machine.in_place.route(request.device, extent.file);
+        let len_bytes_max = match read.target {
+            Target::Staged { .. } => machine.buffer_len_bytes,
+            Target::InPlace(_) => {
+                route.expect("only what a route allows is read in place").read_len_bytes_max
+            }
+        };
+        assert!(extent.len_bytes > 0 && extent.len_bytes <= len_bytes_max);
         assert!(extent.offset_bytes.is_multiple_of(align));
         assert!(extent.end_bytes().is_multiple_of(align) || extent.end_bytes() == file_len);
         assert!(extent.end_bytes() <= file_len);
@@ -191,8 +198,19 @@ fn files() -> impl Strategy<Value = Vec<Vec<Spec>>> {
     })
 }
 
+/// Which of the files, three at most, can be read in place.
+fn in_place() -> impl Strategy<Value = InPlace> {
+    let files = proptest::option::of(proptest::collection::vec(any::<bool>(), 3));
+    let route = (files, 1u64..40).prop_map(|(files, pages)| Route {
+        device: DeviceId::Host,
+        files,
+        read_len_bytes_max: pages * 4096,
+    });
+    proptest::option::of(route).prop_map(|route| InPlace { routes: route.into_iter().collect() })
+}
+
 fn machine() -> impl Strategy<Value = Machine> {
-    (1u64..40, 1u32..9, 0u32..4, any::<bool>()).prop_map(|(pages, buffer_count, align, in_place)| Machine {
+    (1u64..40, 1u32..9, 0u32..4, in_place()).prop_map(|(pages, buffer_count, align, in_place)| Machine {
         buffer_len_bytes: pages * 4096,
         buffer_count,
         direct_align_bytes: [1, 512, 4096, 4096][align as usize],
@@ -260,9 +278,33 @@ fn tiny() -> World {
 
 #[test]
 fn a_plan_for_the_host_reads_as_text() {
-    let machine =
-        Machine { buffer_len_bytes: 1 << 20, buffer_count: 16, direct_align_bytes: 512, in_place: true };
+    let machine = Machine {
+        buffer_len_bytes: 1 << 20,
+        buffer_count: 16,
+        direct_align_bytes: 512,
+        in_place: InPlace::host(1 << 20),
+    };
     insta::assert_snapshot!(Plan::new(&tiny().checkpoint, &Request::all(), &machine).unwrap());
+}
+
+#[test]
+fn an_accelerator_that_some_files_are_read_into_directly_stages_the_rest() {
+    let specs = |prefix: &str| vec![(format!("{prefix}.weight"), Dtype::U8, vec![3, 100_000])];
+    let world = world(&[specs("a"), specs("b"), specs("c")], 8);
+    let mut request = Request::all();
+    request.device = DeviceId::Cuda(1);
+    let of_device =
+        |device| Route { device, files: Some(vec![true, false, true]), read_len_bytes_max: 64 << 10 };
+    let direct =
+        |device| Machine { in_place: InPlace { routes: vec![of_device(device)] }, ..Machine::default() };
+    let plan = Plan::new(&world.checkpoint, &request, &direct(DeviceId::Cuda(1))).unwrap();
+    check(&world, &request, plan.machine());
+    for read in plan.reads() {
+        assert_eq!(matches!(read.target, Target::InPlace(_)), read.extent.file != 1);
+    }
+    // Another device's route says nothing about this one's memory.
+    let plan = Plan::new(&world.checkpoint, &request, &direct(DeviceId::Cuda(0))).unwrap();
+    assert_eq!(plan.promised().in_place_bytes, 0);
 }
 
 #[test]
@@ -424,7 +466,7 @@ proptest! {
         lanes in proptest::collection::vec(0usize..2, 1..9),
         turns in proptest::collection::vec(0usize..2, 1..9),
         budget in 0u64..3,
-        in_place in any::<bool>(),
+        in_place in in_place(),
         fold in any::<bool>(),
     ) {
         let world = world(&files, 64);

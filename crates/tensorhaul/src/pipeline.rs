@@ -484,7 +484,7 @@ impl<'a, 'e> Arrivals<'a, 'e> {
         }
         match self.operations.start(number, self.transfer.plan, self.prepared) {
             // Where reads land in the sources' own memory, nothing but the end of the operation keeps them apart.
-            Ok(()) if !self.transfer.plan.machine().in_place => self.gate.pass(number),
+            Ok(()) if self.transfer.plan.promised().in_place_bytes == 0 => self.gate.pass(number),
             Ok(()) => {}
             Err(error) => self.fail(error.into()),
         }

@@ -5,8 +5,7 @@ use std::time::Instant;
 
 use tensorhaul_device::Device;
 use tensorhaul_io::Counts;
-use tensorhaul_plan::plan::Machine;
-use tensorhaul_plan::{DeviceId, Plan, Request};
+use tensorhaul_plan::{DeviceId, InPlace, Machine, Plan, Request};
 use tensorhaul_stage::Ring;
 
 use crate::cancel::Cancel;
@@ -158,7 +157,7 @@ impl Load<'_> {
         let Load { model, plan, options, cancel, .. } = *self;
         let mut ring = ring(plan, options)?;
         let mut dropped = Counts::default();
-        let needs_arenas = plan.machine().in_place;
+        let needs_arenas = plan.promised().in_place_bytes > 0;
         let needs_pin = devices::pinning_was_refused(options.request.device)
             && ring.as_ref().is_some_and(|ring| ring.pinned().is_none());
         let prepare = {
@@ -224,10 +223,10 @@ fn request(model: &Inner, options: &LoadOptions) -> Result<Request> {
 
 fn machine(options: &LoadOptions, able: bool, probed: &Probed) -> Result<Machine> {
     let layout = staging_layout(options)?;
+    let buffer_len_bytes = layout.buffer_len_bytes() as u64;
     let in_place = match options.in_place {
-        Preference::Off => false,
-        Preference::Preferred => able,
-        Preference::Required if able => true,
+        Preference::Preferred | Preference::Required if able => InPlace::host(buffer_len_bytes),
+        Preference::Off | Preference::Preferred => InPlace::never(),
         Preference::Required => {
             return Err(Error::bad_request(format!(
                 "{}: storage cannot write into its memory",
@@ -236,7 +235,7 @@ fn machine(options: &LoadOptions, able: bool, probed: &Probed) -> Result<Machine
         }
     };
     Ok(Machine {
-        buffer_len_bytes: layout.buffer_len_bytes() as u64,
+        buffer_len_bytes,
         buffer_count: layout.buffer_count(),
         direct_align_bytes: probed.direct_align_bytes,
         in_place,

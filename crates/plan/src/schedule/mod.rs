@@ -23,7 +23,9 @@ pub(crate) fn plan(
     request: &Request,
     machine: &Machine,
 ) -> Result<Plan, PlanError> {
-    assert!(machine.buffer_len_bytes > 0 && machine.buffer_len_bytes.is_multiple_of(BUFFER_ALIGN_BYTES));
+    let is_length = |len_bytes: u64| len_bytes > 0 && len_bytes.is_multiple_of(BUFFER_ALIGN_BYTES);
+    assert!(is_length(machine.buffer_len_bytes));
+    assert!(machine.in_place.routes.iter().all(|route| is_length(route.read_len_bytes_max)));
     assert!(machine.buffer_count > 0);
     assert!(machine.direct_align_bytes.is_power_of_two() && machine.direct_align_bytes <= BUFFER_ALIGN_BYTES);
     let wanted = wanted(checkpoint, request)?;
@@ -39,7 +41,7 @@ pub(crate) fn plan(
         in_order(small, segments, large, |segment| wanted[segment.tensors.start as usize].id)
     };
     let Reads { reads, copies, brought } =
-        reads(checkpoint, &segments, &mut tensors, &mut operations, machine);
+        reads(checkpoint, request.device, &segments, &mut tensors, &mut operations, machine);
 
     let mut plan = Plan {
         checkpoint: Arc::clone(checkpoint),
@@ -50,7 +52,7 @@ pub(crate) fn plan(
         copies,
         brought,
         names,
-        machine: *machine,
+        machine: machine.clone(),
         promised: Promised::default(),
     };
     plan.promised = promise(&plan);

@@ -6,7 +6,7 @@ use super::lifetimes::Lifetimes;
 use super::wanted::{Wanted, What};
 use crate::checkpoint::Checkpoint;
 use crate::extent::align_up;
-use crate::placement::{Arena, Place};
+use crate::placement::{Arena, DeviceId, Place};
 use crate::plan::{Machine, PlacedTensor};
 use crate::request::Request;
 use crate::slice::Pieces;
@@ -40,8 +40,8 @@ pub(super) fn place(
     lifetimes: &Lifetimes,
     machine: &Machine,
 ) -> Placed {
-    let runs = runs(checkpoint, wanted, lifetimes, machine);
-    let congruence = congruence_bytes(machine);
+    let runs = runs(checkpoint, request, wanted, lifetimes, machine);
+    let congruence = congruence_bytes(machine, request.device);
     let mut ends = vec![0u64; lifetimes.arenas.len()];
     let unplaced = |(wanted, arena): (_, &u32)| unplaced(checkpoint, request, wanted, *arena);
     let mut tensors: Vec<_> = wanted.iter().zip(&lifetimes.of_wanted).map(unplaced).collect();
@@ -141,12 +141,17 @@ impl How {
 }
 
 /// In place, the aligned cover of a run must fit around it: that many bytes before and behind are its own.
-pub(super) fn congruence_bytes(machine: &Machine) -> u64 {
-    if machine.in_place { machine.direct_align_bytes.max(CONGRUENCE_BYTES) } else { CONGRUENCE_BYTES }
+pub(super) fn congruence_bytes(machine: &Machine, device: DeviceId) -> u64 {
+    if machine.in_place.is_any(device) {
+        machine.direct_align_bytes.max(CONGRUENCE_BYTES)
+    } else {
+        CONGRUENCE_BYTES
+    }
 }
 
 fn runs(
     checkpoint: &Checkpoint,
+    request: &Request,
     wanted: &[Wanted<'_>],
     lifetimes: &Lifetimes,
     machine: &Machine,
@@ -178,7 +183,8 @@ fn runs(
     }
     for stored in runs.iter_mut().filter_map(|run| run.stored.as_mut()) {
         let is_long = stored.end - stored.begin >= IN_PLACE_LEN_BYTES_MIN;
-        if machine.in_place && stored.how == How::Congruent && is_long {
+        let can_land = || machine.in_place.route(request.device, stored.file).is_some();
+        if stored.how == How::Congruent && is_long && can_land() {
             stored.how = How::InPlace;
         }
     }

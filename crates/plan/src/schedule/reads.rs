@@ -5,7 +5,8 @@ use std::ops::Range;
 use super::place::{IN_PLACE_LEN_BYTES_MIN, Segment};
 use crate::checkpoint::Checkpoint;
 use crate::extent::Extent;
-use crate::placement::Place;
+use crate::in_place::Route;
+use crate::placement::{DeviceId, Place};
 use crate::plan::{Brought, Copy, Machine, Operation, PlacedTensor, Read, Steps, Target};
 
 /// Reads in the order of their segments, the copies of staged ones, and the tensors that each brings bytes of.
@@ -18,6 +19,7 @@ pub(super) struct Reads {
 
 pub(super) fn reads(
     checkpoint: &Checkpoint,
+    device: DeviceId,
     segments: &[Segment],
     tensors: &mut [PlacedTensor],
     operations: &mut [Operation],
@@ -33,12 +35,17 @@ pub(super) fn reads(
         let file_len = checkpoint.files()[segment.file as usize].len_bytes();
         let whole = Extent { file: first.file, offset_bytes: first.begin, len_bytes: last.end - first.begin };
         let cover = whole.cover(machine.direct_align_bytes, file_len);
-        let max = machine.buffer_len_bytes;
-        let phase = if segment.in_place {
+        let route = machine.in_place.route(device, segment.file).filter(|_| segment.in_place);
+        let (max, phase) = match route {
             // Cut at multiples of the read length in the *arena*: neighbours then share no huge page.
-            (segment.target.offset_bytes + max - segment.begin % max) % max
-        } else {
-            max - cover.offset_bytes % max // The first read fills its buffer.
+            Some(Route { read_len_bytes_max: max, .. }) => {
+                (*max, (segment.target.offset_bytes + max - segment.begin % max) % max)
+            }
+            // The first read fills its buffer.
+            None => (
+                machine.buffer_len_bytes,
+                machine.buffer_len_bytes - cover.offset_bytes % machine.buffer_len_bytes,
+            ),
         };
         let mut next = 0; // The first segment that reaches into the extent at hand.
         for extent in cover.split(max, phase) {

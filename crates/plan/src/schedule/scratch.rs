@@ -7,7 +7,7 @@ use super::place::{CONGRUENCE_BYTES, How, IN_PLACE_LEN_BYTES_MIN, Segment, congr
 use super::wanted::{Wanted, What, members};
 use crate::checkpoint::{Checkpoint, TensorId};
 use crate::extent::align_up;
-use crate::placement::{Arena, Place};
+use crate::placement::{Arena, DeviceId, Place};
 use crate::plan::{Machine, Operation, PlacedTensor, PlanError, Source};
 use crate::quant::{Group, Role};
 use crate::request::{Dequantize, Layout, Request};
@@ -43,10 +43,10 @@ pub(super) fn scratch(
         })
     };
     let stays = arenas.len() as u32;
-    let world = World { checkpoint, dequantize, machine };
+    let world = World { checkpoint, dequantize, device: request.device, machine };
     let groups: Vec<&Group> = made().map(|(_, group)| group).collect();
     let budget = Budget::new(&world, request.transient_bytes_max, &groups)?;
-    let mut slots = Slots::new(budget.ring_len_bytes, congruence_bytes(machine));
+    let mut slots = Slots::new(budget.ring_len_bytes, congruence_bytes(machine, request.device));
     let mut small_end = 0;
     for (tensor, group) in made() {
         let operation = scratch.operations.len() as u32;
@@ -62,14 +62,14 @@ pub(super) fn scratch(
                 continue;
             }
             let is_small = len_bytes <= budget.small_len_bytes_max;
-            let how = how(role, len_bytes, machine);
+            let how = world.how(role, id);
             let place = if is_small {
                 let offset_bytes = align_up(small_end, SMALL_ALIGN_BYTES);
                 small_end = offset_bytes + len_bytes;
                 Place { arena: stays, offset_bytes }
             } else {
-                let offset_bytes = how.start(end, begin, congruence_bytes(machine));
-                end = how.end(offset_bytes + len_bytes, congruence_bytes(machine));
+                let offset_bytes = how.start(end, begin, congruence_bytes(machine, request.device));
+                end = how.end(offset_bytes + len_bytes, congruence_bytes(machine, request.device));
                 Place { arena: stays + 1, offset_bytes }
             };
             sources.push(Source { role, id, place, len_bytes });
@@ -114,7 +114,7 @@ pub(super) fn scratch(
             group: what.to_owned(),
             is_external: false,
             is_scratch: true,
-            len_bytes: align_up(len_bytes, congruence_bytes(machine)),
+            len_bytes: align_up(len_bytes, congruence_bytes(machine, request.device)),
         };
         arenas.push(arena("small sources", small_end));
         arenas.push(arena("sources", slots.capacity_bytes));
@@ -131,24 +131,27 @@ fn shape(group: &Group, is_transposed: bool) -> Vec<u64> {
     shape
 }
 
-/// Returns how a source gets to its place. Only payloads are worth a read of their own in place.
-fn how(role: Role, len_bytes: u64, machine: &Machine) -> How {
-    let is_worth_it = machine.in_place && role == Role::Payload && len_bytes >= IN_PLACE_LEN_BYTES_MIN;
-    if is_worth_it { How::InPlace } else { How::Gathered }
-}
-
 /// What the lengths of sources depend on.
 struct World<'w> {
     checkpoint: &'w Checkpoint,
     dequantize: &'w Dequantize,
+    device: DeviceId,
     machine: &'w Machine,
 }
 
 impl World<'_> {
-    /// Returns the lengths of a group's sources.
-    fn lens_bytes(&self, group: &Group) -> impl Iterator<Item = (Role, u64)> {
+    /// Returns how a source gets to its place. Only payloads are worth a read of their own in place.
+    fn how(&self, role: Role, id: TensorId) -> How {
+        let stored = self.checkpoint.tensor(id);
+        let is_worth_it = role == Role::Payload && stored.info.len_bytes() >= IN_PLACE_LEN_BYTES_MIN;
+        let can_land = || self.machine.in_place.route(self.device, stored.file).is_some();
+        if is_worth_it && can_land() { How::InPlace } else { How::Gathered }
+    }
+
+    /// Returns how a group's sources get to their places, and their lengths.
+    fn lens_bytes(&self, group: &Group) -> impl Iterator<Item = (How, u64)> {
         let members = members(group, self.dequantize).filter(|(role, _)| *role != Role::Description);
-        members.map(|(role, id)| (role, self.checkpoint.tensor(id).info.len_bytes()))
+        members.map(|(role, id)| (self.how(role, id), self.checkpoint.tensor(id).info.len_bytes()))
     }
 
     /// Returns the bytes that the small sources of a group take.
@@ -159,9 +162,9 @@ impl World<'_> {
 
     /// Returns the bytes that the other sources take in the ring, wherever they begin.
     fn slot_len_bytes(&self, group: &Group, small_len_bytes_max: u64) -> u64 {
-        let congruence = congruence_bytes(self.machine);
+        let congruence = congruence_bytes(self.machine, self.device);
         let large = self.lens_bytes(group).filter(|(_, len_bytes)| *len_bytes > small_len_bytes_max);
-        let len = |(role, len_bytes)| match how(role, len_bytes, self.machine) {
+        let len = |(how, len_bytes)| match how {
             // The aligned cover around it.
             How::InPlace => align_up(len_bytes, congruence) + congruence,
             _ => align_up(len_bytes, CONGRUENCE_BYTES),
@@ -181,7 +184,7 @@ impl Budget {
     /// Calls fewer sources small where all of them would leave the ring less than half of what is allowed, or less than the largest
     /// operation needs.
     fn new(world: &World<'_>, max_bytes: Option<u64>, groups: &[&Group]) -> Result<Budget, PlanError> {
-        let align_bytes = congruence_bytes(world.machine);
+        let align_bytes = congruence_bytes(world.machine, world.device);
         let mut small_len_bytes_max = SMALL_LEN_BYTES_MAX;
         loop {
             let (mut largest, mut sum, mut small) = ((0, None), 0u64, 0u64);
