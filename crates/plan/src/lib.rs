@@ -26,7 +26,9 @@
 //! ```
 #![forbid(unsafe_code)]
 
+pub mod assembly;
 pub mod checkpoint;
+pub mod device_map;
 pub mod dtype;
 pub mod extent;
 pub mod header;
@@ -40,7 +42,9 @@ mod schedule;
 pub mod slice;
 mod text;
 
+pub use assembly::{Assembled, Assembly, Part};
 pub use checkpoint::{Checkpoint, File, TensorId, TensorRef};
+pub use device_map::DeviceMap;
 pub use dtype::{Dtype, DtypeKind, numel};
 pub use extent::{Extent, Stride};
 pub use header::{Header, HeaderError, TensorInfo};
@@ -48,8 +52,8 @@ pub use in_place::{InPlace, Route};
 pub use index::{Index, IndexError};
 pub use placement::{Arena, DeviceId, Place};
 pub use plan::{
-    Brought, Copy, Machine, Operation, PlacedTensor, Plan, PlanError, Promised, Read, Source, Staged, Steps,
-    Target,
+    Brought, Copy, Machine, Operation, OverRead, PlacedTensor, Plan, PlanError, Promised, Read, Source,
+    Staged, Steps, Target,
 };
-pub use request::{Dequantize, Layout, Request, Select};
+pub use request::{Dequantize, External, Layout, Request, Select};
 pub use slice::{Slice, SliceError, SliceRange};

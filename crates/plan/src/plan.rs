@@ -30,6 +30,8 @@ pub struct Machine {
     /// Which reads may land in the tensors' own memory: those into host and unified memory, where a stop in the staging ring
     /// would copy every byte once more, and those that direct storage can do.
     pub in_place: InPlace,
+    /// Which devices can copy to which, source first: a tensor for both is read for the first only.
+    pub peers: Vec<(DeviceId, DeviceId)>,
 }
 
 impl Default for Machine {
@@ -41,6 +43,7 @@ impl Default for Machine {
             buffer_count: 64,
             direct_align_bytes: 4096,
             in_place: InPlace::never(),
+            peers: Vec::new(),
         }
     }
 }
@@ -56,6 +59,7 @@ pub struct Plan {
     pub(crate) copies: Vec<Copy>,
     pub(crate) brought: Vec<Brought>,
     pub(crate) names: Vec<String>,
+    pub(crate) over_reads: Vec<OverRead>,
     pub(crate) machine: Machine,
     pub(crate) promised: Promised,
 }
@@ -153,6 +157,11 @@ impl Plan {
             reads: staged.reads + 1,
             read_len_bytes_max: staged.read_len_bytes_max.max(read.len_bytes()),
         })
+    }
+
+    /// Returns the tensors for which more is read than the request allows on the whole, the worst first.
+    pub fn over_reads(&self) -> &[OverRead] {
+        &self.over_reads
     }
 
     /// Returns the machine it was made for.
@@ -326,6 +335,17 @@ impl Steps {
     }
 }
 
+/// A tensor of whose rows more is read than is kept, because the pieces are too short to be read apart.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct OverRead {
+    /// The stored tensor.
+    pub name: String,
+    /// Bytes that are read and not kept.
+    pub over_bytes: u64,
+    /// Length of the pieces kept.
+    pub piece_len_bytes: u64,
+}
+
 /// The reads of a plan that go through the staging ring.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Staged {
@@ -400,6 +420,75 @@ pub enum PlanError {
         /// The tensor.
         name: String,
     },
+    /// A slice of a tensor that an assembly puts together.
+    SliceOfAssembled {
+        /// The tensor.
+        name: String,
+    },
+    /// An assembled tensor without any part, of which nobody could tell the dtype.
+    NoParts {
+        /// The tensor.
+        name: String,
+    },
+    /// Parts of one assembled tensor that differ in dtype.
+    MixedDtypes {
+        /// The tensor.
+        name: String,
+        /// Of its first part.
+        first: Dtype,
+        /// Of a later one.
+        other: Dtype,
+    },
+    /// A part that leaves its assembled tensor.
+    PartOutside {
+        /// The tensor.
+        name: String,
+        /// Shape of the part.
+        part: Vec<u64>,
+        /// Where its first element would lie.
+        at: Vec<u64>,
+        /// Shape of the tensor.
+        whole: Vec<u64>,
+    },
+    /// Parts that have fewer or more elements than their assembled tensor.
+    PartsDoNotCover {
+        /// The tensor.
+        name: String,
+        /// Elements of the parts.
+        have: u64,
+        /// Elements of the tensor.
+        need: u64,
+    },
+    /// A dequantized part that is not one run of its assembled tensor's elements.
+    MadeInColumns {
+        /// The tensor.
+        name: String,
+        /// Shape of the part.
+        part: Vec<u64>,
+        /// Where its first element would lie.
+        at: Vec<u64>,
+        /// Shape of the tensor.
+        whole: Vec<u64>,
+    },
+    /// Strides of the caller's memory that do not fit the tensor.
+    BadStrides {
+        /// The tensor.
+        name: String,
+        /// Its shape.
+        shape: Vec<u64>,
+        /// The strides given, in elements.
+        strides: Vec<u64>,
+    },
+    /// Memory with gaps for a tensor that is dequantized, which is written without.
+    StridesOfMade {
+        /// The tensor.
+        name: String,
+    },
+    /// Tensors that the device map sends nowhere.
+    NoDevice {
+        /// Their names.
+        names: Vec<String>,
+    },
     /// A slice that does not exist.
     Slice {
         /// The tensor.
@@ -433,6 +522,14 @@ impl PlanError {
             | PlanError::ExternalNotSelected { name }
             | PlanError::SliceNotSelected { name }
             | PlanError::SliceOfMade { name }
+            | PlanError::SliceOfAssembled { name }
+            | PlanError::NoParts { name }
+            | PlanError::MixedDtypes { name, .. }
+            | PlanError::PartOutside { name, .. }
+            | PlanError::PartsDoNotCover { name, .. }
+            | PlanError::MadeInColumns { name, .. }
+            | PlanError::BadStrides { name, .. }
+            | PlanError::StridesOfMade { name }
             | PlanError::OverTransientBudget { name, .. }
             | PlanError::Slice { name, .. } => Some(name),
             _ => None,
@@ -462,6 +559,50 @@ impl fmt::Display for PlanError {
                     "tensor {name:?} is dequantized, which makes it whole; a slice of it cannot be asked for"
                 )
             }
+            PlanError::SliceOfAssembled { name } => {
+                write!(f, "tensor {name:?} is put together from parts; a slice of it cannot be asked for")
+            }
+            PlanError::NoParts { name } => write!(f, "tensor {name:?} is to be put together from nothing"),
+            PlanError::MixedDtypes { name, first, other } => {
+                write!(f, "tensor {name:?} cannot be put together from parts of {first} and {other}")
+            }
+            PlanError::PartOutside { name, part, at, whole } => {
+                write!(f, "tensor {name:?}: a part of shape {part:?} at {at:?} leaves its shape {whole:?}")
+            }
+            PlanError::PartsDoNotCover { name, have, need } => {
+                write!(f, "tensor {name:?} has {need} elements, its parts have {have}")
+            }
+            PlanError::MadeInColumns { name, part, at, whole } => {
+                write!(
+                    f,
+                    "tensor {name:?}: a dequantized part of shape {part:?} at {at:?} is not one run of {whole:?}; dequantize \
+                     parts that are side by side along rows only"
+                )
+            }
+            PlanError::BadStrides { name, shape, strides } => {
+                write!(
+                    f,
+                    "tensor {name:?}: memory with strides {strides:?} does not fit its shape {shape:?}; one stride a dimension, \
+                     in elements, that keep elements apart"
+                )
+            }
+            PlanError::StridesOfMade { name } => {
+                write!(
+                    f,
+                    "tensor {name:?} is dequantized, which needs memory without gaps; give it row-major strides"
+                )
+            }
+            PlanError::NoDevice { names } => {
+                let shown: Vec<_> = names.iter().take(NAMES_SHOWN_MAX).map(String::as_str).collect();
+                let more = names.len() - shown.len();
+                write!(
+                    f,
+                    "the device map names no device for {} tensors: {}",
+                    names.len(),
+                    shown.join(", ")
+                )?;
+                if more > 0 { write!(f, " and {more} more") } else { Ok(()) }
+            }
             PlanError::OverTransientBudget { name, needed_bytes, max_bytes } => {
                 write!(
                     f,
@@ -484,3 +625,6 @@ impl std::error::Error for PlanError {
         }
     }
 }
+
+/// Names that one error lists.
+const NAMES_SHOWN_MAX: usize = 20;

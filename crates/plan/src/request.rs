@@ -6,7 +6,9 @@ use std::sync::Arc;
 use globset::{GlobBuilder, GlobSet, GlobSetBuilder};
 use serde::Serialize;
 
+use crate::assembly::Assembly;
 use crate::checkpoint::{Checkpoint, TensorId, TensorRef};
+use crate::device_map::DeviceMap;
 use crate::dtype::Dtype;
 use crate::placement::DeviceId;
 use crate::plan::PlanError;
@@ -21,18 +23,37 @@ pub struct Request {
     pub select: Select,
     /// Parts instead of whole tensors, by name; each must be selected too.
     pub slices: Vec<(String, Slice)>,
-    /// The memory the tensors are handed over in. Default: the host's.
+    /// What tensors of the result are put together from, such as a rank's parts of a model. Names, globs and everything else in this
+    /// request then mean tensors of the result. Default: the result's tensors are the checkpoint's.
+    pub assembly: Option<Arc<Assembly>>,
+    /// The memory the tensors are handed over in, unless a map or an assembly says otherwise. Default: the host's.
     pub device: DeviceId,
-    /// Tensors that land in memory of the caller's own, by name; each must be selected too.
-    pub external: Vec<String>,
+    /// Which tensors go to which devices. Default: all to `device`, or where the assembly puts them.
+    pub device_map: Option<Arc<DeviceMap>>,
+    /// Tensors that land in memory of the caller's own; each must be selected too.
+    pub external: Vec<External>,
     /// The most bytes the result may take on the device, rounding included and the caller's own memory not; a plan that needs more
     /// is refused. Default: no limit but the device's own.
     pub target_bytes_max: Option<u64>,
     /// Which quantized tensors are handed over as numbers. Default: none, all arrive as they are stored.
     pub dequantize: Option<Dequantize>,
     /// The most device memory for packed bytes that wait to be dequantized. Default: 256 MiB, or what the largest
-    /// tensor needs; a limit given here that the largest does not fit in refuses the plan.
+    /// tensor needs; a limit given here that the largest does not fit in refuses the plan. For each device.
     pub transient_bytes_max: Option<u64>,
+    /// The most that parts of tensors may make a plan read, as a multiple of its payload: where less than this would be kept of what is
+    /// read, only the pieces are read. Default: 1.02.
+    pub over_read_max: f64,
+}
+
+/// Memory of the caller's own for one tensor.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct External {
+    /// The tensor's name in the result.
+    pub name: String,
+    /// Where the memory is.
+    pub device: DeviceId,
+    /// Elements of the tensor's dtype from neighbour to neighbour of each dimension; `None`: row-major without gaps.
+    pub strides: Option<Vec<u64>>,
 }
 
 /// Which quantized tensors become numbers, and of which kind.
@@ -76,11 +97,14 @@ impl Request {
         Request {
             select,
             slices: Vec::new(),
+            assembly: None,
             device: DeviceId::Host,
+            device_map: None,
             external: Vec::new(),
             target_bytes_max: None,
             dequantize: None,
             transient_bytes_max: None,
+            over_read_max: OVER_READ_MAX_DEFAULT,
         }
     }
 
@@ -127,6 +151,13 @@ impl Select {
 /// A function that keeps or leaves a tensor; see [`Select::predicate`].
 #[derive(Clone)]
 pub struct Predicate(Arc<dyn Fn(&TensorRef<'_>) -> bool + Send + Sync>);
+
+impl Predicate {
+    /// Tells whether the tensor is kept.
+    pub(crate) fn keeps(&self, tensor: &TensorRef<'_>) -> bool {
+        (self.0)(tensor)
+    }
+}
 
 impl fmt::Debug for Predicate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -202,3 +233,7 @@ fn compile(globs: &[String]) -> Result<GlobSet, PlanError> {
     }
     set.build().map_err(|error| bad(error.glob().unwrap_or_default(), error.kind().to_string()))
 }
+
+/// What alignment and gaps that are cheaper to read than to skip may add: with more, ranks that read parts of one file would together
+/// read noticeably more than there is.
+pub const OVER_READ_MAX_DEFAULT: f64 = 1.02;

@@ -73,7 +73,7 @@ impl Slice {
     }
 
     /// Keeps everything.
-    pub fn whole() -> Slice {
+    pub const fn whole() -> Slice {
         Slice { ranges: Vec::new() }
     }
 

@@ -2,108 +2,20 @@
 
 #![allow(clippy::unwrap_used, reason = "a failed expectation is the test's own report")]
 
+mod support;
+
 use std::collections::BTreeMap;
-use std::ops::Range;
 use std::sync::Arc;
 
 use proptest::prelude::*;
-use tensorhaul_plan::header::NewTensor;
-use tensorhaul_plan::header::encode;
 use tensorhaul_plan::plan::{Machine, Target};
 use tensorhaul_plan::quant::{Codes, Element, Family, Group, Recipe, Role, ZeroPoint};
 use tensorhaul_plan::{
-    Brought, Checkpoint, Dequantize, DeviceId, Dtype, File, Header, InPlace, Layout, Place, Plan, PlanError,
-    Request, Route, Select, Slice, SliceRange,
+    Brought, Dequantize, DeviceId, Dtype, External, InPlace, Layout, Place, Plan, PlanError, Request, Route,
+    Select, Slice, SliceRange, Stride,
 };
 
-/// A tensor to write: name, dtype, shape.
-type Spec = (String, Dtype, Vec<u64>);
-
-/// Files in memory and the checkpoint of their headers.
-struct World {
-    files: Vec<Vec<u8>>,
-    checkpoint: Arc<Checkpoint>,
-}
-
-fn world(files: &[Vec<Spec>], data_align_bytes: u64) -> World {
-    let mut bytes = Vec::new();
-    let mut entries = Vec::new();
-    for (number, specs) in files.iter().enumerate() {
-        let tensors: Vec<_> =
-            specs.iter().map(|(name, dtype, shape)| NewTensor { name, dtype: *dtype, shape }).collect();
-        let mut file = encode(&tensors, &BTreeMap::new(), data_align_bytes).unwrap();
-        let json_len = file.len();
-        let data_len: u64 =
-            tensors.iter().map(|t| t.dtype.len_bytes(t.shape.iter().product()).unwrap()).sum();
-        let salt = number as u64 * 7919;
-        file.extend((0..data_len).map(|at| ((at + salt).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8));
-        let header = Header::parse(&file[8..json_len], file.len() as u64).unwrap();
-        entries.push(File::new(format!("f{number}.safetensors"), header));
-        bytes.push(file);
-    }
-    World { files: bytes, checkpoint: Arc::new(Checkpoint::new(entries).unwrap()) }
-}
-
-/// Does what the plan says, read by read in the given order, and returns the arenas.
-fn execute(world: &World, plan: &Plan, order: impl Iterator<Item = usize>) -> Vec<Vec<u8>> {
-    let mut arenas: Vec<_> = plan.arenas().iter().map(|arena| vec![0xee; arena.len_bytes as usize]).collect();
-    for read in order.map(|index| &plan.reads()[index]) {
-        let extent = read.extent;
-        let file = &world.files[extent.file as usize];
-        let bytes = &file[extent.offset_bytes as usize..extent.end_bytes() as usize];
-        let pieces: Vec<u8>;
-        let bytes = match read.stride {
-            None => bytes,
-            Some(stride) => {
-                let whole = bytes.chunks(stride.stride_bytes as usize);
-                pieces = whole.flat_map(|chunk| &chunk[..stride.piece_len_bytes as usize]).copied().collect();
-                &pieces
-            }
-        };
-        assert_eq!(bytes.len() as u64, read.len_bytes());
-        match &read.target {
-            Target::InPlace(place) => {
-                arenas[place.arena as usize][place.offset_bytes as usize..][..bytes.len()]
-                    .copy_from_slice(bytes);
-            }
-            Target::Staged { .. } => {
-                for copy in plan.copies(read) {
-                    let target = &mut arenas[copy.target.arena as usize];
-                    for (from, to) in copy.pieces() {
-                        let source = &bytes[from as usize..][..copy.len_bytes as usize];
-                        target[to as usize..][..source.len()].copy_from_slice(source);
-                    }
-                }
-            }
-        }
-    }
-    arenas
-}
-
-/// The bytes a slice keeps, element by element.
-fn naive(world: &World, name: &str, slice: Option<&[SliceRange]>) -> Vec<u8> {
-    let tensor = world.checkpoint.find(name).unwrap();
-    let file = &world.files[tensor.file as usize];
-    let bytes = &file[tensor.file_offset_bytes as usize..][..tensor.info.len_bytes() as usize];
-    let Some(ranges) = slice else { return bytes.to_vec() };
-    let width = (tensor.info.dtype.bits() / 8) as usize;
-    let kept = |flat: u64| {
-        let mut rest = flat;
-        (0..tensor.info.shape.len()).rev().all(|dim| {
-            let index = rest % tensor.info.shape[dim];
-            rest /= tensor.info.shape[dim];
-            ranges.get(dim).is_none_or(|range| {
-                (range.start..range.stop).contains(&index) && (index - range.start).is_multiple_of(range.step)
-            })
-        })
-    };
-    let flats = 0..tensor.info.shape.iter().product();
-    flats
-        .filter(|flat| kept(*flat))
-        .flat_map(|flat| &bytes[flat as usize * width..][..width])
-        .copied()
-        .collect()
-}
+use support::{Spec, World, execute, naive, world};
 
 fn check(world: &World, request: &Request, machine: &Machine) {
     let plan = Plan::new(&world.checkpoint, request, machine).unwrap();
@@ -122,10 +34,16 @@ fn check(world: &World, request: &Request, machine: &Machine) {
                 route.expect("only what a route allows is read in place").read_len_bytes_max
             }
         };
-        assert!(extent.len_bytes > 0 && extent.len_bytes <= len_bytes_max);
+        assert!(extent.len_bytes > 0 && extent.end_bytes() <= file_len);
+        assert!(read.len_bytes() <= len_bytes_max);
+        if let Some(stride) = read.stride {
+            let Stride { piece_len_bytes, piece_count, stride_bytes } = stride;
+            assert_eq!((piece_count - 1) * stride_bytes + piece_len_bytes, extent.len_bytes);
+            assert!(stride_bytes > piece_len_bytes);
+            continue;
+        }
         assert!(extent.offset_bytes.is_multiple_of(align));
         assert!(extent.end_bytes().is_multiple_of(align) || extent.end_bytes() == file_len);
-        assert!(extent.end_bytes() <= file_len);
         if let Target::InPlace(place) = read.target {
             let arena = plan.arenas()[place.arena as usize].len_bytes;
             assert_eq!(place.offset_bytes % align, 0, "storage writes to an aligned address");
@@ -142,7 +60,7 @@ fn check(world: &World, request: &Request, machine: &Machine) {
         let expected = naive(world, name, slices.get(name).copied());
         assert_eq!(tensor.len_bytes, expected.len() as u64);
         let arena = &plan.arenas()[tensor.place.arena as usize];
-        assert_eq!(arena.is_external, request.external.iter().any(|external| external == name));
+        assert_eq!(arena.is_external, request.external.iter().any(|external| external.name == name));
         if arena.is_external {
             assert_eq!((arena.len_bytes, tensor.place.offset_bytes), (tensor.len_bytes, 0));
         }
@@ -171,7 +89,7 @@ fn check(world: &World, request: &Request, machine: &Machine) {
     let promised = plan.promised();
     assert_eq!(promised.payload_bytes, plan.tensors().iter().map(|tensor| tensor.len_bytes).sum::<u64>());
     assert_eq!(promised.payload_bytes, plan.reads().iter().map(|read| read.payload_bytes).sum::<u64>());
-    assert_eq!(promised.read_bytes, plan.reads().iter().map(|read| read.extent.len_bytes).sum::<u64>());
+    assert_eq!(promised.read_bytes, plan.reads().iter().map(|read| read.len_bytes()).sum::<u64>());
     assert!(promised.peak_staging_bytes <= machine.buffer_len_bytes * u64::from(machine.buffer_count));
 }
 
@@ -215,6 +133,7 @@ fn machine() -> impl Strategy<Value = Machine> {
         buffer_count,
         direct_align_bytes: [1, 512, 4096, 4096][align as usize],
         in_place,
+        ..Machine::default()
     })
 }
 
@@ -227,7 +146,8 @@ proptest! {
         machine in machine(),
         data_align in prop_oneof![Just(8u64), Just(64), Just(4096)],
         keep in proptest::collection::vec(any::<bool>(), 64),
-        cuts in proptest::collection::vec((0u64..60, 0u64..60), 64),
+        cuts in proptest::collection::vec((0u64..60, 0u64..60, 1u64..4), 64),
+        over_read_max in prop_oneof![Just(1.0), Just(1.02), Just(100.0)],
     ) {
         let world = world(&files, data_align);
         let names: Vec<String> = world.checkpoint.tensors().map(|tensor| tensor.info.name.to_owned()).collect();
@@ -239,18 +159,20 @@ proptest! {
         let mut sliced = Request::of(Select::Names(kept.clone()));
         for (index, name) in kept.iter().enumerate().step_by(2) {
             let shape = world.checkpoint.find(name).unwrap().info.shape;
-            let ranges: Vec<Range<u64>> = shape
+            let ranges: Vec<SliceRange> = shape
                 .iter()
                 .enumerate()
                 .map(|(dim, len)| {
-                    let (a, b) = cuts[(index * 3 + dim) % cuts.len()];
-                    a.min(b).min(*len)..a.max(b).min(*len)
+                    let (a, b, step) = cuts[(index * 3 + dim) % cuts.len()];
+                    SliceRange { start: a.min(b).min(*len), stop: a.max(b).min(*len), step }
                 })
                 .collect();
-            sliced.slices.push((name.clone(), Slice::new(ranges)));
+            sliced.slices.push((name.clone(), Slice::with_steps(ranges)));
         }
         check(&world, &sliced, &machine);
-        sliced.external = kept.iter().step_by(3).cloned().collect();
+        sliced.over_read_max = over_read_max;
+        let external = |name: &String| External { name: name.clone(), device: DeviceId::Host, strides: None };
+        sliced.external = kept.iter().step_by(3).map(external).collect();
         check(&world, &sliced, &machine);
     }
 }
@@ -283,6 +205,7 @@ fn a_plan_for_the_host_reads_as_text() {
         buffer_count: 16,
         direct_align_bytes: 512,
         in_place: InPlace::host(1 << 20),
+        ..Machine::default()
     };
     insta::assert_snapshot!(Plan::new(&tiny().checkpoint, &Request::all(), &machine).unwrap());
 }

@@ -7,6 +7,7 @@ use tensorhaul_io::memory::Memory;
 use tensorhaul_io::mmap::Mmap;
 use tensorhaul_io::pread::Pread;
 use tensorhaul_io::{Access, Engine, OpenFile};
+use tensorhaul_plan::Plan;
 use tensorhaul_stage::Ring;
 
 use crate::error::{Error, Result};
@@ -20,6 +21,7 @@ use crate::report::Fallback;
 pub(crate) fn lanes(
     model: &Inner,
     options: &LoadOptions,
+    plan: &Plan,
     temperatures: &Temperatures,
     ring: Option<&Ring>,
     near_processors: &[u32],
@@ -54,7 +56,13 @@ pub(crate) fn lanes(
             add(Box::new(mapped), all());
         }
         EngineChoice::IoUring => match uring(files, options, ring, fallbacks) {
-            Some(uring) => add(uring, all()),
+            Some(uring) => {
+                // A ring of requests has no use for reads of many short pieces.
+                let of_pieces = |read: &u32| plan.reads()[*read as usize].stride.is_some();
+                let (of_pieces, whole): (Vec<_>, Vec<_>) = all().into_iter().partition(of_pieces);
+                add(pread(copiers, &of_pieces), of_pieces);
+                add(uring, whole);
+            }
             None => {
                 add(pread(copiers, &cached), cached);
                 add(pread(DIRECT_THREADS, &direct), direct);

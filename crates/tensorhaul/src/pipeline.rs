@@ -220,7 +220,7 @@ impl Sink for Answers<'_> {
             let (mut landed, now) = (lock(self.landed), Instant::now());
             landed.first_byte.get_or_insert(now);
             landed.ahead.last_byte = Some(now);
-            landed.ahead.bytes += self.plan.reads()[done.read as usize].extent.len_bytes;
+            landed.ahead.bytes += self.plan.reads()[done.read as usize].len_bytes();
         }
         self.tell(Message::Done(done));
     }
@@ -447,7 +447,7 @@ impl<'a, 'e> Arrivals<'a, 'e> {
     /// A read's bytes are all in place.
     fn arrived(&mut self, read: u32) {
         let read = &self.transfer.plan.reads()[read as usize];
-        self.progress.read_bytes += read.extent.len_bytes;
+        self.progress.read_bytes += read.len_bytes();
         for brought in self.transfer.plan.brought(read) {
             match *brought {
                 Brought::Tensor(tensor) => self.came(tensor as usize),

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use tensorhaul_device::Device;
 use tensorhaul_io::Counts;
-use tensorhaul_plan::{DeviceId, InPlace, Machine, Plan, Request};
+use tensorhaul_plan::{DeviceId, External, InPlace, Machine, Plan, Request};
 use tensorhaul_stage::Ring;
 
 use crate::cancel::Cancel;
@@ -184,8 +184,15 @@ impl Load<'_> {
                 cancel.closes(ring);
             }
             let mut told = Vec::new();
-            let lanes =
-                lanes(model, options, self.temperatures, ring.as_ref(), &self.near_processors, &mut told)?;
+            let lanes = lanes(
+                model,
+                options,
+                plan,
+                self.temperatures,
+                ring.as_ref(),
+                &self.near_processors,
+                &mut told,
+            )?;
             let started_at = Instant::now();
             let transfer = Transfer { model, plan, ring: ring.clone(), options, cancel };
             match transfer.run(&lanes, &self.temperatures.access, preparing, emit)? {
@@ -213,7 +220,11 @@ impl Load<'_> {
 /// Completes the request with what the options say, and with what is quantized where that is asked for.
 fn request(model: &Inner, options: &LoadOptions) -> Result<Request> {
     let mut request = options.request.clone();
-    request.external.extend(options.targets.iter().map(|(name, _)| name.clone()));
+    request.external.extend(options.targets.iter().map(|(name, memory)| External {
+        name: name.clone(),
+        device: memory.place(),
+        strides: None,
+    }));
     if let Some(dequantization) = &options.dequantization {
         request.dequantize = Some(quantized::dequantize(model, dequantization, &options.request.select)?);
         request.transient_bytes_max = options.transient_bytes;
@@ -239,6 +250,7 @@ fn machine(options: &LoadOptions, able: bool, probed: &Probed) -> Result<Machine
         buffer_count: layout.buffer_count(),
         direct_align_bytes: probed.direct_align_bytes,
         in_place,
+        peers: Vec::new(),
     })
 }
 

@@ -75,7 +75,8 @@ impl Temperatures {
             // Direct reads need the covers that only a plan with an alignment has.
             let able =
                 plan.machine().direct_align_bytes > 1 && file.is_some_and(|file| file.direct().is_some());
-            let is_direct = !is_hot && residency != Residency::Unknown && able;
+            // Reads of pieces are never aligned.
+            let is_direct = !is_hot && residency != Residency::Unknown && able && read.stride.is_none();
             let bytes = if is_hot { &mut temperatures.hot_bytes } else { &mut temperatures.cold_bytes };
             *bytes += read.payload_bytes;
             temperatures.direct_bytes += if is_direct { extent.len_bytes } else { 0 };

@@ -1,21 +1,27 @@
 //! From a request to a plan: the tensors wanted, their places, the sources of operations, the reads.
 
+mod assembled;
 mod lifetimes;
 mod place;
 mod reads;
+mod routes;
 mod scratch;
+mod segment;
+mod select;
 mod wanted;
 
 use std::sync::Arc;
 
 use crate::DeviceId;
 use crate::checkpoint::{Checkpoint, TensorId};
-use crate::plan::{Machine, Plan, PlanError, Promised, Target};
+use crate::plan::{Machine, Plan, PlanError, Promised, Read, Target};
 use crate::request::Request;
 use lifetimes::Lifetimes;
-use place::{Placed, Segment, place};
+use place::{Placed, place};
 use reads::{Reads, reads};
+use routes::route;
 use scratch::{Scratch, scratch};
+use segment::Segment;
 use wanted::wanted;
 
 pub(crate) fn plan(
@@ -28,20 +34,24 @@ pub(crate) fn plan(
     assert!(machine.in_place.routes.iter().all(|route| is_length(route.read_len_bytes_max)));
     assert!(machine.buffer_count > 0);
     assert!(machine.direct_align_bytes.is_power_of_two() && machine.direct_align_bytes <= BUFFER_ALIGN_BYTES);
-    let wanted = wanted(checkpoint, request)?;
+    let wanted = wanted(checkpoint, request, machine)?;
     let lifetimes = Lifetimes::new(checkpoint, request, &wanted);
-    let Placed { mut tensors, mut arenas, segments } =
+    let Placed { mut tensors, mut arenas, mut segments, names } =
         place(checkpoint, request, &wanted, &lifetimes, machine);
-    let mut names = Vec::new();
-    let Scratch { mut operations, small, large } =
-        scratch(checkpoint, request, &wanted, &mut tensors, &mut arenas, &mut names, machine)?;
-    let segments = if operations.is_empty() {
-        segments
-    } else {
-        in_order(small, segments, large, |segment| wanted[segment.tensors.start as usize].id)
-    };
+    let Scratch { mut operations, mut small, mut large } =
+        scratch(checkpoint, request, &wanted, &tensors, &mut arenas, machine)?;
+    let mut lists: Vec<_> = [&mut segments, &mut small].into_iter().collect();
+    lists.extend(large.iter_mut().map(|(_, sources)| sources));
+    let over_reads = route(checkpoint, &mut lists, request.over_read_max, machine);
+    let is_in_order = |a: &Segment, b: &Segment| (a.file, a.begin) <= (b.file, b.begin);
+    if !segments.is_sorted_by(is_in_order) {
+        segments.sort_by_key(|segment| (segment.file, segment.begin, segment.end));
+    }
+    if !operations.is_empty() {
+        segments = in_order(checkpoint, small, segments, large);
+    }
     let Reads { reads, copies, brought } =
-        reads(checkpoint, request.device, &segments, &mut tensors, &mut operations, machine);
+        reads(checkpoint, &segments, &mut tensors, &mut operations, machine);
 
     let mut plan = Plan {
         checkpoint: Arc::clone(checkpoint),
@@ -52,6 +62,7 @@ pub(crate) fn plan(
         copies,
         brought,
         names,
+        over_reads,
         machine: machine.clone(),
         promised: Promised::default(),
     };
@@ -66,14 +77,16 @@ pub(crate) fn plan(
 
 /// Puts small sources first, and the sources of each operation together where its payload stands among what arrives as stored.
 fn in_order(
+    checkpoint: &Checkpoint,
     mut small: Vec<Segment>,
     stored: Vec<Segment>,
     large: Vec<(TensorId, Vec<Segment>)>,
-    id_of: impl Fn(&Segment) -> TensorId,
 ) -> Vec<Segment> {
     let mut stored = stored.into_iter().peekable();
     for (payload, sources) in large {
-        while let Some(segment) = stored.next_if(|segment| id_of(segment) < payload) {
+        let payload = checkpoint.tensor(payload);
+        let payload = (payload.file, payload.file_offset_bytes);
+        while let Some(segment) = stored.next_if(|segment| (segment.file, segment.begin) < payload) {
             small.push(segment);
         }
         small.extend(sources);
@@ -94,11 +107,11 @@ fn promise(plan: &Plan) -> Promised {
     let on_host = plan.arenas.iter().filter(|arena| !arena.is_external && arena.device == DeviceId::Host);
     Promised {
         payload_bytes: plan.tensors.iter().map(|tensor| tensor.len_bytes).sum(),
-        read_bytes: plan.reads.iter().map(|read| read.extent.len_bytes).sum(),
+        read_bytes: plan.reads.iter().map(Read::len_bytes).sum(),
         reads: plan.reads.len() as u64,
         copies: plan.copies.len() as u64,
         operations: plan.operations.len() as u64,
-        in_place_bytes: in_place.map(|read| read.extent.len_bytes).sum(),
+        in_place_bytes: in_place.map(Read::len_bytes).sum(),
         peak_staging_bytes,
         target_bytes: own(false).map(|arena| arena.len_bytes).sum(),
         transient_bytes: own(true).map(|arena| arena.len_bytes).sum(),

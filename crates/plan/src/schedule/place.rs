@@ -1,36 +1,23 @@
 //! Where tensors lie in the result's arenas, and which stretches of the files go there.
 
+use std::collections::HashMap;
 use std::ops::Range;
 
-use super::lifetimes::Lifetimes;
-use super::wanted::{Wanted, What};
-use crate::checkpoint::Checkpoint;
+use super::lifetimes::{Lifetimes, Owner};
+use super::segment::{Destination, Segment, Way, gather};
+use super::wanted::Wanted;
+use crate::checkpoint::{Checkpoint, TensorId};
 use crate::extent::align_up;
 use crate::placement::{Arena, DeviceId, Place};
-use crate::plan::{Machine, PlacedTensor};
+use crate::plan::{Machine, PlacedTensor, Steps};
 use crate::request::Request;
-use crate::slice::Pieces;
 
-/// A stretch of a file and where it goes.
-#[derive(Clone)]
-pub(super) struct Segment {
-    pub(super) file: u32,
-    pub(super) begin: u64,
-    pub(super) end: u64,
-    pub(super) target: Place,
-    pub(super) in_place: bool,
-    /// The tensors of the result it brings bytes of, or is needed for.
-    pub(super) tensors: Range<u32>,
-    /// The operation it is a source of, and the ones that must be over before it may land.
-    pub(super) operation: Option<u32>,
-    pub(super) after: Range<u32>,
-}
-
-/// Tensors and arenas of the result; the segments of what lands in it as stored, ascending by file and offset.
+/// Tensors and arenas of the result; the segments of what lands in it as stored; the names that are not the checkpoint's.
 pub(super) struct Placed {
     pub(super) tensors: Vec<PlacedTensor>,
     pub(super) arenas: Vec<Arena>,
     pub(super) segments: Vec<Segment>,
+    pub(super) names: Vec<String>,
 }
 
 pub(super) fn place(
@@ -41,58 +28,72 @@ pub(super) fn place(
     machine: &Machine,
 ) -> Placed {
     let runs = runs(checkpoint, request, wanted, lifetimes, machine);
-    let congruence = congruence_bytes(machine, request.device);
     let mut ends = vec![0u64; lifetimes.arenas.len()];
-    let unplaced = |(wanted, arena): (_, &u32)| unplaced(checkpoint, request, wanted, *arena);
+    let mut names = Vec::new();
+    let unplaced = |(wanted, arena): (_, &u32)| unplaced(checkpoint, request, wanted, *arena, &mut names);
     let mut tensors: Vec<_> = wanted.iter().zip(&lifetimes.of_wanted).map(unplaced).collect();
     let mut segments = Vec::with_capacity(runs.len());
 
     for run in runs {
         let end = &mut ends[run.arena as usize];
+        let device = lifetimes.arenas[run.arena as usize].device;
         let Some(stored) = run.stored else {
-            let tensor = &mut tensors[run.tensors.start as usize];
+            let index = run.tensors.start as usize;
+            let (tensor, wanted) = (&mut tensors[index], &wanted[index]);
             tensor.place.offset_bytes = align_up(*end, CONGRUENCE_BYTES);
-            *end = tensor.place.offset_bytes + tensor.len_bytes;
+            *end = tensor.place.offset_bytes + wanted.span_bytes(checkpoint, request);
+            let to = Destination {
+                device,
+                target: tensor.place,
+                tensors: run.tensors,
+                operation: None,
+                after: 0..0,
+            };
+            for part in wanted.parts() {
+                gather(checkpoint, part.id, &part.pieces, &to, &mut segments);
+            }
             continue;
         };
+        let congruence = congruence_bytes(machine, device);
         let offset_bytes = stored.how.start(*end, stored.begin, congruence);
         let target = Place { arena: run.arena, offset_bytes };
         let range = run.tensors.start as usize..run.tensors.end as usize;
         for (tensor, wanted) in tensors[range.clone()].iter_mut().zip(&wanted[range]) {
-            if tensor.len_bytes > 0 {
-                let from_run = checkpoint.tensor(wanted.id).file_offset_bytes - stored.begin;
-                tensor.place = Place { offset_bytes: target.offset_bytes + from_run, ..target };
+            if tensor.len_bytes > 0
+                && let Some((_, begin, _)) = wanted.run(checkpoint)
+            {
+                tensor.place = Place { offset_bytes: offset_bytes + (begin - stored.begin), ..target };
             }
         }
-        let segment = Segment {
+        let len_bytes = stored.end - stored.begin;
+        *end = stored.how.end(offset_bytes + len_bytes, congruence);
+        segments.push(Segment {
             file: stored.file,
             begin: stored.begin,
             end: stored.end,
+            piece_len_bytes: len_bytes,
+            steps: Steps::ONCE,
+            device,
             target,
-            in_place: stored.how == How::InPlace,
-            tensors: run.tensors.clone(),
+            way: if stored.how == How::InPlace { Way::InPlace } else { Way::Staged },
+            tensors: run.tensors,
             operation: None,
             after: 0..0,
-        };
-        let len = match &wanted[run.tensors.start as usize].what {
-            What::Stored(Some(pieces)) => gather(pieces, &segment, &mut segments),
-            _ => {
-                segments.push(segment);
-                stored.end - stored.begin
-            }
-        };
-        *end = stored.how.end(target.offset_bytes + len, congruence);
+        });
     }
 
-    let arena = |((group, is_external), end): (&(String, bool), &u64)| Arena {
-        device: request.device,
-        group: group.clone(),
-        is_external: *is_external,
+    let arena = |(owner, end): (&Owner, &u64)| Arena {
+        device: owner.device,
+        group: owner.name.clone(),
+        is_external: owner.is_external,
         is_scratch: false,
-        len_bytes: if *is_external { *end } else { align_up(*end, congruence) },
+        len_bytes: match owner.is_external {
+            true => *end,
+            false => align_up(*end, congruence_bytes(machine, owner.device)),
+        },
     };
     let arenas = lifetimes.arenas.iter().zip(&ends).map(arena).collect();
-    Placed { tensors, arenas, segments }
+    Placed { tensors, arenas, segments, names }
 }
 
 /// Tensors of one arena that are placed together.
@@ -100,7 +101,7 @@ struct Run {
     arena: u32,
     /// Range of the wanted tensors.
     tensors: Range<u32>,
-    /// `None` for one that an operation makes.
+    /// `None` for one that is put together, made or copied: it is placed by itself.
     stored: Option<Stored>,
 }
 
@@ -119,8 +120,9 @@ pub(super) enum How {
     InPlace,
     /// Staged and copied, keeping the file offset modulo the congruence.
     Congruent,
-    /// Staged and gathered to an aligned place: a misaligned tensor, one in pieces, one for the caller's own memory, or a source of an
-    /// operation.
+    /// As `Congruent`, of bytes that are for several tensors: never in place.
+    Shared,
+    /// Staged and gathered to an aligned place: a misaligned tensor, one for the caller's own memory, or a source of an operation.
     Gathered,
 }
 
@@ -129,7 +131,7 @@ impl How {
     pub(super) fn start(self, end: u64, begin: u64, congruence: u64) -> u64 {
         match self {
             How::InPlace => align_up(end, congruence) + begin % congruence,
-            How::Congruent => align_up(end, CONGRUENCE_BYTES) + begin % CONGRUENCE_BYTES,
+            How::Congruent | How::Shared => align_up(end, CONGRUENCE_BYTES) + begin % CONGRUENCE_BYTES,
             How::Gathered => align_up(end, CONGRUENCE_BYTES),
         }
     }
@@ -157,33 +159,40 @@ fn runs(
     machine: &Machine,
 ) -> Vec<Run> {
     let mut runs: Vec<Run> = Vec::new();
+    let shared = Shared::new(request, wanted);
     for (index, wanted) in wanted.iter().enumerate() {
         let (index, arena) = (index as u32, lifetimes.of_wanted[index]);
-        let What::Stored(pieces) = &wanted.what else {
-            runs.push(Run { arena, tensors: index..index + 1, stored: None });
+        let run = wanted.run(checkpoint).filter(|_| wanted.copy_of.is_none());
+        let Some((file, begin, end)) = run else {
+            if wanted.len_bytes(checkpoint, request) > 0 {
+                runs.push(Run { arena, tensors: index..index + 1, stored: None });
+            }
             continue;
         };
-        let tensor = checkpoint.tensor(wanted.id);
-        let (begin, len) = (tensor.file_offset_bytes, tensor.info.len_bytes());
-        if len == 0 || pieces.as_ref().is_some_and(|pieces| pieces.count() == 0) {
+        if begin == end {
             continue; // No bytes to move; it stays at the start of its arena.
         }
-        let aligned = begin.is_multiple_of(tensor.info.dtype.align_bytes());
-        let in_run = aligned && pieces.is_none() && !wanted.is_external;
-        let how = if in_run { How::Congruent } else { How::Gathered };
+        let is_aligned = begin.is_multiple_of(checkpoint.tensor(wanted.id).info.dtype.align_bytes());
+        let in_run = is_aligned && wanted.external.is_none();
+        let how = match in_run {
+            false => How::Gathered,
+            true if shared.is_shared(wanted.id) => How::Shared,
+            true => How::Congruent,
+        };
         if let Some(Run { arena: last, tensors, stored: Some(stored) }) = runs.last_mut()
-            && (stored.file, stored.end, *last) == (tensor.file, begin, arena)
-            && (stored.how, how) == (How::Congruent, How::Congruent)
+            && (stored.file, stored.end, *last) == (file, begin, arena)
+            && (stored.how, in_run) == (how, true)
         {
-            (stored.end, tensors.end) = (begin + len, index + 1);
+            (stored.end, tensors.end) = (end, index + 1);
             continue;
         }
-        let stored = Stored { file: tensor.file, begin, end: begin + len, how };
-        runs.push(Run { arena, tensors: index..index + 1, stored: Some(stored) });
+        runs.push(Run { arena, tensors: index..index + 1, stored: Some(Stored { file, begin, end, how }) });
     }
-    for stored in runs.iter_mut().filter_map(|run| run.stored.as_mut()) {
+    for Run { arena, stored, .. } in &mut runs {
+        let Some(stored) = stored else { continue };
+        let device = lifetimes.arenas[*arena as usize].device;
         let is_long = stored.end - stored.begin >= IN_PLACE_LEN_BYTES_MIN;
-        let can_land = || machine.in_place.route(request.device, stored.file).is_some();
+        let can_land = || machine.in_place.route(device, stored.file).is_some();
         if stored.how == How::Congruent && is_long && can_land() {
             stored.how = How::InPlace;
         }
@@ -191,39 +200,52 @@ fn runs(
     runs
 }
 
-/// Returns the tensor at the start of its arena, which is where one without bytes stays.
-fn unplaced(checkpoint: &Checkpoint, request: &Request, wanted: &Wanted<'_>, arena: u32) -> PlacedTensor {
-    let shape = match &wanted.what {
-        What::Stored(Some(pieces)) => Some(pieces.shape().into()),
-        _ => None,
-    };
-    let dtype = match (&wanted.what, &request.dequantize) {
-        (What::Made(_), Some(dequantize)) => dequantize.dtype,
-        _ => checkpoint.tensor(wanted.id).info.dtype,
-    };
-    PlacedTensor {
-        id: wanted.id,
-        dtype,
-        name: None,
-        shape,
-        place: Place { arena, offset_bytes: 0 },
-        len_bytes: wanted.len_bytes(checkpoint, request),
-        read_count: 0,
-        operation_count: 0,
-        copy_of: None,
+/// Knows which stored tensors several of the result's take bytes of: they share reads, which go through the staging ring.
+struct Shared(HashMap<TensorId, u32>);
+
+impl Shared {
+    fn new(request: &Request, wanted: &[Wanted<'_>]) -> Shared {
+        let mut takers = HashMap::new();
+        if request.assembly.is_some() || request.device_map.is_some() {
+            for wanted in wanted.iter().filter(|wanted| wanted.copy_of.is_none()) {
+                let parts = wanted.parts();
+                let ids = parts.iter().map(|part| part.id);
+                let whole = parts.is_empty().then_some(wanted.id);
+                ids.chain(whole).for_each(|id| *takers.entry(id).or_default() += 1);
+            }
+            takers.retain(|_, count| *count > 1);
+        }
+        Shared(takers)
+    }
+
+    fn is_shared(&self, id: TensorId) -> bool {
+        self.0.contains_key(&id)
     }
 }
 
-/// Adds one segment for each piece, back to back in the target; returns their length together.
-fn gather(pieces: &Pieces, whole: &Segment, segments: &mut Vec<Segment>) -> u64 {
-    let mut gathered = 0;
-    for offset in pieces.offsets_bytes() {
-        let begin = whole.begin + offset;
-        let target = Place { offset_bytes: whole.target.offset_bytes + gathered, ..whole.target };
-        segments.push(Segment { begin, end: begin + pieces.piece_len_bytes(), target, ..whole.clone() });
-        gathered += pieces.piece_len_bytes();
+/// Returns the tensor at the start of its arena, which is where one without bytes stays.
+fn unplaced(
+    checkpoint: &Checkpoint,
+    request: &Request,
+    wanted: &Wanted<'_>,
+    arena: u32,
+    names: &mut Vec<String>,
+) -> PlacedTensor {
+    let name = wanted.own_name().map(|name| {
+        names.push(name.to_owned());
+        names.len() as u32 - 1
+    });
+    PlacedTensor {
+        id: wanted.id,
+        dtype: wanted.dtype(checkpoint, request),
+        name,
+        shape: wanted.own_shape(request).map(Vec::into_boxed_slice),
+        place: Place { arena, offset_bytes: 0 },
+        len_bytes: wanted.len_bytes(checkpoint, request),
+        read_count: 0,
+        operation_count: wanted.makings().len() as u32,
+        copy_of: wanted.copy_of,
     }
-    gathered
 }
 
 /// Arena offsets equal file offsets modulo this: the strictest alignment that device kernels and

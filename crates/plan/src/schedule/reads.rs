@@ -2,9 +2,10 @@
 
 use std::ops::Range;
 
-use super::place::{IN_PLACE_LEN_BYTES_MIN, Segment};
+use super::place::IN_PLACE_LEN_BYTES_MIN;
+use super::segment::{Segment, Way};
 use crate::checkpoint::Checkpoint;
-use crate::extent::Extent;
+use crate::extent::{Extent, Stride};
 use crate::in_place::Route;
 use crate::placement::{DeviceId, Place};
 use crate::plan::{Brought, Copy, Machine, Operation, PlacedTensor, Read, Steps, Target};
@@ -19,7 +20,6 @@ pub(super) struct Reads {
 
 pub(super) fn reads(
     checkpoint: &Checkpoint,
-    device: DeviceId,
     segments: &[Segment],
     tensors: &mut [PlacedTensor],
     operations: &mut [Operation],
@@ -29,32 +29,14 @@ pub(super) fn reads(
     let mut tally = Tally::new(tensors, operations);
     let mut rest = segments;
     while let [segment, ..] = rest {
-        let count = if segment.in_place { 1 } else { together(rest) };
-        let (now, later) = rest.split_at(count);
-        let (first, last) = (&now[0], &now[count - 1]);
-        let file_len = checkpoint.files()[segment.file as usize].len_bytes();
-        let whole = Extent { file: first.file, offset_bytes: first.begin, len_bytes: last.end - first.begin };
-        let cover = whole.cover(machine.direct_align_bytes, file_len);
-        let route = machine.in_place.route(device, segment.file).filter(|_| segment.in_place);
-        let (max, phase) = match route {
-            // Cut at multiples of the read length in the *arena*: neighbours then share no huge page.
-            Some(Route { read_len_bytes_max: max, .. }) => {
-                (*max, (segment.target.offset_bytes + max - segment.begin % max) % max)
-            }
-            // The first read fills its buffer.
-            None => (
-                machine.buffer_len_bytes,
-                machine.buffer_len_bytes - cover.offset_bytes % machine.buffer_len_bytes,
-            ),
+        let count = match segment.way {
+            Way::InPlace | Way::Pieces => 1,
+            Way::Staged | Way::Alone => together(rest),
         };
-        let mut next = 0; // The first segment that reaches into the extent at hand.
-        for extent in cover.split(max, phase) {
-            while now.get(next).is_some_and(|segment| segment.end <= extent.offset_bytes) {
-                next += 1;
-            }
-            let reaches = now[next..].iter().take_while(|segment| segment.begin < extent.end_bytes());
-            let inside = &now[next..next + reaches.count()];
-            reads.add(checkpoint, extent, inside, &mut tally);
+        let (now, later) = rest.split_at(count);
+        match segment.way {
+            Way::Pieces => reads.add_pieces(segment, machine, &mut tally),
+            _ => reads.add_all(checkpoint, now, machine, &mut tally),
         }
         rest = later;
     }
@@ -63,19 +45,41 @@ pub(super) fn reads(
 
 /// Counts the staged segments from the first on that one request is cheaper for than several.
 fn together(segments: &[Segment]) -> usize {
-    let (mut count, mut first_operation) = (1, segments[0].operation.unwrap_or(u32::MAX));
+    let first = &segments[0];
+    let (mut count, mut first_operation) = (1, first.operation.unwrap_or(u32::MAX));
+    let (mut end, mut is_long) = (first.end, first.is_long());
     for pair in segments.windows(2) {
-        let (first, second) = (&pair[0], &pair[1]);
-        let gap_is_cheap = second.begin >= first.end && second.begin - first.end <= GAP_LEN_BYTES_MAX;
-        // A request must not wait for an operation that waits for it.
-        let waits_for_itself = second.after.end > first_operation;
-        if first.file != second.file || !gap_is_cheap || second.in_place || waits_for_itself {
+        let (before, next) = (&pair[0], &pair[1]);
+        let is_staged = matches!(next.way, Way::Staged | Way::Alone);
+        if first.file != next.file || next.begin < before.begin || !is_staged {
             break;
         }
-        first_operation = first_operation.min(second.operation.unwrap_or(u32::MAX));
+        let gap_len_bytes = next.begin.saturating_sub(end);
+        let is_apart = next.begin >= end;
+        let stands_alone = before.way == Way::Alone || next.way == Way::Alone;
+        // Each device has a lane of its own: what is worth a request does not wait for another's.
+        let is_elsewhere = before.device != next.device && (is_long || next.is_long());
+        // A request must not wait for an operation that waits for it.
+        let waits_for_itself = next.after.end > first_operation;
+        if gap_len_bytes > GAP_LEN_BYTES_MAX
+            || (gap_len_bytes > 0 && stands_alone)
+            || (is_apart && is_elsewhere)
+            || waits_for_itself
+        {
+            break;
+        }
+        first_operation = first_operation.min(next.operation.unwrap_or(u32::MAX));
+        (end, is_long) = (end.max(next.end), is_long || next.is_long());
         count += 1;
     }
     count
+}
+
+impl Segment {
+    /// Tells whether it is worth a request of its own.
+    fn is_long(&self) -> bool {
+        self.end - self.begin >= IN_PLACE_LEN_BYTES_MIN
+    }
 }
 
 /// Counts the reads of each tensor and of each operation, each read once for all it brings of one.
@@ -116,34 +120,81 @@ impl<'t> Tally<'t> {
 }
 
 impl Reads {
+    /// Adds the reads of segments that share requests, or of one that is read in place.
+    fn add_all(
+        &mut self,
+        checkpoint: &Checkpoint,
+        now: &[Segment],
+        machine: &Machine,
+        tally: &mut Tally<'_>,
+    ) {
+        let first = &now[0];
+        let file_len = checkpoint.files()[first.file as usize].len_bytes();
+        let end = now.iter().map(|segment| segment.end).max().unwrap_or(first.end);
+        let whole = Extent { file: first.file, offset_bytes: first.begin, len_bytes: end - first.begin };
+        let cover = whole.cover(machine.direct_align_bytes, file_len);
+        let in_place = first.way == Way::InPlace;
+        let route = machine.in_place.route(first.device, first.file).filter(|_| in_place);
+        let (max, phase) = match route {
+            // Cut at multiples of the read length in the *arena*: neighbours then share no huge page.
+            Some(Route { read_len_bytes_max: max, .. }) => {
+                (*max, (first.target.offset_bytes + max - first.begin % max) % max)
+            }
+            // The first read fills its buffer.
+            None => (
+                machine.buffer_len_bytes,
+                machine.buffer_len_bytes - cover.offset_bytes % machine.buffer_len_bytes,
+            ),
+        };
+        let mut next = 0; // The first segment that reaches into the extent at hand.
+        for extent in cover.split(max, phase) {
+            while now.get(next).is_some_and(|segment| segment.end <= extent.offset_bytes) {
+                next += 1;
+            }
+            let reaches = |segment: &&Segment| segment.end > extent.offset_bytes;
+            let before_end = |segment: &&Segment| segment.begin < extent.end_bytes();
+            self.add(checkpoint, extent, now[next..].iter().take_while(before_end).filter(reaches), tally);
+        }
+    }
+
     /// Adds the read of an extent for the segments that reach into it. A long gap between two of them can leave an extent without
     /// payload: that is not read.
-    fn add(&mut self, checkpoint: &Checkpoint, extent: Extent, inside: &[Segment], tally: &mut Tally<'_>) {
+    fn add<'s>(
+        &mut self,
+        checkpoint: &Checkpoint,
+        extent: Extent,
+        inside: impl Iterator<Item = &'s Segment>,
+        tally: &mut Tally<'_>,
+    ) {
         let (first_copy, first_brought) = (self.copies.len() as u32, self.brought.len() as u32);
-        let (mut payload_bytes, mut in_place) = (0, None);
+        let bytes = extent.offset_bytes..extent.end_bytes();
+        let (mut payload_bytes, mut covered_end, mut in_place) = (0, bytes.start, None);
         let mut after: Range<u32> = 0..0;
         for segment in inside {
-            let (begin, end) = (segment.begin.max(extent.offset_bytes), segment.end.min(extent.end_bytes()));
-            payload_bytes += end - begin;
-            after = join(&after, &segment.after);
-            if segment.in_place {
+            let within = segment.begin.max(bytes.start)..segment.end.min(bytes.end);
+            let len_bytes = if segment.way == Way::InPlace {
                 // The cover may begin before the segment; there is room around it.
                 let offset_bytes = segment.target.offset_bytes + extent.offset_bytes - segment.begin;
                 in_place = Some(Place { offset_bytes, ..segment.target });
+                within.end - within.start
             } else {
-                let offset_bytes = segment.target.offset_bytes + (begin - segment.begin);
-                self.copies.push(Copy {
-                    source_offset_bytes: begin - extent.offset_bytes,
-                    target: Place { offset_bytes, ..segment.target },
-                    len_bytes: end - begin,
-                    steps: Steps::ONCE,
-                });
+                let before = self.copies.len();
+                self.copies.extend(segment.copies(&bytes));
+                self.copies[before..].iter().map(|copy| copy.len_bytes * copy.steps.count).sum()
+            };
+            if len_bytes == 0 {
+                continue; // A gap between its pieces.
             }
+            // What several take counts once.
+            let fresh_bytes = within.end.saturating_sub(covered_end.max(within.start));
+            payload_bytes += len_bytes.min(fresh_bytes);
+            covered_end = covered_end.max(within.end);
+            after = join(&after, &segment.after);
             let read = self.reads.len() as u32;
             match segment.operation {
                 Some(operation) => self.brought.extend(tally.operation(operation, read)),
                 None => {
-                    let inside = inside_of(checkpoint, segment, &(begin..end), tally.tensors);
+                    let inside = inside_of(checkpoint, segment, &within, tally.tensors);
                     self.brought.extend(inside.filter_map(|tensor| tally.tensor(tensor, read)));
                 }
             }
@@ -157,6 +208,54 @@ impl Reads {
         };
         let brought = first_brought..self.brought.len() as u32;
         self.reads.push(Read { extent, stride: None, target, brought, payload_bytes, after });
+    }
+
+    /// Adds the reads of a segment's pieces: as many in each as fill a buffer, back to back.
+    fn add_pieces(&mut self, segment: &Segment, machine: &Machine, tally: &mut Tally<'_>) {
+        let (piece, steps) = (segment.piece_len_bytes, segment.steps);
+        let step_max = (machine.buffer_len_bytes / piece).max(1);
+        for first in (0..steps.count).step_by(step_max as usize) {
+            let count = step_max.min(steps.count - first);
+            let (stride, read) = (steps.source_stride_bytes, self.reads.len() as u32);
+            let (first_copy, first_brought) = (self.copies.len() as u32, self.brought.len() as u32);
+            let target = Place {
+                offset_bytes: segment.target.offset_bytes + first * steps.target_stride_bytes,
+                ..segment.target
+            };
+            let is_dense = steps.target_stride_bytes == piece;
+            let (len_bytes, steps) = match is_dense {
+                true => (piece * count, Steps::ONCE),
+                false => {
+                    let target_stride_bytes = steps.target_stride_bytes;
+                    (piece, Steps { count, source_stride_bytes: piece, target_stride_bytes })
+                }
+            };
+            // Only engines that read on threads leave gaps out, and those write to host memory.
+            let can_land = segment.device == DeviceId::Host
+                && machine.in_place.route(segment.device, segment.file).is_some();
+            let target = if can_land && is_dense {
+                Target::InPlace(target)
+            } else {
+                self.copies.push(Copy { source_offset_bytes: 0, target, len_bytes, steps });
+                Target::Staged { copies: first_copy..self.copies.len() as u32 }
+            };
+            match segment.operation {
+                Some(operation) => self.brought.extend(tally.operation(operation, read)),
+                None => self.brought.extend(tally.tensor(segment.tensors.start, read)),
+            }
+            self.reads.push(Read {
+                extent: Extent {
+                    file: segment.file,
+                    offset_bytes: segment.begin + first * stride,
+                    len_bytes: (count - 1) * stride + piece,
+                },
+                stride: Some(Stride { piece_len_bytes: piece, piece_count: count, stride_bytes: stride }),
+                target,
+                brought: first_brought..self.brought.len() as u32,
+                payload_bytes: count * piece,
+                after: segment.after.clone(),
+            });
+        }
     }
 }
 

@@ -1,27 +1,30 @@
 //! Operations: where their sources wait, and which operation must be over before its place is taken again.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 
-use super::place::{CONGRUENCE_BYTES, How, IN_PLACE_LEN_BYTES_MIN, Segment, congruence_bytes};
-use super::wanted::{Wanted, What, members};
+use super::place::{CONGRUENCE_BYTES, How, IN_PLACE_LEN_BYTES_MIN, congruence_bytes};
+use super::segment::{Destination, Segment, Way, gather};
+use super::wanted::{Making, Wanted};
 use crate::checkpoint::{Checkpoint, TensorId};
 use crate::extent::align_up;
 use crate::placement::{Arena, DeviceId, Place};
-use crate::plan::{Machine, Operation, PlacedTensor, PlanError, Source};
-use crate::quant::{Group, Role};
-use crate::request::{Dequantize, Layout, Request};
+use crate::plan::{Machine, Operation, PlacedTensor, PlanError, Source, Steps};
+use crate::quant::Role;
+use crate::request::{Dequantize, Request};
+use crate::slice::Pieces;
 
 /// Operations in the order of their payloads, and the segments of their sources.
+#[derive(Default)]
 pub(super) struct Scratch {
     pub(super) operations: Vec<Operation>,
     /// Sources of a few bytes, which are read before everything else, ascending by file and offset.
     pub(super) small: Vec<Segment>,
-    /// The other sources of each operation, adjacent in time; with the operation's own place in the result's order.
+    /// The other sources of each operation, adjacent in time; with the payload, which says where in the result's order they stand.
     pub(super) large: Vec<(TensorId, Vec<Segment>)>,
 }
 
-/// Places the sources of all operations in scratch arenas, which it appends.
+/// Places the sources of all operations in scratch arenas, two on each device, which it appends.
 ///
 /// Small sources (a scale for each tensor, say) stay until the load is over: read together, they cost a few requests instead
 /// of one each. The others wait in a ring: an operation's sources take the place of older ones when those have been worked off.
@@ -29,106 +32,155 @@ pub(super) fn scratch(
     checkpoint: &Checkpoint,
     request: &Request,
     wanted: &[Wanted<'_>],
-    tensors: &mut [PlacedTensor],
+    tensors: &[PlacedTensor],
     arenas: &mut Vec<Arena>,
-    names: &mut Vec<String>,
     machine: &Machine,
 ) -> Result<Scratch, PlanError> {
-    let mut scratch = Scratch { operations: Vec::new(), small: Vec::new(), large: Vec::new() };
+    let mut scratch = Scratch::default();
     let Some(dequantize) = &request.dequantize else { return Ok(scratch) };
-    let made = || {
-        wanted.iter().enumerate().filter_map(|(index, wanted)| match &wanted.what {
-            What::Made(group) => Some((index as u32, *group)),
-            What::Stored(_) => None,
+    let of_wanted = |(index, wanted): (u32, &'_ Wanted<'_>)| (index, wanted.device);
+    let mut makings: Vec<(u32, DeviceId, &Making<'_>)> = (0..)
+        .zip(wanted)
+        .flat_map(|(index, wanted)| {
+            let (index, device) = of_wanted((index, wanted));
+            wanted.makings().iter().map(move |making| (index, device, making))
         })
-    };
-    let stays = arenas.len() as u32;
-    let world = World { checkpoint, dequantize, device: request.device, machine };
-    let groups: Vec<&Group> = made().map(|(_, group)| group).collect();
-    let budget = Budget::new(&world, request.transient_bytes_max, &groups)?;
-    let mut slots = Slots::new(budget.ring_len_bytes, congruence_bytes(machine, request.device));
-    let mut small_end = 0;
-    for (tensor, group) in made() {
+        .collect();
+    // In the order of time, whatever the device.
+    makings.sort_by_key(|(_, _, making)| making.group.payload());
+    let mut rings = rings(checkpoint, request, dequantize, &makings, arenas.len() as u32, machine)?;
+    for (tensor, device, making) in makings {
+        let ring = rings.get_mut(&device).expect("there is one for every device of a making");
         let operation = scratch.operations.len() as u32;
-        let slot = slots.take(operation, world.slot_len_bytes(group, budget.small_len_bytes_max));
-        let (mut sources, mut large) = (Vec::new(), Vec::new());
-        let mut end = slot.begin;
-        let mut ordered: Vec<_> = members(group, dequantize).collect();
-        ordered.sort_by_key(|(_, id)| *id);
-        for (role, id) in ordered {
-            let stored = checkpoint.tensor(id);
-            let (begin, len_bytes) = (stored.file_offset_bytes, stored.info.len_bytes());
-            if len_bytes == 0 || role == Role::Description {
-                continue;
-            }
-            let is_small = len_bytes <= budget.small_len_bytes_max;
-            let how = world.how(role, id);
-            let place = if is_small {
-                let offset_bytes = align_up(small_end, SMALL_ALIGN_BYTES);
-                small_end = offset_bytes + len_bytes;
-                Place { arena: stays, offset_bytes }
-            } else {
-                let offset_bytes = how.start(end, begin, congruence_bytes(machine, request.device));
-                end = how.end(offset_bytes + len_bytes, congruence_bytes(machine, request.device));
-                Place { arena: stays + 1, offset_bytes }
-            };
-            sources.push(Source { role, id, place, len_bytes });
-            let segment = Segment {
-                file: stored.file,
-                begin,
-                end: begin + len_bytes,
-                target: place,
-                in_place: !is_small && how == How::InPlace,
-                tensors: tensor..tensor + 1,
-                operation: Some(operation),
-                after: if is_small { 0..0 } else { slot.after.clone() },
-            };
-            if is_small { scratch.small.push(segment) } else { large.push(segment) }
-        }
-        let made = &mut tensors[tensor as usize];
-        let mut recipe = group.recipe.clone();
+        let to = Destination {
+            device,
+            target: Place { arena: ring.arena, offset_bytes: 0 },
+            tensors: tensor..tensor + 1,
+            operation: Some(operation),
+            after: 0..0,
+        };
+        let (sources, large) = ring.place(making, to, &mut scratch.small);
+        let mut recipe = making.recipe().clone();
         recipe.fold = recipe.fold.filter(|_| dequantize.fold);
-        let is_transposed = dequantize.layout == Layout::AsStored && recipe.is_column_major;
-        let shape = shape(group, is_transposed);
-        (made.name, made.shape) = (Some(names.len() as u32), Some(shape.as_slice().into()));
-        made.operation_count += 1;
-        names.push(group.name.clone());
+        let place = tensors[tensor as usize].place;
+        let offset_bytes = place.offset_bytes + making.offset_bytes;
         scratch.operations.push(Operation {
-            name: group.name.clone(),
-            family: group.family,
-            shape,
-            is_transposed,
+            name: making.group.name.clone(),
+            family: making.group.family,
+            shape: making.shape(dequantize),
+            is_transposed: making.is_transposed(dequantize),
             recipe,
             sources,
             tensor,
-            place: made.place,
-            len_bytes: made.len_bytes,
+            place: Place { offset_bytes, ..place },
+            len_bytes: making.len_bytes(dequantize),
             read_count: 0,
         });
-        scratch.large.push((group.payload(), large));
+        scratch.large.push((making.group.payload(), large));
     }
     scratch.small.sort_by_key(|segment| (segment.file, segment.begin));
-    if !scratch.operations.is_empty() {
+    for (device, ring) in rings {
         let arena = |what: &str, len_bytes| Arena {
-            device: request.device,
+            device,
             group: what.to_owned(),
             is_external: false,
             is_scratch: true,
-            len_bytes: align_up(len_bytes, congruence_bytes(machine, request.device)),
+            len_bytes: align_up(len_bytes, congruence_bytes(machine, device)),
         };
-        arenas.push(arena("small sources", small_end));
-        arenas.push(arena("sources", slots.capacity_bytes));
+        arenas.push(arena("small sources", ring.small_end));
+        arenas.push(arena("sources", ring.slots.capacity_bytes));
     }
     Ok(scratch)
 }
 
-/// Returns the shape of what is made: `[.., K, N]` where the file's own order is kept.
-fn shape(group: &Group, is_transposed: bool) -> Vec<u64> {
-    let mut shape = group.shape.clone();
-    if is_transposed && let [.., rows, cols] = shape.as_mut_slice() {
-        std::mem::swap(rows, cols);
+/// Prepares a ring for every device that something is made on; `arena` is the number of the first arena they append.
+fn rings<'w>(
+    checkpoint: &'w Checkpoint,
+    request: &Request,
+    dequantize: &'w Dequantize,
+    makings: &[(u32, DeviceId, &Making<'_>)],
+    arena: u32,
+    machine: &'w Machine,
+) -> Result<BTreeMap<DeviceId, Ring<'w>>, PlanError> {
+    let mut of_devices: BTreeMap<DeviceId, Vec<&Making<'_>>> = BTreeMap::new();
+    for (_, device, making) in makings {
+        of_devices.entry(*device).or_default().push(making);
     }
-    shape
+    let ring = |(number, (device, makings)): (u32, (DeviceId, Vec<&Making<'_>>))| {
+        let world = World { checkpoint, dequantize, device, machine };
+        let budget = Budget::new(&world, request.transient_bytes_max, &makings)?;
+        let slots = Slots::new(budget.ring_len_bytes, congruence_bytes(machine, device));
+        let small_len_bytes_max = budget.small_len_bytes_max;
+        Ok((device, Ring { world, small_len_bytes_max, slots, arena: arena + 2 * number, small_end: 0 }))
+    };
+    (0..).zip(of_devices).map(ring).collect()
+}
+
+/// Where the sources of one device's operations wait.
+struct Ring<'w> {
+    world: World<'w>,
+    small_len_bytes_max: u64,
+    slots: Slots,
+    /// The arena of small sources; that of the others follows.
+    arena: u32,
+    small_end: u64,
+}
+
+impl Ring<'_> {
+    /// Places the sources of an operation; returns the segments of those that are not small.
+    fn place(
+        &mut self,
+        making: &Making<'_>,
+        to: Destination,
+        small: &mut Vec<Segment>,
+    ) -> (Vec<Source>, Vec<Segment>) {
+        let Ring { world, small_len_bytes_max, slots, arena, small_end } = self;
+        let congruence = congruence_bytes(world.machine, world.device);
+        let operation = to.operation.expect("sources are of an operation");
+        let slot = slots.take(operation, world.slot_len_bytes(making, *small_len_bytes_max));
+        let (mut sources, mut large) = (Vec::new(), Vec::new());
+        let mut end = slot.begin;
+        for (role, id, pieces) in making.sources(world.dequantize) {
+            let stored = world.checkpoint.tensor(id);
+            let len_bytes = world.len_bytes(id, pieces);
+            if len_bytes == 0 {
+                continue;
+            }
+            let is_small = len_bytes <= *small_len_bytes_max;
+            let how = world.how(role, id, pieces);
+            let place = if is_small {
+                let offset_bytes = align_up(*small_end, SMALL_ALIGN_BYTES);
+                *small_end = offset_bytes + len_bytes;
+                Place { arena: *arena, offset_bytes }
+            } else {
+                let begin = stored.file_offset_bytes;
+                let offset_bytes = how.start(end, begin, congruence);
+                end = how.end(offset_bytes + len_bytes, congruence);
+                Place { arena: *arena + 1, offset_bytes }
+            };
+            sources.push(Source { role, id, place, len_bytes });
+            let after = if is_small { 0..0 } else { slot.after.clone() };
+            let to = Destination { target: place, tensors: to.tensors.clone(), after, ..to };
+            let segments = if is_small { &mut *small } else { &mut large };
+            match pieces {
+                Some(pieces) => gather(world.checkpoint, id, pieces, &to, segments),
+                None => segments.push(Segment {
+                    file: stored.file,
+                    begin: stored.file_offset_bytes,
+                    end: stored.file_offset_bytes + len_bytes,
+                    piece_len_bytes: len_bytes,
+                    steps: Steps::ONCE,
+                    device: to.device,
+                    target: place,
+                    way: if !is_small && how == How::InPlace { Way::InPlace } else { Way::Staged },
+                    tensors: to.tensors,
+                    operation: to.operation,
+                    after: to.after,
+                }),
+            }
+        }
+        (sources, large)
+    }
 }
 
 /// What the lengths of sources depend on.
@@ -140,30 +192,36 @@ struct World<'w> {
 }
 
 impl World<'_> {
-    /// Returns how a source gets to its place. Only payloads are worth a read of their own in place.
-    fn how(&self, role: Role, id: TensorId) -> How {
+    /// Returns the bytes of a source, or of the part that is needed.
+    fn len_bytes(&self, id: TensorId, pieces: Option<&Pieces>) -> u64 {
+        pieces.map_or_else(|| self.checkpoint.tensor(id).info.len_bytes(), Pieces::len_bytes)
+    }
+
+    /// Returns how a source gets to its place. Only whole payloads are worth a read of their own in place.
+    fn how(&self, role: Role, id: TensorId, pieces: Option<&Pieces>) -> How {
         let stored = self.checkpoint.tensor(id);
-        let is_worth_it = role == Role::Payload && stored.info.len_bytes() >= IN_PLACE_LEN_BYTES_MIN;
+        let is_long = stored.info.len_bytes() >= IN_PLACE_LEN_BYTES_MIN;
+        let is_worth_it = role == Role::Payload && is_long && pieces.is_none();
         let can_land = || self.machine.in_place.route(self.device, stored.file).is_some();
         if is_worth_it && can_land() { How::InPlace } else { How::Gathered }
     }
 
-    /// Returns how a group's sources get to their places, and their lengths.
-    fn lens_bytes(&self, group: &Group) -> impl Iterator<Item = (How, u64)> {
-        let members = members(group, self.dequantize).filter(|(role, _)| *role != Role::Description);
-        members.map(|(role, id)| (self.how(role, id), self.checkpoint.tensor(id).info.len_bytes()))
+    /// Returns how an operation's sources get to their places, and their lengths.
+    fn lens_bytes(&self, making: &Making<'_>) -> impl Iterator<Item = (How, u64)> {
+        let sources = making.sources(self.dequantize).into_iter();
+        sources.map(|(role, id, pieces)| (self.how(role, id, pieces), self.len_bytes(id, pieces)))
     }
 
-    /// Returns the bytes that the small sources of a group take.
-    fn small_len_bytes(&self, group: &Group, small_len_bytes_max: u64) -> u64 {
-        let small = self.lens_bytes(group).filter(|(_, len_bytes)| *len_bytes <= small_len_bytes_max);
+    /// Returns the bytes that the small sources of an operation take.
+    fn small_len_bytes(&self, making: &Making<'_>, small_len_bytes_max: u64) -> u64 {
+        let small = self.lens_bytes(making).filter(|(_, len_bytes)| *len_bytes <= small_len_bytes_max);
         small.map(|(_, len_bytes)| align_up(len_bytes, SMALL_ALIGN_BYTES)).sum()
     }
 
     /// Returns the bytes that the other sources take in the ring, wherever they begin.
-    fn slot_len_bytes(&self, group: &Group, small_len_bytes_max: u64) -> u64 {
+    fn slot_len_bytes(&self, making: &Making<'_>, small_len_bytes_max: u64) -> u64 {
         let congruence = congruence_bytes(self.machine, self.device);
-        let large = self.lens_bytes(group).filter(|(_, len_bytes)| *len_bytes > small_len_bytes_max);
+        let large = self.lens_bytes(making).filter(|(_, len_bytes)| *len_bytes > small_len_bytes_max);
         let len = |(how, len_bytes)| match how {
             // The aligned cover around it.
             How::InPlace => align_up(len_bytes, congruence) + congruence,
@@ -183,17 +241,17 @@ struct Budget {
 impl Budget {
     /// Calls fewer sources small where all of them would leave the ring less than half of what is allowed, or less than the largest
     /// operation needs.
-    fn new(world: &World<'_>, max_bytes: Option<u64>, groups: &[&Group]) -> Result<Budget, PlanError> {
+    fn new(world: &World<'_>, max_bytes: Option<u64>, makings: &[&Making<'_>]) -> Result<Budget, PlanError> {
         let align_bytes = congruence_bytes(world.machine, world.device);
         let mut small_len_bytes_max = SMALL_LEN_BYTES_MAX;
         loop {
             let (mut largest, mut sum, mut small) = ((0, None), 0u64, 0u64);
-            for group in groups {
-                let len = world.slot_len_bytes(group, small_len_bytes_max);
+            for making in makings {
+                let len = world.slot_len_bytes(making, small_len_bytes_max);
                 sum = sum.saturating_add(len);
-                small = small.saturating_add(world.small_len_bytes(group, small_len_bytes_max));
+                small = small.saturating_add(world.small_len_bytes(making, small_len_bytes_max));
                 if len > largest.0 {
-                    largest = (len, Some(group));
+                    largest = (len, Some(making));
                 }
             }
             let small_bytes = align_up(small, align_bytes);
@@ -204,9 +262,9 @@ impl Budget {
             let is_ring_short = needed_bytes > max_bytes || small_bytes > max_bytes / 2;
             match largest.1 {
                 Some(_) if is_ring_short && small > 0 => small_len_bytes_max /= 8,
-                Some(group) if needed_bytes > max_bytes => {
+                Some(making) if needed_bytes > max_bytes => {
                     return Err(PlanError::OverTransientBudget {
-                        name: group.name.clone(),
+                        name: making.group.name.clone(),
                         needed_bytes,
                         max_bytes,
                     });

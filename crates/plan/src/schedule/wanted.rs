@@ -1,50 +1,222 @@
-//! The tensors of the result, in order: stored ones, and ones that operations make.
+//! The tensors of the result, in order: as stored, made by operations, or put together from parts of both.
 
 use std::collections::HashMap;
 
+use super::assembled::assembled;
+use super::select::selected;
 use crate::checkpoint::{Checkpoint, TensorId};
-use crate::plan::PlanError;
-use crate::quant::{Group, Role};
-use crate::request::{Dequantize, Globs, Request, Select};
-use crate::slice::{Pieces, Slice};
+use crate::device_map::DeviceMap;
+use crate::dtype::{Dtype, numel};
+use crate::placement::DeviceId;
+use crate::plan::{Machine, PlanError};
+use crate::quant::{Group, Recipe, Role};
+use crate::request::{Dequantize, External, Layout, Request};
+use crate::slice::{Pieces, Slice, SliceError, row_major};
 
 /// A tensor of the result.
 pub(super) struct Wanted<'r> {
-    /// The stored tensor, or the payload of the group: what orders the result.
+    /// The stored tensor, the payload of the group, or the first of what it is put together from: what orders the result of a device.
     pub(super) id: TensorId,
+    /// Where it goes.
+    pub(super) device: DeviceId,
+    /// Its name, where that is neither the stored tensor's nor the group's.
+    pub(super) name: Option<&'r str>,
     pub(super) what: What<'r>,
-    pub(super) is_external: bool,
+    /// Memory of the caller's own that it lands in.
+    pub(super) external: Option<&'r External>,
+    /// The same tensor on another device, which it is copied from, by its place in the list.
+    pub(super) copy_of: Option<u32>,
 }
 
 /// How a tensor of the result comes to be.
+#[derive(Clone)]
 pub(super) enum What<'r> {
-    /// As stored: whole, or in pieces.
-    Stored(Option<Pieces>),
+    /// Whole, as stored.
+    Stored,
     /// By an operation on several stored ones.
-    Made(&'r Group),
+    Made(Making<'r>),
+    /// From parts.
+    Parts(Box<Parts<'r>>),
 }
 
-impl Wanted<'_> {
-    pub(super) fn name<'w>(&'w self, checkpoint: &'w Checkpoint) -> &'w str {
-        match &self.what {
-            What::Stored(_) => checkpoint.tensor(self.id).info.name,
-            What::Made(group) => &group.name,
+/// What a tensor of the result is put together from.
+#[derive(Clone)]
+pub(super) struct Parts<'r> {
+    pub(super) dtype: Dtype,
+    pub(super) shape: Vec<u64>,
+    /// Bytes from its first to its last, which are more than its own where the caller's memory has gaps.
+    pub(super) span_bytes: u64,
+    /// What arrives as stored.
+    pub(super) stored: Vec<StoredPart<'r>>,
+    /// What operations make.
+    pub(super) made: Vec<Making<'r>>,
+}
+
+/// A part that arrives as stored.
+#[derive(Clone)]
+pub(super) struct StoredPart<'r> {
+    pub(super) id: TensorId,
+    pub(super) slice: &'r Slice,
+    /// Index of its first element in the tensor; empty for the very first.
+    pub(super) at: &'r [u64],
+    pub(super) pieces: Pieces,
+}
+
+/// A quantized tensor, or a part of one, that an operation makes.
+#[derive(Clone)]
+pub(super) struct Making<'r> {
+    pub(super) group: &'r Group,
+    /// The part; `None`: all of it.
+    pub(super) cut: Option<Box<Cut>>,
+    /// Where it begins in its tensor.
+    pub(super) offset_bytes: u64,
+}
+
+/// A part of a quantized tensor: the parts of its members, and how to make it from them.
+#[derive(Clone)]
+pub(super) struct Cut {
+    pub(super) shape: Vec<u64>,
+    pub(super) recipe: Recipe,
+    /// `None`: the whole member.
+    pub(super) members: Vec<(Role, TensorId, Option<Pieces>)>,
+}
+
+impl<'r> Wanted<'r> {
+    pub(super) fn stored(id: TensorId, device: DeviceId) -> Wanted<'r> {
+        Wanted { id, device, name: None, what: What::Stored, external: None, copy_of: None }
+    }
+
+    pub(super) fn made(group: &'r Group, device: DeviceId) -> Wanted<'r> {
+        let making = Making { group, cut: None, offset_bytes: 0 };
+        Wanted { what: What::Made(making), ..Wanted::stored(group.payload(), device) }
+    }
+
+    /// Returns its name where that is not the stored tensor's.
+    pub(super) fn own_name(&self) -> Option<&'r str> {
+        self.name.or(match &self.what {
+            What::Made(making) => Some(&making.group.name),
+            What::Stored | What::Parts(_) => None,
+        })
+    }
+
+    pub(super) fn name(&self, checkpoint: &'r Checkpoint) -> &'r str {
+        self.own_name().unwrap_or_else(|| checkpoint.tensor(self.id).info.name)
+    }
+
+    pub(super) fn dtype(&self, checkpoint: &Checkpoint, request: &Request) -> Dtype {
+        match (&self.what, &request.dequantize) {
+            (What::Parts(parts), _) => parts.dtype,
+            (What::Made(_), Some(dequantize)) => dequantize.dtype,
+            _ => checkpoint.tensor(self.id).info.dtype,
+        }
+    }
+
+    /// Returns its shape where that is not the stored tensor's.
+    pub(super) fn own_shape(&self, request: &Request) -> Option<Vec<u64>> {
+        match (&self.what, &request.dequantize) {
+            (What::Parts(parts), _) => Some(parts.shape.clone()),
+            (What::Made(making), Some(dequantize)) => Some(making.shape(dequantize)),
+            _ => None,
         }
     }
 
     /// Returns the bytes it takes in the result.
     pub(super) fn len_bytes(&self, checkpoint: &Checkpoint, request: &Request) -> u64 {
         match (&self.what, &request.dequantize) {
-            (What::Stored(Some(pieces)), _) => pieces.len_bytes(),
-            (What::Made(group), Some(dequantize)) => made_len_bytes(group, dequantize),
+            (What::Parts(parts), _) => parts.len_bytes(),
+            (What::Made(making), Some(dequantize)) => making.len_bytes(dequantize),
             _ => checkpoint.tensor(self.id).info.len_bytes(),
+        }
+    }
+
+    /// Returns the bytes from its first to its last.
+    pub(super) fn span_bytes(&self, checkpoint: &Checkpoint, request: &Request) -> u64 {
+        match &self.what {
+            What::Parts(parts) => parts.span_bytes,
+            _ => self.len_bytes(checkpoint, request),
+        }
+    }
+
+    /// Returns the bytes of a file that it is, if it is one run of them.
+    pub(super) fn run(&self, checkpoint: &Checkpoint) -> Option<(u32, u64, u64)> {
+        let stored = checkpoint.tensor(self.id);
+        let run = match &self.what {
+            What::Stored => 0..stored.info.len_bytes(),
+            What::Made(_) => return None,
+            What::Parts(parts) => match (&*parts.stored, &*parts.made) {
+                ([part], []) if part.pieces.len_bytes() == parts.len_bytes() => part.pieces.run()?,
+                _ => return None,
+            },
+        };
+        Some((stored.file, stored.file_offset_bytes + run.start, stored.file_offset_bytes + run.end))
+    }
+
+    /// Returns the parts that arrive as stored.
+    pub(super) fn parts(&self) -> &[StoredPart<'r>] {
+        match &self.what {
+            _ if self.copy_of.is_some() => &[],
+            What::Parts(parts) => &parts.stored,
+            What::Stored | What::Made(_) => &[],
+        }
+    }
+
+    /// Returns what operations make of it.
+    pub(super) fn makings(&self) -> &[Making<'r>] {
+        match &self.what {
+            _ if self.copy_of.is_some() => &[],
+            What::Made(making) => std::slice::from_ref(making),
+            What::Parts(parts) => &parts.made,
+            What::Stored => &[],
         }
     }
 }
 
-/// Returns the bytes of a dequantized tensor. Recognition has checked that the product fits.
-pub(super) fn made_len_bytes(group: &Group, dequantize: &Dequantize) -> u64 {
-    group.shape.iter().product::<u64>() * (dequantize.dtype.bits() / 8)
+impl Parts<'_> {
+    fn len_bytes(&self) -> u64 {
+        let numel = numel(&self.shape).expect("its parts, which cover it, have been counted");
+        self.dtype.len_bytes(numel).expect("its parts begin and end at whole bytes")
+    }
+}
+
+impl Making<'_> {
+    /// Returns the bytes of what is made. Recognition has checked that the product fits.
+    pub(super) fn len_bytes(&self, dequantize: &Dequantize) -> u64 {
+        let shape = self.cut.as_ref().map_or(&self.group.shape, |cut| &cut.shape);
+        shape.iter().product::<u64>() * (dequantize.dtype.bits() / 8)
+    }
+
+    /// Returns how the bytes become numbers.
+    pub(super) fn recipe(&self) -> &Recipe {
+        self.cut.as_ref().map_or(&self.group.recipe, |cut| &cut.recipe)
+    }
+
+    /// Tells whether the result is `[.., K, N]`.
+    pub(super) fn is_transposed(&self, dequantize: &Dequantize) -> bool {
+        dequantize.layout == Layout::AsStored && self.recipe().is_column_major
+    }
+
+    /// Returns the shape of what is made: `[.., K, N]` where the file's own order is kept.
+    pub(super) fn shape(&self, dequantize: &Dequantize) -> Vec<u64> {
+        let mut shape = self.cut.as_ref().map_or(&self.group.shape, |cut| &cut.shape).clone();
+        if self.is_transposed(dequantize)
+            && let [.., rows, cols] = shape.as_mut_slice()
+        {
+            std::mem::swap(rows, cols);
+        }
+        shape
+    }
+
+    /// Returns the tensors that making it uses up, whole or in part, in the order of the checkpoint's table.
+    pub(super) fn sources(&self, dequantize: &Dequantize) -> Vec<(Role, TensorId, Option<&Pieces>)> {
+        let is_used = |role: Role| role != Role::Description && (dequantize.fold || role != Role::Fold);
+        let mut sources: Vec<_> = match &self.cut {
+            Some(cut) => cut.members.iter().map(|(role, id, pieces)| (*role, *id, pieces.as_ref())).collect(),
+            None => self.group.members.iter().map(|(role, id)| (*role, *id, None)).collect(),
+        };
+        sources.retain(|(role, ..)| is_used(*role));
+        sources.sort_by_key(|(_, id, _)| *id);
+        sources
+    }
 }
 
 /// Returns the tensors that making a group uses up: all but a factor that is not to be folded in.
@@ -56,135 +228,232 @@ pub(super) fn members<'g>(
     group.members.iter().copied().filter(move |(role, _)| fold || *role != Role::Fold)
 }
 
-/// Finds what the request asks for, in the order of the checkpoint's table.
+/// Finds what the request asks for: by device, and in the order of the checkpoint's table on each.
 pub(super) fn wanted<'r>(
-    checkpoint: &Checkpoint,
+    checkpoint: &'r Checkpoint,
     request: &'r Request,
+    machine: &Machine,
 ) -> Result<Vec<Wanted<'r>>, PlanError> {
-    let stored = |id| Wanted { id, what: What::Stored(None), is_external: false };
-    let Some(dequantize) = &request.dequantize else {
-        let mut wanted: Vec<_> = request.tensors(checkpoint)?.into_iter().map(stored).collect();
-        give_targets(checkpoint, request, &mut wanted)?;
-        return Ok(wanted);
+    let mut wanted = match &request.assembly {
+        Some(assembly) => assembled(checkpoint, request, assembly)?,
+        None => {
+            let mut wanted = selected(checkpoint, request)?;
+            cut_out(checkpoint, request, &mut wanted)?;
+            wanted
+        }
     };
-    let made = made(checkpoint, dequantize)?;
-    let (ids, groups) = selected(checkpoint, request, dequantize, &made)?;
-    let mut wanted: Vec<_> = ids.into_iter().map(stored).collect();
-    wanted.extend(groups.into_iter().map(|group| Wanted {
-        id: group.payload(),
-        what: What::Made(group),
-        is_external: false,
-    }));
-    // A payload that was asked for by its stored name stands beside what is made of it.
-    wanted.sort_by_key(|wanted| wanted.id);
-    give_targets(checkpoint, request, &mut wanted)?;
+    if let Some(map) = &request.device_map {
+        wanted = spread(checkpoint, map, machine, wanted)?;
+    } else if request.assembly.is_some() {
+        wanted.sort_by_key(|wanted| (wanted.device, wanted.id));
+    }
+    give_memory(checkpoint, request, &mut wanted)?;
     Ok(wanted)
 }
 
-/// Returns the groups that are to be dequantized.
-fn made<'r>(checkpoint: &Checkpoint, dequantize: &'r Dequantize) -> Result<Vec<&'r Group>, PlanError> {
-    let Some(globs) = &dequantize.globs else { return Ok(dequantize.groups.iter().collect()) };
-    let mut globs = Globs::new(globs)?;
-    let made = dequantize.groups.iter().filter(|group| globs.is_hit(&group.name)).collect();
-    globs.check_each_hit(checkpoint)?;
-    Ok(made)
-}
-
-/// Chooses among the names of the *result*: those of groups that are made, and those of stored tensors that no such group
-/// uses up. What a group uses up is still handed over where it is named.
-fn selected<'r>(
-    checkpoint: &Checkpoint,
-    request: &Request,
-    dequantize: &Dequantize,
-    made: &[&'r Group],
-) -> Result<(Vec<TensorId>, Vec<&'r Group>), PlanError> {
-    let mut is_used = vec![false; checkpoint.len()];
-    for (_, id) in made.iter().flat_map(|group| members(group, dequantize)) {
-        is_used[id.0 as usize] = true;
-    }
-    let is_left = |id: &TensorId| !is_used[id.0 as usize];
-    if let Select::All = request.select {
-        let left = checkpoint.tensors().map(|tensor| tensor.id).filter(is_left);
-        return Ok((left.collect(), made.to_vec()));
-    }
-    let mut stored: Vec<TensorId> = Vec::new();
-    let mut groups: Vec<&Group> = Vec::new();
-    match &request.select {
-        Select::Names(names) => {
-            let by_name: HashMap<&str, &'r Group> =
-                made.iter().map(|group| (group.name.as_str(), *group)).collect();
-            for name in names {
-                match (by_name.get(name.as_str()), checkpoint.find(name)) {
-                    (Some(group), _) => groups.push(group),
-                    (None, Some(tensor)) => stored.push(tensor.id),
-                    (None, None) => {
-                        let tensor_count = checkpoint.len();
-                        return Err(PlanError::UnknownTensor { name: name.clone(), tensor_count });
-                    }
-                }
-            }
-        }
-        Select::Globs(globs) => {
-            let mut globs = Globs::new(globs)?;
-            groups.extend(made.iter().filter(|group| globs.is_hit(&group.name)));
-            let left = checkpoint.tensors().filter(|tensor| is_left(&tensor.id));
-            stored.extend(left.filter(|tensor| globs.is_hit(tensor.info.name)).map(|tensor| tensor.id));
-            globs.check_each_hit(checkpoint)?;
-        }
-        Select::All | Select::Predicate(_) => {
-            // A predicate sees stored tensors: a group is wanted with its payload.
-            let kept = request.tensors(checkpoint)?;
-            groups.extend(made.iter().filter(|group| kept.binary_search(&group.payload()).is_ok()));
-            stored.extend(kept.into_iter().filter(is_left));
-        }
-    }
-    stored.sort_unstable();
-    stored.dedup();
-    groups.sort_by_key(|group| group.payload());
-    groups.dedup_by_key(|group| group.payload());
-    Ok((stored, groups))
-}
-
-/// Notes the caller's own memory and the parts asked for.
-fn give_targets(
-    checkpoint: &Checkpoint,
-    request: &Request,
-    wanted: &mut [Wanted<'_>],
+/// Leaves of tensors the parts asked for.
+fn cut_out<'r>(
+    checkpoint: &'r Checkpoint,
+    request: &'r Request,
+    wanted: &mut [Wanted<'r>],
 ) -> Result<(), PlanError> {
-    if request.external.is_empty() && request.slices.is_empty() {
+    if request.slices.is_empty() {
         return Ok(());
     }
-    let made: HashMap<&str, usize> = wanted
-        .iter()
-        .enumerate()
-        .filter_map(|(index, wanted)| match &wanted.what {
-            What::Made(group) => Some((group.name.as_str(), index)),
-            What::Stored(_) => None,
-        })
-        .collect();
-    let find = |name: &String, wanted: &[Wanted<'_>]| {
-        if let Some(index) = made.get(name.as_str()) {
-            return Ok(Some(*index));
-        }
-        let unknown = || PlanError::UnknownTensor { name: name.clone(), tensor_count: checkpoint.len() };
-        let id = checkpoint.find(name).ok_or_else(unknown)?.id;
-        let first = wanted.partition_point(|wanted| wanted.id < id);
-        let is_it = |index: &usize| matches!(wanted[*index].what, What::Stored(_));
-        Ok((first..wanted.len()).take_while(|index| wanted[*index].id == id).find(is_it))
-    };
-    for name in &request.external {
-        let index =
-            find(name, wanted)?.ok_or_else(|| PlanError::ExternalNotSelected { name: name.clone() })?;
-        wanted[index].is_external = true;
-    }
+    let by_name = by_name(checkpoint, wanted);
     for (name, slice) in &request.slices {
-        let index = find(name, wanted)?.ok_or_else(|| PlanError::SliceNotSelected { name: name.clone() })?;
-        let info = checkpoint.tensor(wanted[index].id).info;
-        let What::Stored(pieces) = &mut wanted[index].what else {
-            return Err(PlanError::SliceOfMade { name: name.clone() });
+        let Some(index) = by_name.get(name.as_str()) else {
+            return Err(not_selected(checkpoint, name, |name| PlanError::SliceNotSelected { name }));
         };
-        let of = |slice: &Slice| slice.pieces(info.dtype, info.shape);
-        *pieces = Some(of(slice).map_err(|source| PlanError::Slice { name: name.clone(), source })?);
+        let wanted = &mut wanted[index[0]];
+        let parts = match &wanted.what {
+            What::Made(making) => made_part(checkpoint, request, making.group, slice)?,
+            _ => stored_part(checkpoint, wanted.id, slice)
+                .map_err(|source| PlanError::Slice { name: name.clone(), source })?,
+        };
+        wanted.name = wanted.own_name();
+        wanted.what = What::Parts(Box::new(parts));
     }
     Ok(())
+}
+
+fn stored_part<'r>(checkpoint: &Checkpoint, id: TensorId, slice: &'r Slice) -> Result<Parts<'r>, SliceError> {
+    let info = checkpoint.tensor(id).info;
+    let pieces = slice.pieces(info.dtype, info.shape)?;
+    Ok(Parts {
+        dtype: info.dtype,
+        shape: pieces.shape().to_vec(),
+        span_bytes: pieces.len_bytes(),
+        stored: vec![StoredPart { id, slice, at: &[], pieces }],
+        made: Vec::new(),
+    })
+}
+
+fn made_part<'r>(
+    checkpoint: &Checkpoint,
+    request: &Request,
+    group: &'r Group,
+    slice: &Slice,
+) -> Result<Parts<'r>, PlanError> {
+    let dequantize = request.dequantize.as_ref().expect("something is made only of what is dequantized");
+    let making = Making { group, cut: cut(checkpoint, group, slice)?, offset_bytes: 0 };
+    Ok(Parts {
+        dtype: dequantize.dtype,
+        shape: making.shape(dequantize),
+        span_bytes: making.len_bytes(dequantize),
+        stored: Vec::new(),
+        made: vec![making],
+    })
+}
+
+/// Works out which parts of a group's members a part of its result needs.
+pub(super) fn cut(
+    checkpoint: &Checkpoint,
+    group: &Group,
+    slice: &Slice,
+) -> Result<Option<Box<Cut>>, PlanError> {
+    let name = || group.name.clone();
+    let shape = slice.shape(&group.shape).map_err(|source| PlanError::Slice { name: name(), source })?;
+    if shape == group.shape {
+        return Ok(None);
+    }
+    let _ = checkpoint;
+    Err(PlanError::SliceOfMade { name: name() })
+}
+
+/// Puts every tensor on the devices that the map names, once on each. What another device can be copied from is not read again.
+fn spread<'r>(
+    checkpoint: &'r Checkpoint,
+    map: &DeviceMap,
+    machine: &Machine,
+    wanted: Vec<Wanted<'r>>,
+) -> Result<Vec<Wanted<'r>>, PlanError> {
+    // Each with the number of the tensor it is, and whether it is copied from the first of its devices.
+    let mut spread: Vec<(Wanted<'r>, usize, Option<DeviceId>)> = Vec::with_capacity(wanted.len());
+    let mut nowhere = Vec::new();
+    for (number, wanted) in wanted.into_iter().enumerate() {
+        let name = wanted.name(checkpoint);
+        let Some([first, others @ ..]) = map.devices_of(name) else {
+            nowhere.push(name.to_owned());
+            continue;
+        };
+        for other in others {
+            let source = machine.peers.contains(&(*first, *other)).then_some(*first);
+            let (name, what) = (wanted.name, wanted.what.clone());
+            spread.push((Wanted { name, what, ..Wanted::stored(wanted.id, *other) }, number, source));
+        }
+        spread.push((Wanted { device: *first, ..wanted }, number, None));
+    }
+    if !nowhere.is_empty() {
+        return Err(PlanError::NoDevice { names: nowhere });
+    }
+    spread.sort_by_key(|(wanted, ..)| (wanted.device, wanted.id));
+    let places: HashMap<(usize, DeviceId), u32> =
+        (0..).zip(&spread).map(|(place, (wanted, number, _))| ((*number, wanted.device), place)).collect();
+    let copied = |(wanted, number, source): (Wanted<'r>, usize, Option<DeviceId>)| Wanted {
+        copy_of: source.map(|source| places[&(number, source)]),
+        ..wanted
+    };
+    Ok(spread.into_iter().map(copied).collect())
+}
+
+/// Notes the caller's own memory.
+fn give_memory<'r>(
+    checkpoint: &'r Checkpoint,
+    request: &'r Request,
+    wanted: &mut [Wanted<'r>],
+) -> Result<(), PlanError> {
+    if request.external.is_empty() {
+        return Ok(());
+    }
+    let by_name = by_name(checkpoint, wanted);
+    for external in &request.external {
+        let places = by_name.get(external.name.as_str()).map_or(&[][..], Vec::as_slice);
+        let is_there = |place: &&usize| wanted[**place].device == external.device;
+        let Some(place) = places.iter().find(is_there).or(places.first()) else {
+            return Err(not_selected(checkpoint, &external.name, |name| PlanError::ExternalNotSelected {
+                name,
+            }));
+        };
+        let wanted = &mut wanted[*place];
+        wanted.external = Some(external);
+        if let Some(strides) = &external.strides {
+            stretch(checkpoint, request, wanted, strides)?;
+        }
+    }
+    Ok(())
+}
+
+/// Lays a tensor out with the strides of the caller's memory.
+fn stretch<'r>(
+    checkpoint: &'r Checkpoint,
+    request: &'r Request,
+    wanted: &mut Wanted<'r>,
+    strides: &[u64],
+) -> Result<(), PlanError> {
+    let info = checkpoint.tensor(wanted.id).info;
+    let shape = wanted.own_shape(request).unwrap_or_else(|| info.shape.to_vec());
+    let name = wanted.name(checkpoint).to_owned();
+    let bad = || {
+        let (name, shape, strides) = (name.clone(), shape.clone(), strides.to_vec());
+        PlanError::BadStrides { name, shape, strides }
+    };
+    if strides.len() != shape.len() {
+        return Err(bad());
+    }
+    let natural = row_major(&shape);
+    let is_natural = |dim: usize| shape[dim] <= 1 || strides[dim] == natural[dim];
+    if numel(&shape) == Some(0) || (0..shape.len()).all(is_natural) {
+        return Ok(());
+    }
+    if !wanted.makings().is_empty() {
+        return Err(PlanError::StridesOfMade { name });
+    }
+    let dtype = wanted.dtype(checkpoint, request);
+    let span_bytes = reach(&shape, strides).and_then(|reach| dtype.len_bytes(reach)).ok_or_else(bad)?;
+    let mut stored = match std::mem::replace(&mut wanted.what, What::Stored) {
+        What::Parts(parts) => parts.stored,
+        What::Stored | What::Made(_) => {
+            vec![StoredPart { id: wanted.id, slice: &WHOLE, at: &[], pieces: Pieces::default() }]
+        }
+    };
+    for StoredPart { id, slice, at, pieces } in &mut stored {
+        let whole = checkpoint.tensor(*id).info;
+        let first = at.iter().zip(strides).map(|(at, stride)| at * stride).sum();
+        let inner = &strides[strides.len() - whole.shape.len()..];
+        let stretched = slice.pieces_into(whole.dtype, whole.shape, inner, first);
+        *pieces = stretched.map_err(|source| PlanError::Slice { name: name.clone(), source })?;
+    }
+    wanted.what = What::Parts(Box::new(Parts { dtype, shape, span_bytes, stored, made: Vec::new() }));
+    Ok(())
+}
+
+/// Returns the elements from the first to the last of a tensor with these strides; `None` where two of its elements would lie in the
+/// same place, or its end is out of reach.
+fn reach(shape: &[u64], strides: &[u64]) -> Option<u64> {
+    let mut dims: Vec<_> = (0..shape.len()).filter(|dim| shape[*dim] > 1).collect();
+    dims.sort_by_key(|dim| strides[*dim]);
+    dims.into_iter().try_fold(1u64, |reach, dim| {
+        let is_apart = strides[dim] >= reach;
+        is_apart.then(|| strides[dim].checked_mul(shape[dim] - 1)?.checked_add(reach)).flatten()
+    })
+}
+
+static WHOLE: Slice = Slice::whole();
+
+/// Finds tensors of the result by their names: more than one place where several devices have it.
+fn by_name<'r>(checkpoint: &'r Checkpoint, wanted: &[Wanted<'r>]) -> HashMap<&'r str, Vec<usize>> {
+    let mut by_name: HashMap<&str, Vec<usize>> = HashMap::with_capacity(wanted.len());
+    for (place, wanted) in wanted.iter().enumerate() {
+        by_name.entry(wanted.name(checkpoint)).or_default().push(place);
+    }
+    by_name
+}
+
+/// Says of a name whether it is unknown or only not selected.
+fn not_selected(checkpoint: &Checkpoint, name: &str, error: impl FnOnce(String) -> PlanError) -> PlanError {
+    match checkpoint.find(name) {
+        Some(_) => error(name.to_owned()),
+        None => PlanError::UnknownTensor { name: name.to_owned(), tensor_count: checkpoint.len() },
+    }
 }
