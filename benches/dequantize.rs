@@ -203,6 +203,8 @@ fn bitsandbytes(rows: u64, cols: u64, is_nested: bool) -> Recipe {
     let number = if is_nested { nested } else { Number::F32 };
     Recipe {
         codes: Codes::RowsHighFirst { row_stride_bytes: 0 },
+        first_row: 0,
+        first_col: 0,
         element: Element::Table,
         scale: scale(Grid { cols_per_group: 64, ..grid(number, 0, 1) }),
         ..plain(1, rows * cols)
@@ -227,6 +229,8 @@ fn plain(rows: u64, cols: u64) -> Recipe {
         rows,
         cols,
         codes: Codes::Rows { bits: 4, row_stride_bytes: cols / 2 },
+        first_row: 0,
+        first_col: 0,
         element: Element::Unsigned,
         zero_point: ZeroPoint::None,
         scale: None,

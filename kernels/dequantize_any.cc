@@ -11,7 +11,7 @@ KERNEL(dequantize_any, DequantizeParams) {
   for (u64 item = thread_index(); item < params.item_count; item += thread_count()) {
     const Place at = place_of(params, item);
     const u64 n = params.is_transposed ? at.j : at.i, k = params.is_transposed ? at.i : at.j;
-    const u32 codes[1] = {code_at(params.codes, at.e, n, k)};
+    const u32 codes[1] = {code_at(params.codes, at.e, n + params.first_row, k + params.first_col)};
     float values[1];
     if (params.element == ELEMENT_TABLE)
       values[0] = float_at(NUMBER_F32, params.table, codes[0]);

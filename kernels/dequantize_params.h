@@ -143,9 +143,11 @@ struct DequantizeParams {
   u32 has_bias;
   u32 target_dtype; // DtypeCode, F32 to BF16.
   u32 is_transposed; // Whether the target is [batch, cols, rows].
+  u32 first_row;     // Rows and columns of codes before those of the target.
+  u32 first_col;
   u32 reserved;
 };
-static_assert(sizeof(DequantizeParams) == 664 && __builtin_offsetof(DequantizeParams, codes) == 80 &&
+static_assert(sizeof(DequantizeParams) == 672 && __builtin_offsetof(DequantizeParams, codes) == 80 &&
               __builtin_offsetof(DequantizeParams, scale) == 320 &&
               __builtin_offsetof(DequantizeParams, group_index) == 536 &&
               __builtin_offsetof(DequantizeParams, group_count) == 592);

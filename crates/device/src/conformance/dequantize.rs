@@ -155,6 +155,28 @@ fn recipes() -> Vec<(String, Recipe)> {
     };
     add("inline scales", Recipe { zero_point: ZeroPoint::None, ..inline });
 
+    // Parts of tensors, which begin inside a word, a byte, a chunk, a block.
+    let part = |codes, first_row, first_col| Recipe { first_row, first_col, ..plain(codes, 9, 40) };
+    for bits in 1..=8 {
+        add(&format!("a part of rows of {bits} bits"), part(rows_of(bits, 47), 0, 7));
+        let padded = Codes::RowsPadded { bits, row_stride_bytes: 64 };
+        add(&format!("a part of padded rows of {bits} bits"), part(padded, 0, 3));
+        add(&format!("a part of columns of {bits} bits"), part(Codes::Columns { bits }, 0, 31));
+        add(&format!("a part of padded columns of {bits} bits"), part(Codes::ColumnsPadded { bits }, 0, 3));
+        let chunks = Codes::RowChunks { bits, unit_bytes: 4, unit_rows: 8 };
+        add(&format!("a part of chunks of {bits} bits"), part(chunks, 15, 0));
+    }
+    for bits in 2..=8 {
+        add(&format!("a part of planes of {bits} bits"), part(Codes::ColumnPlanes { bits }, 0, 30));
+        let along_rows = Codes::RowPlanes { bits, row_stride_bytes: 12 * u64::from(bits) };
+        add(&format!("a part of planes along rows of {bits} bits"), part(along_rows, 0, 17));
+    }
+    add("a part of high nibbles first", part(Codes::RowsHighFirst { row_stride_bytes: 21 }, 0, 1));
+    add("a part of inline scales' codes", part(Codes::RowsWithScales { row_stride_bytes: 51 }, 0, 31));
+    add("a part of words", part(Codes::Words { words_per_row: 3, is_interleaved: true }, 5, 0));
+    add("a part of pairs of rows", part(Codes::RowPairs, 1, 0));
+    add("a part of awq fast", part(Codes::AwqFast, 3, 62));
+
     // Elements.
     let elements = [
         (Element::E2m1, 4),
@@ -338,6 +360,8 @@ fn plain(codes: Codes, rows: u64, cols: u64) -> Recipe {
         rows,
         cols,
         codes,
+        first_row: 0,
+        first_col: 0,
         element: Element::Unsigned,
         zero_point: ZeroPoint::Constant(1 << (codes.bits() - 1)),
         scale: Some(Scale { grid: grid(Number::F16, rows, cols, 1, 16), global: None }),

@@ -72,6 +72,8 @@ pub fn dequantize(
 /// What all threads share: the recipe, prepared.
 struct Job<'a> {
     packed: Packed<'a>,
+    rows: usize,
+    cols: usize,
     batch: usize,
     is_column_lines: bool,
     layout: Layout,
@@ -125,14 +127,19 @@ impl<'a> Job<'a> {
             let words = &sources.group_index.as_chunks::<4>().0[..recipe.cols as usize];
             words.iter().map(|word| u32::from_le_bytes(*word).min(count - 1)).collect()
         });
+        let (rows, cols) = recipe.codes_size();
         let packed = Packed {
             codes: recipe.codes,
-            rows: recipe.rows as usize,
-            cols: recipe.cols as usize,
+            rows: rows as usize,
+            cols: cols as usize,
+            first_row: recipe.first_row as usize,
+            first_col: recipe.first_col as usize,
             bytes: sources.payload,
         };
         Job {
             packed,
+            rows: recipe.rows as usize,
+            cols: recipe.cols as usize,
             batch: recipe.batch as usize,
             is_column_lines: has_column_lines(recipe.codes),
             // A single row is the same in both, and only rows are cut.
@@ -175,7 +182,7 @@ impl<'a> Job<'a> {
         &self,
         target: &'t mut [[u8; B]],
     ) -> impl Iterator<Item = Unit<'t, B>> + Send {
-        let (rows, cols, layout) = (self.packed.rows, self.packed.cols, self.layout);
+        let (rows, cols, layout) = (self.rows, self.cols, self.layout);
         let (lines, width) = if layout == Layout::Rows { (rows, cols) } else { (cols, rows) };
         let is_rows_to_rows = !self.is_across() && !self.is_column_lines;
         let unit_lines = if is_rows_to_rows { (UNIT_LEN / width).max(1) } else { SIDE };

@@ -84,7 +84,9 @@ fn round(value: f32, dtype: Dtype, element: &mut [u8]) {
 
 fn code(recipe: &Recipe, sources: &Sources<'_>, at: Index) -> u8 {
     let payload = matrix(sources.payload, recipe.batch, at.e);
-    code_at(recipe.codes, recipe.rows, recipe.cols, payload, at.n, at.k)
+    let (rows, cols) = recipe.codes_size();
+    let (n, k) = (at.n + u64::from(recipe.first_row), at.k + u64::from(recipe.first_col));
+    code_at(recipe.codes, rows, cols, payload, n, k)
 }
 
 /// The bytes of matrix `e` of the batch.

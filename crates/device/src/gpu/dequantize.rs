@@ -63,9 +63,10 @@ impl Way {
 
     fn of(recipe: &Recipe, output: Output, params: &DequantizeParams) -> Way {
         let is_plain = recipe.group_index.is_none() && recipe.fold.is_none();
+        let is_from_start = (recipe.first_row, recipe.first_col) == (0, 0);
         let is_aligned = params.target.is_multiple_of(VECTOR_LEN_BYTES) && params.table.is_multiple_of(4);
         match output.layout {
-            _ if !is_plain || !is_aligned => Way::Any,
+            _ if !is_plain || !is_from_start || !is_aligned => Way::Any,
             Layout::Rows if allows_rows(recipe, params) => Way::Rows,
             layout if allows_tiles(recipe, layout, params) => Way::Tiles,
             _ => Way::Any,
@@ -179,6 +180,8 @@ mod tests {
             rows: 64,
             cols: 256,
             codes,
+            first_row: 0,
+            first_col: 0,
             element: Element::Unsigned,
             zero_point: ZeroPoint::Constant(8),
             scale: Some(Scale { grid, global: None }),

@@ -109,11 +109,13 @@ pub(super) struct DequantizeParams {
     has_bias: u32,
     target_dtype: u32,
     is_transposed: u32,
+    first_row: u32,
+    first_col: u32,
     reserved: u32,
 }
 
 const _: () = assert!(
-    size_of::<DequantizeParams>() == 664
+    size_of::<DequantizeParams>() == 672
         && offset_of!(DequantizeParams, codes) == 80
         && offset_of!(DequantizeParams, scale) == 320
         && offset_of!(DequantizeParams, group_index) == 536
@@ -145,7 +147,7 @@ impl DequantizeParams {
             item_count: 0,
             inner: Divisor::new(1),
             outer: Divisor::new(1),
-            codes: codes_params(recipe.codes, recipe, sources, Role::Payload, (recipe.rows, recipe.cols)),
+            codes: codes_params(recipe.codes, recipe, sources, Role::Payload, recipe.codes_size()),
             zero_codes,
             zero_grid: match &recipe.zero_point {
                 ZeroPoint::Float(grid) => grid_params(grid, address(Role::ZeroPoint)),
@@ -184,6 +186,8 @@ impl DequantizeParams {
             has_bias: recipe.bias.is_some().into(),
             target_dtype: dtype_code(output.dtype),
             is_transposed: (output.layout == Layout::Columns).into(),
+            first_row: recipe.first_row,
+            first_col: recipe.first_col,
             reserved: 0,
         }
     }

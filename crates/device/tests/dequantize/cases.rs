@@ -9,6 +9,8 @@ pub(crate) fn plain(rows: u64, cols: u64, codes: Codes, element: Element) -> Rec
         rows,
         cols,
         codes,
+        first_row: 0,
+        first_col: 0,
         element,
         zero_point: ZeroPoint::None,
         scale: None,

@@ -40,8 +40,14 @@ pub struct Recipe {
     pub rows: u64,
     /// Columns of each matrix, `K` for a linear layer.
     pub cols: u64,
-    /// Where the code of `[e, n, k]` lies in [`Role::Payload`].
+    /// Where the code of `[e, n, k]` lies in [`Role::Payload`]: it is that of row `n + first_row` and column `k + first_col`.
     pub codes: Codes,
+    /// Rows of codes before row 0, where a part of a tensor begins inside a word, byte or chunk of rows.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub first_row: u32,
+    /// Columns of codes before column 0, where a part begins inside a word, byte or block of columns.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub first_col: u32,
     /// The number a code stands for.
     pub element: Element,
     /// What is subtracted from it.
@@ -70,6 +76,8 @@ impl Recipe {
             rows,
             cols,
             codes,
+            first_row: 0,
+            first_col: 0,
             element,
             zero_point: ZeroPoint::None,
             scale: None,
@@ -82,7 +90,12 @@ impl Recipe {
     }
 }
 
-/// Where the code of `[e, n, k]` lies. `e` adds `e * batch_stride_bytes` throughout, which is the length of the tensor that holds the codes,
+fn is_zero(number: &u32) -> bool {
+    *number == 0
+}
+
+/// Where the code of matrix `e`, row `n`, column `k` lies, in matrices of [as many rows and columns](Recipe::codes_size) as there are
+/// codes. `e` adds `e * batch_stride_bytes` throughout, which is the length of the tensor that holds the codes,
 /// the payload or packed zero-points, divided by the batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
@@ -156,7 +169,7 @@ pub enum Codes {
         /// Rows of units.
         unit_rows: u64,
     },
-    /// 16-bit words `[rows / 4, cols]`, 4 rows by 64 columns in each 64 words; rows are a multiple of 4, columns of 64. Of the 256 nibbles of those, numbered word after word and LSB-first,
+    /// 16-bit words `[rows / 4, cols]`, 4 rows by 64 columns in each 64 words; rows count up to a multiple of 4, columns of 64. Of the 256 nibbles of those, numbered word after word and LSB-first,
     /// nibble `64 * r + p` is of row `r` and column `k`, where `p = 32 * (k / 32) + (k / 2 % 4) * 8 + (k % 2) * 4 + k % 32 / 8` with `k` counted
     /// in the 64.
     AwqFast,

@@ -20,6 +20,18 @@ impl Recipe {
         dtype.len_bytes(crate::dtype::numel(&[self.batch, self.rows, self.cols])?)
     }
 
+    /// Returns the rows and columns of each matrix of codes: those before the first that is read count, and for
+    /// [`Codes::AwqFast`] all of the last tile.
+    pub fn codes_size(&self) -> (u64, u64) {
+        // What saturates has no length.
+        let rows = self.rows.saturating_add(self.first_row.into());
+        let cols = self.cols.saturating_add(self.first_col.into());
+        match self.codes {
+            Codes::AwqFast => (rows.div_ceil(4).saturating_mul(4), cols.div_ceil(64).saturating_mul(64)),
+            _ => (rows, cols),
+        }
+    }
+
     /// Returns how many groups the rows of a matrix fall into for a grid, or `None` where groups have no rows.
     pub fn row_group_count(&self, grid: &Grid) -> Option<u64> {
         group_count(self.rows, grid.row_first, grid.rows_per_group)
@@ -82,7 +94,8 @@ impl Recipe {
         if !self.element.has_codes_of(self.codes.bits()) || !self.has_numbers_for_zero_points() {
             return None;
         }
-        let of_codes = self.codes.len_bytes(self.rows, self.cols)?.checked_mul(self.batch)?;
+        let (rows, cols) = self.codes_size();
+        let of_codes = self.codes.len_bytes(rows, cols)?.checked_mul(self.batch)?;
         let scales = self.scale.map(|scale| scale.grid);
         match scales.filter(|grid| grid.number == Number::SignedExponent) {
             Some(grid) => Some(of_codes.max(self.grid_len(&grid)?)),
@@ -280,6 +293,8 @@ mod tests {
             rows: 5,
             cols: 70,
             codes,
+            first_row: 0,
+            first_col: 0,
             element: Element::Unsigned,
             zero_point: ZeroPoint::None,
             scale: Some(Scale { grid: GRID, global: None }),
@@ -311,8 +326,22 @@ mod tests {
         assert_eq!(payload_of(Codes::RowPairs), 3 * 70);
         assert_eq!(payload_of(Codes::RowChunks { bits: 2, unit_bytes: 1, unit_rows: 2 }), 2 * 70);
         assert_eq!(payload_of(Codes::RowChunks { bits: 3, unit_bytes: 4, unit_rows: 1 }), 70 * 4);
-        let fast = Recipe { rows: 8, cols: 128, ..recipe(Codes::AwqFast) };
-        assert_eq!(fast.source_len_bytes(Role::Payload), Some(8 * 128 / 2));
+        // Tiles of 4 rows by 64 columns.
+        assert_eq!(payload_of(Codes::AwqFast), 8 * 128 / 2);
+    }
+
+    #[test]
+    fn codes_before_the_first_row_and_column_are_part_of_the_payload() {
+        let payload_of = |codes, first_row, first_col| {
+            let part = Recipe { first_row, first_col, ..recipe(codes) };
+            part.source_len_bytes(Role::Payload).unwrap()
+        };
+        // 71 nibbles are 36 bytes; 5 rows behind one more are 3 pairs; behind four more they are 2 words.
+        assert_eq!(payload_of(Codes::Rows { bits: 4, row_stride_bytes: 36 }, 0, 1), 5 * 36);
+        assert_eq!(payload_of(Codes::RowPairs, 1, 0), 3 * 70);
+        assert_eq!(payload_of(Codes::Words { words_per_row: 2, is_interleaved: true }, 4, 0), 70 * 8);
+        assert_eq!(payload_of(Codes::Words { words_per_row: 1, is_interleaved: true }, 4, 0), u64::MAX);
+        assert_eq!(payload_of(Codes::AwqFast, 3, 60), 8 * 192 / 2);
     }
 
     #[test]
@@ -326,7 +355,6 @@ mod tests {
             Codes::Words { words_per_row: 0, is_interleaved: false },
             Codes::RowChunks { bits: 4, unit_bytes: 1, unit_rows: 2 },
             Codes::RowChunks { bits: 4, unit_bytes: 2, unit_rows: 2 },
-            Codes::AwqFast,
         ] {
             assert_eq!(payload_of(codes), u64::MAX, "{codes:?}");
         }

@@ -186,7 +186,14 @@ impl<'a> Numbers<'a> {
         let (row_groups, col_groups) = group_counts(self.recipe, &self.grid);
         let (rows, cols) = if is_swapped { (col_groups, row_groups) } else { (row_groups, col_groups) };
         let bytes = matrix(self.sources.zero_point, self.recipe.batch, e as u64);
-        let packed = Packed { codes: layout, rows: rows as usize, cols: cols as usize, bytes };
+        let packed = Packed {
+            codes: layout,
+            rows: rows as usize,
+            cols: cols as usize,
+            first_row: 0,
+            first_col: 0,
+            bytes,
+        };
         let row_group = |n: usize| row_group(&self.grid, n as u64) as usize;
         let is_along_rows = matches!(line, Line::Row { .. }) != is_swapped;
         if is_along_rows != has_column_lines(layout)

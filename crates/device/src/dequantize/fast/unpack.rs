@@ -13,6 +13,9 @@ pub(super) struct Packed<'a> {
     pub(super) codes: Codes,
     pub(super) rows: usize,
     pub(super) cols: usize,
+    /// Rows and columns that no line counts.
+    pub(super) first_row: usize,
+    pub(super) first_col: usize,
     pub(super) bytes: &'a [u8],
 }
 
@@ -25,6 +28,10 @@ impl Packed<'_> {
     /// Unpacks part of a line, from `first` on: of row `line`, or of column `line` where lines are columns.
     #[inline(always)]
     pub(super) fn line(&self, line: usize, first: usize, codes: &mut [u8]) {
+        let (line, first) = match has_column_lines(self.codes) {
+            true => (line + self.first_col, first + self.first_row),
+            false => (line + self.first_row, first + self.first_col),
+        };
         let layout = match self.codes {
             // Of these widths no bits are left over.
             Codes::RowsPadded { bits: bits @ (1 | 2 | 4 | 8), row_stride_bytes } => {
