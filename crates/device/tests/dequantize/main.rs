@@ -1,6 +1,8 @@
 //! Quantized tensors become the numbers they stand for.
 
 mod cases;
+mod cuts;
+mod models;
 mod packing;
 mod properties;
 mod vectors;

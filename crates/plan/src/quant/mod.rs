@@ -26,6 +26,7 @@
 //! ```
 
 mod config;
+mod cut;
 mod dispatch;
 mod error;
 mod families;
@@ -37,6 +38,7 @@ mod survey;
 mod values;
 
 pub use config::Configs;
+pub use cut::{CutError, CutGroup, CutMember, Window};
 pub use error::QuantError;
 pub use quantization::{Part, Pass, Quantization, Refusal};
 pub use recipe::{Codes, Element, Global, Grid, Number, Recipe, Role, Scale, ZeroOffset, ZeroPoint};

@@ -1,5 +1,6 @@
 //! Recognition of quantized checkpoints: from headers, configurations and small tensors to groups, recipes and refusals.
 
+mod cuts;
 mod decode;
 mod errors;
 mod families;

@@ -186,6 +186,7 @@ pub(crate) fn check(found: &super::Found) -> Result<(), TestCaseError> {
             prop_assert_eq!(found.quantization.role_of(*id), Part::Member(place as u32));
         }
         check_bounds(found, group)?;
+        super::cuts::check(found, group)?;
         let numbers: u64 = group.shape.iter().product();
         prop_assert_eq!(
             numbers,
