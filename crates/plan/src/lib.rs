@@ -44,7 +44,7 @@ mod text;
 
 pub use assembly::{Assembled, Assembly, Part};
 pub use checkpoint::{Checkpoint, File, TensorId, TensorRef};
-pub use device_map::DeviceMap;
+pub use device_map::{DeviceMap, DeviceMapError};
 pub use dtype::{Dtype, DtypeKind, numel};
 pub use extent::{Extent, Stride};
 pub use header::{Header, HeaderError, TensorInfo};

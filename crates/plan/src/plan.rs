@@ -7,11 +7,12 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use crate::checkpoint::{Checkpoint, TensorId};
+use crate::device_map::DeviceMapError;
 use crate::dtype::Dtype;
 use crate::extent::{Extent, Stride};
 use crate::in_place::InPlace;
 use crate::placement::{Arena, DeviceId, Place};
-use crate::quant::{Family, Recipe, Role};
+use crate::quant::{CutError, Family, Recipe, Role};
 use crate::request::Request;
 use crate::schedule;
 use crate::slice::SliceError;
@@ -415,7 +416,7 @@ pub enum PlanError {
         /// The tensor.
         name: String,
     },
-    /// A slice of a tensor that is dequantized, which is made whole.
+    /// A slice with steps of a tensor that is dequantized.
     SliceOfMade {
         /// The tensor.
         name: String,
@@ -485,9 +486,13 @@ pub enum PlanError {
         name: String,
     },
     /// Tensors that the device map sends nowhere.
-    NoDevice {
-        /// Their names.
-        names: Vec<String>,
+    DeviceMap(DeviceMapError),
+    /// A part of a quantized tensor that cannot be cut out.
+    Cut {
+        /// The tensor.
+        name: String,
+        /// Why.
+        source: CutError,
     },
     /// A slice that does not exist.
     Slice {
@@ -523,6 +528,7 @@ impl PlanError {
             | PlanError::SliceNotSelected { name }
             | PlanError::SliceOfMade { name }
             | PlanError::SliceOfAssembled { name }
+            | PlanError::Cut { name, .. }
             | PlanError::NoParts { name }
             | PlanError::MixedDtypes { name, .. }
             | PlanError::PartOutside { name, .. }
@@ -554,10 +560,7 @@ impl fmt::Display for PlanError {
                 write!(f, "tensor {name:?}: a slice is asked for, but the tensor is not selected")
             }
             PlanError::SliceOfMade { name } => {
-                write!(
-                    f,
-                    "tensor {name:?} is dequantized, which makes it whole; a slice of it cannot be asked for"
-                )
+                write!(f, "tensor {name:?} is dequantized; a slice with steps of it cannot be asked for")
             }
             PlanError::SliceOfAssembled { name } => {
                 write!(f, "tensor {name:?} is put together from parts; a slice of it cannot be asked for")
@@ -592,17 +595,8 @@ impl fmt::Display for PlanError {
                     "tensor {name:?} is dequantized, which needs memory without gaps; give it row-major strides"
                 )
             }
-            PlanError::NoDevice { names } => {
-                let shown: Vec<_> = names.iter().take(NAMES_SHOWN_MAX).map(String::as_str).collect();
-                let more = names.len() - shown.len();
-                write!(
-                    f,
-                    "the device map names no device for {} tensors: {}",
-                    names.len(),
-                    shown.join(", ")
-                )?;
-                if more > 0 { write!(f, " and {more} more") } else { Ok(()) }
-            }
+            PlanError::DeviceMap(error) => error.fmt(f),
+            PlanError::Cut { name, .. } => write!(f, "tensor {name:?} has no such part"),
             PlanError::OverTransientBudget { name, needed_bytes, max_bytes } => {
                 write!(
                     f,
@@ -621,10 +615,8 @@ impl std::error::Error for PlanError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
             PlanError::Slice { source, .. } => Some(source),
+            PlanError::Cut { source, .. } => Some(source),
             _ => None,
         }
     }
 }
-
-/// Names that one error lists.
-const NAMES_SHOWN_MAX: usize = 20;

@@ -212,9 +212,9 @@ proptest! {
             let mask = places[index % places.len()];
             (0..3).filter(|bit| mask >> bit & 1 == 1).map(|bit| devices[bit]).collect()
         };
-        let entries = (0..shapes.len()).map(|index| (format!("model.layers.{index}"), of(index))).collect();
+        let entries: Vec<_> = (0..shapes.len()).map(|index| (format!("model.layers.{index}"), of(index))).collect();
         let mut request = Request::all();
-        request.device_map = Some(Arc::new(DeviceMap::new(entries)));
+        request.device_map = Some(Arc::new(DeviceMap::new(entries).unwrap()));
         let mut machine = machine;
         if peers {
             machine.peers = vec![(DeviceId::Cuda(0), DeviceId::Cuda(1)), (DeviceId::Cuda(1), DeviceId::Cuda(0))];
@@ -293,9 +293,9 @@ fn what_cannot_be_put_together_says_why() {
     );
     assert_eq!(error(&[8, 8], vec![part("a", &[0, 0])]), r#"tensor "x" has 64 elements, its parts have 32"#);
     let mut request = Request::all();
-    request.device_map = Some(Arc::new(DeviceMap::new(vec![("a".to_owned(), vec![DeviceId::Cuda(0)])])));
+    request.device_map = Some(Arc::new(DeviceMap::new([("a".to_owned(), vec![DeviceId::Cuda(0)])]).unwrap()));
     let error = Plan::new(&world.checkpoint, &request, &Machine::default()).unwrap_err();
-    assert_eq!(error.to_string(), "the device map names no device for 1 tensors: b");
+    assert_eq!(error.to_string(), "no entry of the device map is about 1 tensor: b");
     let strides = |strides: &[u64]| {
         let mut request = Request::all();
         request.external =

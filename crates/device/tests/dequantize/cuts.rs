@@ -246,7 +246,7 @@ fn part(whole: &[f32], recipe: &Recipe, window: &Window) -> Vec<f32> {
 fn sliced(bytes: &[u8], bits: u64, shape: &[u64], slice: &Slice) -> Vec<u8> {
     let mut places = vec![0u64];
     for (dim, len) in shape.iter().enumerate() {
-        let range = slice.ranges().get(dim).map_or(0..*len, |range| range.start..range.end);
+        let range = slice.ranges().get(dim).map_or(0..*len, |range| range.start..range.stop);
         places =
             places.iter().flat_map(|place| range.clone().map(move |index| place * len + index)).collect();
     }

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use super::assembled::assembled;
 use super::select::selected;
 use crate::checkpoint::{Checkpoint, TensorId};
-use crate::device_map::DeviceMap;
+use crate::device_map::{DeviceMap, DeviceMapError, NAMES_TOLD_MAX};
 use crate::dtype::{Dtype, numel};
 use crate::placement::DeviceId;
 use crate::plan::{Machine, PlanError};
@@ -317,8 +317,21 @@ pub(super) fn cut(
     if shape == group.shape {
         return Ok(None);
     }
-    let _ = checkpoint;
-    Err(PlanError::SliceOfMade { name: name() })
+    if slice.ranges().iter().any(|range| range.step != 1) {
+        return Err(PlanError::SliceOfMade { name: name() });
+    }
+    let ranges: Vec<_> = slice.ranges().iter().map(|range| range.start..range.stop).collect();
+    let impossible = |source| PlanError::Cut { name: name(), source };
+    let window = group.window(&ranges).map_err(impossible)?;
+    let cut = group.cut(checkpoint, &window).map_err(impossible)?;
+    let members = cut.members.into_iter().map(|member| {
+        let pieces = member.pieces().map_err(|source| PlanError::Slice { name: name(), source })?;
+        let whole = 0..checkpoint.tensor(member.tensor).info.len_bytes();
+        let is_part = pieces.run() != Some(whole);
+        Ok((member.role, member.tensor, is_part.then_some(pieces)))
+    });
+    let members = members.collect::<Result<_, PlanError>>()?;
+    Ok(Some(Box::new(Cut { shape, recipe: cut.recipe, members })))
 }
 
 /// Puts every tensor on the devices that the map names, once on each. What another device can be copied from is not read again.
@@ -330,11 +343,14 @@ fn spread<'r>(
 ) -> Result<Vec<Wanted<'r>>, PlanError> {
     // Each with the number of the tensor it is, and whether it is copied from the first of its devices.
     let mut spread: Vec<(Wanted<'r>, usize, Option<DeviceId>)> = Vec::with_capacity(wanted.len());
-    let mut nowhere = Vec::new();
+    let (mut nowhere, mut nowhere_count) = (Vec::new(), 0);
     for (number, wanted) in wanted.into_iter().enumerate() {
         let name = wanted.name(checkpoint);
         let Some([first, others @ ..]) = map.devices_of(name) else {
-            nowhere.push(name.to_owned());
+            nowhere_count += 1;
+            if nowhere.len() < NAMES_TOLD_MAX {
+                nowhere.push(name.to_owned());
+            }
             continue;
         };
         for other in others {
@@ -345,7 +361,8 @@ fn spread<'r>(
         spread.push((Wanted { device: *first, ..wanted }, number, None));
     }
     if !nowhere.is_empty() {
-        return Err(PlanError::NoDevice { names: nowhere });
+        let missing = DeviceMapError::NotMapped { names: nowhere, count: nowhere_count };
+        return Err(PlanError::DeviceMap(missing));
     }
     spread.sort_by_key(|(wanted, ..)| (wanted.device, wanted.id));
     let places: HashMap<(usize, DeviceId), u32> =

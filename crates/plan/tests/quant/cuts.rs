@@ -49,8 +49,7 @@ fn stored(found: &Found, ranges: &[Range<u64>]) -> String {
         Err(error) => format!("{error}\n"),
         Ok(slices) => slices.iter().fold(String::new(), |mut text, (id, slice)| {
             let name = found.checkpoint.tensor(*id).info.name;
-            let ranges: Vec<String> =
-                slice.ranges().iter().map(|range| format!("{}..{}", range.start, range.end)).collect();
+            let ranges: Vec<String> = slice.ranges().iter().map(|range| range.to_string()).collect();
             writeln!(text, "{name} [{}]", ranges.join(", ")).expect("a String takes every write");
             text
         }),
