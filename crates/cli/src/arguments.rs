@@ -81,7 +81,7 @@ impl Dequantizing {
 #[derive(Args)]
 pub(crate) struct Placement {
     /// Where the tensors go: `auto` is the GPU with the most memory, or the host where there is none
-    #[arg(long, value_name = "host|cuda:N|auto", default_value = "auto", value_parser = parse_device)]
+    #[arg(long, value_name = "host|cuda:N|rocm:N|auto", default_value = "auto", value_parser = parse_device)]
     pub(crate) device: Device,
 
     /// The most memory between storage and device: bytes, or with a unit such as 16MiB or 256MB [default: 256MiB]

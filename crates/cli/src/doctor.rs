@@ -30,7 +30,7 @@ pub(crate) struct Examine {
     selftest: bool,
 
     /// Try only this device
-    #[arg(long, value_name = "host|cuda:N|auto", requires = "selftest", value_parser = parse_device)]
+    #[arg(long, value_name = "host|cuda:N|rocm:N|auto", requires = "selftest", value_parser = parse_device)]
     device: Option<Device>,
 
     /// Print one JSON object: kernel, cores, memory, io_uring, limits, folders, drivers, devices, advice

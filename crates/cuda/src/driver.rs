@@ -302,6 +302,11 @@ unsafe impl Driver for Cuda {
         self.check("cuMemHostUnregister", unsafe { (self.table.cuMemHostUnregister)(start) })
     }
 
+    unsafe fn host_address(&self, start: *const c_void) -> Result<u64, CallError> {
+        // Where `DeviceFacts::reads_pinned` is set, the attributes have told that it is the host's own.
+        Ok(start.expose_provenance() as u64)
+    }
+
     unsafe fn copy_in(
         &self,
         target: u64,
@@ -386,6 +391,10 @@ unsafe impl Driver for Cuda {
     fn kernels(&self, _architecture: &str, module: &str) -> Option<&'static [u8]> {
         // The driver compiles PTX for whatever device it has.
         kernels::PTX.iter().find(|(name, _)| *name == module).map(|(_, text)| text.as_bytes())
+    }
+
+    fn architectures(&self) -> String {
+        kernels::ARCHITECTURES.to_owned()
     }
 
     unsafe fn module_load(&self, image: &'static [u8]) -> Result<ModuleHandle, CallError> {

@@ -16,3 +16,6 @@ pub(crate) const PTX: &[(&str, &str)] = &[
     ptx!("scatter"),
     ptx!("strided"),
 ];
+
+/// What they are for.
+pub(crate) const ARCHITECTURES: &str = "sm_80 and newer";

@@ -335,6 +335,8 @@ pub enum DeviceError {
         device: DeviceId,
         /// Its architecture.
         architecture: String,
+        /// What this build has kernels for.
+        known: String,
     },
     /// A call of the driver failed.
     Driver {
@@ -368,8 +370,11 @@ impl fmt::Display for DeviceError {
                 write!(f, "no {needed_bytes} bytes of host memory for staging")
             }
             DeviceError::Unavailable { device, why } => write!(f, "{device}: {why}"),
-            DeviceError::NoKernels { device, architecture } => {
-                write!(f, "{device}: this build has no kernels for {architecture}; load without casts")
+            DeviceError::NoKernels { device, architecture, known } => {
+                write!(
+                    f,
+                    "{device}: this build has no kernels for {architecture}, but for {known}; load without casts"
+                )
             }
             DeviceError::Driver { device, error } => match error.meaning.advice() {
                 Some(advice) => write!(f, "{device}: {error}; {advice}"),

@@ -33,6 +33,8 @@ pub(crate) struct Config {
     /// `capturing=1`: somebody in this process captures a stream. Calls that would end the capture, from threads whose
     /// capture mode is not relaxed, are violations. Default: 0.
     pub(crate) capturing: bool,
+    /// `gfx`: the architecture that HIP names, with its features as HIP writes them. Default: `gfx942:sramecc+:xnack-`.
+    pub(crate) gfx: String,
 }
 
 /// One call that fails.
@@ -66,6 +68,7 @@ impl Default for Config {
             batches: true,
             peers: true,
             capturing: false,
+            gfx: "gfx942:sramecc+:xnack-".to_owned(),
         }
     }
 }
@@ -90,6 +93,7 @@ impl Config {
                 "batches" => config.batches = number()? != 0,
                 "peers" => config.peers = number()? != 0,
                 "capturing" => config.capturing = number()? != 0,
+                "gfx" => config.gfx = value.to_owned(),
                 "fail" => {
                     let parts: Vec<&str> = value.split(':').collect();
                     let &[call, nth, code] = parts.as_slice() else { return Err(wrong()) };

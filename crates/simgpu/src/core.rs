@@ -7,7 +7,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::config::Config;
-use crate::ptx::Entry;
+use crate::kernels::Entry;
 use crate::stream::{Event, Stream};
 
 /// The machine. Handles are numbers that index its tables, so a handle that is dead is found out.
@@ -17,8 +17,8 @@ pub(crate) struct Machine {
     pub(crate) devices: Vec<Device>,
     pub(crate) streams: HashMap<usize, Arc<Stream>>,
     pub(crate) events: HashMap<usize, Arc<Event>>,
-    /// Pinned host memory: start, length, and whether the machine allocated it.
-    pub(crate) pinned: BTreeMap<usize, (usize, bool)>,
+    /// Pinned host memory by its start.
+    pub(crate) pinned: BTreeMap<usize, Pinned>,
     /// Modules with their kernels.
     pub(crate) modules: HashMap<usize, Vec<Entry>>,
     /// Kernels that were looked up, with their modules.
@@ -28,6 +28,15 @@ pub(crate) struct Machine {
     /// Goes up when it is set which calls are slow.
     pub(crate) pace: u64,
     next_handle: usize,
+}
+
+/// Pinned host memory.
+pub(crate) struct Pinned {
+    pub(crate) len: usize,
+    /// Whether the machine allocated it.
+    pub(crate) is_drivers: bool,
+    /// Whether kernels reach it.
+    pub(crate) is_mapped: bool,
 }
 
 /// One device.
@@ -109,7 +118,9 @@ pub(crate) fn call(name: &'static str, act: impl FnOnce(&mut Machine) -> Result<
         }
         return code;
     }
-    if let Some(code) = machine.current_device().and_then(|device| device.lost) {
+    if !ANSWERED_ALWAYS.contains(&name)
+        && let Some(code) = machine.current_device().and_then(|device| device.lost)
+    {
         return code;
     }
     if machine.config.capturing && CAPTURE_MODE.get() != CAPTURE_RELAXED && ENDS_CAPTURES.contains(&name) {
@@ -251,12 +262,6 @@ impl Machine {
         device == owner || self.devices.get(device).is_some_and(|device| device.peers.contains(&owner))
     }
 
-    /// Returns the index of the device of a context that is not the current one.
-    pub(crate) fn peer(&self, context: usize) -> Result<usize, i32> {
-        let is_other = context != self.current() && (1..=self.devices.len()).contains(&context);
-        if is_other { Ok(context - 1) } else { Err(INVALID_CONTEXT) }
-    }
-
     /// Checks that one end of a copy about to run, which was valid when it was queued, is neither freed nor unpinned.
     pub(crate) fn check_not_freed(&mut self, start: usize, len_bytes: usize) -> bool {
         let ends_within = |first: usize, len: usize| start + len_bytes <= first + len;
@@ -265,7 +270,7 @@ impl Machine {
             before.is_some_and(|(first, len)| ends_within(*first as usize, *len as usize))
         });
         let before = self.pinned.range(..=start).next_back();
-        let is_valid = on_device || before.is_some_and(|(first, (len, _))| ends_within(*first, *len));
+        let is_valid = on_device || before.is_some_and(|(first, pinned)| ends_within(*first, pinned.len));
         if !is_valid {
             self.violations.push(format!("{len_bytes} bytes at {start:#x} were freed before the copy ran"));
         }
@@ -275,17 +280,18 @@ impl Machine {
     /// Checks that host memory of a copy is pinned.
     pub(crate) fn check_pinned(&mut self, start: usize, len_bytes: usize) {
         let before = self.pinned.range(..=start).next_back();
-        if before.is_none_or(|(first, (len, _))| start + len_bytes > first + len) {
+        if before.is_none_or(|(first, pinned)| start + len_bytes > first + pinned.len) {
             self.violations.push(format!("{len_bytes} bytes of host memory at {start:#x} are not pinned"));
         }
     }
 
     /// Returns what kernels of a device may touch: the start and end of each allocation, of its own and of its peers', and
-    /// of all pinned memory, ascending.
+    /// of pinned memory that kernels reach, ascending.
     pub(crate) fn reachable(&self, device: usize) -> Vec<(u64, u64)> {
         let touched = self.devices.iter().enumerate().filter(|(owner, _)| self.may_touch(device, *owner));
         let allocations = touched.flat_map(|(_, device)| &device.allocations);
-        let pinned = self.pinned.iter().map(|(start, (len, _))| (*start as u64, (start + len) as u64));
+        let pinned = self.pinned.iter().filter(|(_, pinned)| pinned.is_mapped);
+        let pinned = pinned.map(|(start, pinned)| (*start as u64, (start + pinned.len) as u64));
         let mut ranges: Vec<_> =
             allocations.map(|(start, len)| (*start, start + len)).chain(pinned).collect();
         ranges.sort_unstable();
@@ -335,10 +341,10 @@ const POISON_NEW: u8 = 0xa5;
 /// Freed memory held this last.
 const POISON_FREED: u8 = 0xdd;
 
+// Both vendors have these under the same numbers.
 pub(crate) const INVALID_VALUE: i32 = 1;
 pub(crate) const OUT_OF_MEMORY: i32 = 2;
 pub(crate) const NOT_INITIALIZED: i32 = 3;
-pub(crate) const INVALID_PTX: i32 = 218;
 pub(crate) const NO_DEVICE: i32 = 100;
 pub(crate) const INVALID_DEVICE: i32 = 101;
 pub(crate) const INVALID_CONTEXT: i32 = 201;
@@ -369,7 +375,22 @@ const ENDS_CAPTURES: &[&str] = &[
     "cuModuleLoadData",
     "cuModuleUnload",
     "cuStreamSynchronize",
+    "hipEventQuery",
+    "hipEventSynchronize",
+    "hipFree",
+    "hipHostFree",
+    "hipHostMalloc",
+    "hipHostRegister",
+    "hipHostUnregister",
+    "hipMalloc",
+    "hipMallocAsync",
+    "hipModuleLoadData",
+    "hipModuleUnload",
+    "hipStreamSynchronize",
 ];
+
+/// Which device is current, HIP keeps for the thread, whatever became of the device.
+const ANSWERED_ALWAYS: &[&str] = &["hipGetDevice", "hipSetDevice"];
 
 /// These end a context: illegal addresses and hardware faults.
 const LOST_CODES: std::ops::RangeInclusive<i32> = 700..=719;

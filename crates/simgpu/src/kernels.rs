@@ -12,6 +12,13 @@ pub(crate) struct HostKernel {
     params_len: unsafe extern "C" fn() -> u32,
 }
 
+/// A kernel of a module, as its compiled form describes it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Entry {
+    pub(crate) name: String,
+    pub(crate) params_len: u64,
+}
+
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 
 /// A kernel that was launched.
@@ -102,4 +109,4 @@ impl Watch {
 }
 
 const ILLEGAL_ADDRESS: i32 = 700;
-const MISALIGNED_ADDRESS: i32 = 716;
+pub(crate) const MISALIGNED_ADDRESS: i32 = 716;

@@ -1,11 +1,6 @@
 //! Reads from PTX what a driver tells about it: the kernels and the size of their parameters.
 
-/// A kernel of a module.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Entry {
-    pub(crate) name: String,
-    pub(crate) params_len: u64,
-}
+use crate::kernels::Entry;
 
 /// Returns the kernels of a module; `None` when the text is no PTX.
 pub(crate) fn entries(text: &str) -> Option<Vec<Entry>> {

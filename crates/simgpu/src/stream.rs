@@ -27,7 +27,7 @@ pub(crate) enum Work {
     Call(HostFunction, usize),
 }
 
-/// `CUhostFn`.
+/// `CUhostFn`, `hipHostFn_t`.
 pub(crate) type HostFunction = unsafe extern "C" fn(*mut c_void);
 
 /// Rows from one address to another.
@@ -134,6 +134,11 @@ impl Link {
 }
 
 impl Rows {
+    /// Returns the one row that a plain copy is.
+    pub(crate) fn one(source: usize, target: usize, len: usize) -> Rows {
+        Rows { source, source_stride: 0, target, target_stride: 0, row_len: len, row_count: 1 }
+    }
+
     /// Tells whether nobody freed either end between the call and now; notes it otherwise.
     fn is_still_valid(&self) -> bool {
         let reach = |stride: usize| (self.row_count - 1) * stride + self.row_len;

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use tensorhaul_device::gpu::{self, Driver};
 use tensorhaul_device::host::Host;
 use tensorhaul_device::{Allocation, Capabilities, Device, DeviceError, Stream};
 use tensorhaul_plan::DeviceId;
@@ -11,6 +12,7 @@ use tensorhaul_stage::{HostMemory, Layout, Pinned, Ring};
 
 use crate::cancel::Cancel;
 use crate::error::{Error, Result};
+use crate::vendors::VENDORS;
 
 /// A device and the ring that the last load on it left.
 struct Kept {
@@ -39,19 +41,20 @@ pub fn release_devices() {
     drop(kept.into_values().filter(Kept::is_ours).collect::<Vec<_>>());
 }
 
-/// Returns the device that `auto` means: the accelerator with the most memory, or the host where there is none.
+/// Returns the device that `auto` means: the accelerator with the most memory, whoever the vendor, or the host where
+/// there is none. What is free of it only a context could tell, which takes tenths of a second on each.
 pub fn default_device() -> DeviceId {
-    #[cfg(feature = "cuda")]
-    if let Ok(driver) = tensorhaul_cuda::driver() {
-        use tensorhaul_device::gpu::Driver;
-        let memory = |ordinal: &u32| driver.describe(*ordinal).map_or(0, |facts| facts.total_bytes);
-        let count = driver.device_count().unwrap_or(0);
-        // Of equals the first, which is where people look.
-        if let Some(ordinal) = (0..count).rev().max_by_key(memory) {
-            return driver.device_id(ordinal);
+    let mut largest = (0, DeviceId::Host);
+    for driver in VENDORS.iter().filter_map(|vendor| (vendor.driver)().ok()) {
+        for ordinal in 0..driver.device_count().unwrap_or(0) {
+            let total_bytes = driver.describe(ordinal).map_or(0, |facts| facts.total_bytes);
+            // Of equals the first, which is where people look.
+            if total_bytes > largest.0 {
+                largest = (total_bytes, driver.device_id(ordinal));
+            }
         }
     }
-    DeviceId::Host
+    largest.1
 }
 
 /// A device that is there: what a plan needs of it is known, whether or not it is open for work.
@@ -59,8 +62,37 @@ pub(crate) enum Found {
     /// Open: the host, or what an earlier load opened.
     Open(Arc<dyn Device>),
     /// Described by its driver, without a context.
-    #[cfg(feature = "cuda")]
-    Cuda(tensorhaul_device::gpu::Found<tensorhaul_cuda::Cuda>),
+    #[cfg_attr(
+        not(any(feature = "cuda", feature = "rocm")),
+        allow(dead_code, reason = "without a vendor nothing but the host is found")
+    )]
+    Described(Box<dyn Described>),
+}
+
+/// A device as its driver describes it, whoever the vendor.
+pub(crate) trait Described: Send {
+    fn capabilities(&self) -> Capabilities;
+    fn near_processors(&self) -> Vec<u32>;
+    fn total_bytes(&self) -> u64;
+    fn open(self: Box<Self>) -> std::result::Result<Arc<dyn Device>, DeviceError>;
+}
+
+impl<D: Driver> Described for gpu::Found<D> {
+    fn capabilities(&self) -> Capabilities {
+        gpu::Found::capabilities(self)
+    }
+
+    fn near_processors(&self) -> Vec<u32> {
+        gpu::Found::near_processors(self)
+    }
+
+    fn total_bytes(&self) -> u64 {
+        self.facts().total_bytes
+    }
+
+    fn open(self: Box<Self>) -> std::result::Result<Arc<dyn Device>, DeviceError> {
+        Ok(Arc::new(gpu::Found::open(*self)?))
+    }
 }
 
 /// Finds a device; the first call in a process loads and initializes its driver.
@@ -71,7 +103,9 @@ pub(crate) fn find(id: DeviceId) -> Result<Found> {
     match id {
         DeviceId::Host => Ok(Found::Open(Arc::new(Host))),
         #[cfg(feature = "cuda")]
-        DeviceId::Cuda(ordinal) => Ok(Found::Cuda(tensorhaul_cuda::find(ordinal)?)),
+        DeviceId::Cuda(ordinal) => Ok(Found::Described(Box::new(tensorhaul_cuda::find(ordinal)?))),
+        #[cfg(feature = "rocm")]
+        DeviceId::Rocm(ordinal) => Ok(Found::Described(Box::new(tensorhaul_rocm::find(ordinal)?))),
         other => Err(Error::bad_request(format!("{other}: this build has no backend for it; host works"))),
     }
 }
@@ -94,8 +128,7 @@ impl Found {
     pub(crate) fn open_apart(self) -> Result<Arc<dyn Device>> {
         match self {
             Found::Open(device) => Ok(device),
-            #[cfg(feature = "cuda")]
-            Found::Cuda(found) => Ok(Arc::new(found.open()?)),
+            Found::Described(found) => Ok(found.open()?),
         }
     }
 
@@ -103,8 +136,7 @@ impl Found {
     pub(crate) fn opened(&self) -> Option<&Arc<dyn Device>> {
         match self {
             Found::Open(device) => Some(device),
-            #[cfg(feature = "cuda")]
-            Found::Cuda(_) => None,
+            Found::Described(_) => None,
         }
     }
 
@@ -112,8 +144,7 @@ impl Found {
     pub(crate) fn capabilities(&self) -> Capabilities {
         match self {
             Found::Open(device) => device.capabilities(),
-            #[cfg(feature = "cuda")]
-            Found::Cuda(found) => found.capabilities(),
+            Found::Described(found) => found.capabilities(),
         }
     }
 
@@ -121,8 +152,7 @@ impl Found {
     pub(crate) fn near_processors(&self) -> Vec<u32> {
         match self {
             Found::Open(device) => device.near_processors(),
-            #[cfg(feature = "cuda")]
-            Found::Cuda(found) => found.near_processors(),
+            Found::Described(found) => found.near_processors(),
         }
     }
 
@@ -130,8 +160,7 @@ impl Found {
     pub(crate) fn total_bytes(&self) -> Option<u64> {
         match self {
             Found::Open(_) => None,
-            #[cfg(feature = "cuda")]
-            Found::Cuda(found) => Some(found.facts().total_bytes),
+            Found::Described(found) => Some(found.total_bytes()),
         }
     }
 }

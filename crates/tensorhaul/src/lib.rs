@@ -63,6 +63,7 @@ pub mod selftest;
 mod sidecar;
 mod stream;
 mod tensor;
+mod vendors;
 
 #[cfg(feature = "tokio")]
 pub use asynchronous::{LoadFuture, ProgressStream};

@@ -122,8 +122,10 @@ fn doctor_states_facts() {
     assert_keys(&value, &keys);
     assert_keys(&value, &["locked_memory_limit_bytes", "open_files_limit", "drivers", "devices", "advice"]);
     assert!(value["io_uring"]["works"].is_boolean());
-    let driver = &value["drivers"][0];
-    assert_eq!(driver["name"], "cuda");
-    assert_eq!(driver["found"].as_bool().unwrap(), driver["library"].is_string(), "{driver}");
+    for (number, name) in ["cuda", "rocm"].into_iter().enumerate() {
+        let driver = &value["drivers"][number];
+        assert_eq!(driver["name"], name);
+        assert_eq!(driver["found"].as_bool().unwrap(), driver["library"].is_string(), "{driver}");
+    }
     assert!(value["folders"][0]["mount"].is_string());
 }

@@ -168,6 +168,12 @@ pub unsafe trait Driver: Send + Sync + 'static {
     /// The memory was registered, and no copy from it is queued.
     unsafe fn host_unregister(&self, start: *mut c_void) -> Result<(), CallError>;
 
+    /// Returns the address by which kernels read pinned memory of the host.
+    ///
+    /// # Safety
+    /// The memory was registered, or came from [`Driver::host_allocate`], and still is.
+    unsafe fn host_address(&self, start: *const c_void) -> Result<u64, CallError>;
+
     /// Queues a copy to the device.
     ///
     /// # Safety
@@ -210,6 +216,9 @@ pub unsafe trait Driver: Send + Sync + 'static {
 
     /// Returns the kernels of a module of `kernels/`, compiled for an architecture, where this build has them.
     fn kernels(&self, architecture: &str, module: &str) -> Option<&'static [u8]>;
+
+    /// Returns what this build has kernels for, as people read it.
+    fn architectures(&self) -> String;
 
     /// Loads compiled kernels.
     ///
@@ -325,7 +334,7 @@ pub struct DeviceFacts {
     pub integrated: bool,
     /// Number of its processors, which run blocks of threads.
     pub processor_count: u32,
-    /// Whether kernels reach pinned host memory, registered or allocated, by its address on the host.
+    /// Whether kernels reach pinned host memory, registered or allocated; [`Driver::host_address`] tells by which address.
     pub reads_pinned: bool,
 }
 
@@ -367,7 +376,7 @@ impl Meaning {
         match self {
             Meaning::Lost => Some("the device is lost to this process, restart it"),
             Meaning::DriverTooOld => Some("the driver is older than the kernels, update it"),
-            Meaning::WrongArchitecture => Some("the kernels are for newer devices than this one"),
+            Meaning::WrongArchitecture => Some("the kernels are for other devices than this one"),
             Meaning::NoCompiler => {
                 Some("the driver's own compiler is missing or switched off (libnvidia-ptxjitcompiler)")
             }

@@ -1,7 +1,7 @@
 //! Operations as kernels: which one, with what parameters, on how many threads.
 
 use std::collections::BTreeMap;
-use std::ffi::CStr;
+use std::ffi::{CStr, c_void};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
@@ -118,13 +118,15 @@ impl<D: Driver> Shared<D> {
     /// Queues copies of pieces of one stretch of pinned memory. The device is current, and reads pinned memory.
     ///
     /// # Safety
-    /// As for [`Driver::copy_in_batch`]; every piece lies behind `source`, less than 4 GiB away.
+    /// As for [`Driver::copy_in_batch`]; every piece lies behind `start`, less than 4 GiB away.
     pub(super) unsafe fn scatter(
         &self,
-        source: u64,
+        start: *const c_void,
         pieces: &[BatchPiece],
         stream: StreamHandle,
     ) -> Result<(), DeviceError> {
+        // SAFETY: the caller's promise: staging memory, which is pinned.
+        let source = unsafe { self.driver.host_address(start) }.map_err(|error| self.failed(error))?;
         for pieces in pieces.chunks(SCATTER_PIECES_MAX) {
             let mean_len =
                 pieces.iter().map(|piece| piece.len_bytes as u64).sum::<u64>() / pieces.len() as u64;
@@ -137,7 +139,7 @@ impl<D: Driver> Shared<D> {
             };
             for (entry, piece) in params.pieces.iter_mut().zip(pieces) {
                 *entry = ScatterPiece {
-                    source_offset: (piece.source.expose_provenance() as u64 - source) as u32,
+                    source_offset: (piece.source.addr() - start.addr()) as u32,
                     len: piece.len_bytes as u32,
                     target: piece.target,
                 };
@@ -210,7 +212,11 @@ impl<D: Driver> Shared<D> {
             None => {
                 let architecture = &self.facts.architecture;
                 let image = self.driver.kernels(architecture, kernel.module).ok_or_else(|| {
-                    DeviceError::NoKernels { device: self.id(), architecture: architecture.clone() }
+                    DeviceError::NoKernels {
+                        device: self.id(),
+                        architecture: architecture.clone(),
+                        known: self.driver.architectures(),
+                    }
                 })?;
                 // SAFETY: the driver's own image.
                 let module = unsafe { self.driver.module_load(image) }.map_err(|error| self.failed(error))?;

@@ -325,9 +325,8 @@ impl<D: Driver> Gpu<D> {
             }
         }
         if has_scatter {
-            let start = source.as_ptr().expose_provenance() as u64;
             // SAFETY: the caller's promise for every piece; `is_for_scatter` knows the distances.
-            match unsafe { shared.scatter(start, &batch, stream) } {
+            match unsafe { shared.scatter(source.as_ptr().cast(), &batch, stream) } {
                 Ok(()) => return Ok(true),
                 Err(error) if is_refusal(&error) => {
                     shared.scatters.store(false, Ordering::Relaxed);

@@ -8,9 +8,9 @@ use std::thread;
 use cudarc::driver::{CudaContext, CudaStream, DevicePtr, PinnedHostSlice};
 use tensorhaul::{DeviceId, ErrorKind, Loaded, Model, Request};
 
-use crate::consumer::hold;
-use crate::load::{checkpoint, options};
-use crate::sim::{Sim, library_path};
+use crate::suite::consumer::hold;
+use crate::suite::load::{checkpoint, options};
+use crate::suite::sim::{Sim, library_path};
 
 #[test]
 fn tensors_are_handed_over_as_slices_of_cudarc() {

@@ -39,6 +39,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::link::{Direction, Link};
 use crate::model::{Inner, Model, Source};
 use crate::options::{Handover, LoadOptions};
+use crate::vendors::Vendor;
 use crate::{default_device, devices, handover};
 use figures::Meter;
 use machine::{available_bytes, cores};
@@ -164,12 +165,9 @@ pub fn run(model: &Model, options: &BenchOptions) -> Result<Bench> {
 
 /// Loads and initializes the driver of a device, if it has one. What is wrong with it, opening the device will tell.
 fn find_driver(device: DeviceId) {
-    #[cfg(feature = "cuda")]
-    if let DeviceId::Cuda(_) = device {
-        let _ = tensorhaul_cuda::driver();
+    if let Some(vendor) = Vendor::of(device) {
+        let _ = (vendor.driver)();
     }
-    #[cfg(not(feature = "cuda"))]
-    let _ = device;
 }
 
 /// What every run needs.

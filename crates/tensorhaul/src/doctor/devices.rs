@@ -11,6 +11,7 @@ use super::Advice;
 use crate::devices as opened;
 use crate::error::Result;
 use crate::link::{CopySpeed, Link};
+use crate::vendors::{VENDORS, Vendor};
 
 /// A vendor's driver.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -82,7 +83,6 @@ pub struct PciLink {
     pub width_max: Option<u32>,
 }
 
-#[cfg_attr(not(feature = "cuda"), allow(dead_code, reason = "no device without a vendor has a link"))]
 impl PciLink {
     fn of(link: &topology::Link) -> PciLink {
         PciLink {
@@ -107,7 +107,6 @@ impl fmt::Display for PciLink {
 ///
 /// # Source
 /// Linux, drivers/pci/probe.c, `pci_speed_string`; PCI Express Base Specification, revisions 1 to 6.
-#[cfg_attr(not(feature = "cuda"), allow(dead_code, reason = "no device without a vendor has a link"))]
 fn generation(speed: &str) -> Option<u32> {
     let gigatransfers: f64 = speed.split_whitespace().next()?.parse().ok()?;
     let known = [2.5, 5.0, 8.0, 16.0, 32.0, 64.0];
@@ -117,13 +116,40 @@ fn generation(speed: &str) -> Option<u32> {
 /// Returns every device this build can load onto, and a line for each kind of which there is none.
 pub(crate) fn devices() -> Vec<DeviceFact> {
     let host = DeviceFact { works: true, ..DeviceFact::new("host") };
-    let rocm = DeviceFact { why: Some("not in this build".to_owned()), ..DeviceFact::new("rocm") };
-    [host].into_iter().chain(cuda::devices()).chain([rocm]).collect()
+    std::iter::once(host).chain(VENDORS.iter().flat_map(devices_of)).collect()
 }
 
-/// Returns every driver this build can use.
+fn devices_of(vendor: &Vendor) -> Vec<DeviceFact> {
+    let fails = |why: String| vec![DeviceFact { why: Some(why), ..DeviceFact::new(vendor.name) }];
+    let driver = match (vendor.driver)() {
+        Ok(driver) => driver,
+        Err(why) => return fails(why),
+    };
+    let count = match driver.device_count() {
+        Ok(0) => return fails("the driver sees no device".to_owned()),
+        Ok(count) => count,
+        Err(error) => return fails(error.to_string()),
+    };
+    let describe = |ordinal| {
+        let name = driver.device_id(ordinal).to_string();
+        match driver.describe(ordinal) {
+            Ok(facts) => DeviceFact {
+                works: true,
+                description: Some(format!("{}, {}", facts.name, facts.architecture)),
+                total_bytes: Some(facts.total_bytes),
+                link: topology::link(&facts.pci_bus_id).as_ref().map(PciLink::of),
+                driver: Some(format!("{} ({})", driver.library(), driver.version())),
+                ..DeviceFact::new(name)
+            },
+            Err(error) => DeviceFact { why: Some(error.to_string()), ..DeviceFact::new(name) },
+        }
+    };
+    (0..count).map(describe).collect()
+}
+
+/// Returns every vendor's driver.
 pub(super) fn drivers() -> Vec<DriverFact> {
-    vec![cuda::driver()]
+    VENDORS.iter().map(DriverFact::of).collect()
 }
 
 /// Opens a device that works, measures its copies, and lets go of it again.
@@ -158,43 +184,14 @@ pub(super) fn advise(device: &DeviceFact) -> Option<Advice> {
 }
 
 impl DriverFact {
-    /// A machine without GPUs lacks nothing.
-    pub(super) fn advise(&self) -> Option<Advice> {
-        self.why.as_ref().filter(|_| has_device_of(NVIDIA))?;
-        Some(Advice {
-            what: "an NVIDIA device is on the PCI bus, but its driver does not work".to_owned(),
-            remedy: "install NVIDIA's driver; in a container, start it with --gpus all".to_owned(),
-        })
-    }
-}
-
-/// Tells whether a display or accelerator of a vendor is on the PCI bus.
-///
-/// # Source
-/// PCI Code and ID Assignment Specification: base classes 03 (display) and 12 (processing accelerators).
-fn has_device_of(vendor: &str) -> bool {
-    let devices = fs::read_dir("/sys/bus/pci/devices").into_iter().flatten().flatten();
-    devices.map(|entry| entry.path()).any(|device| {
-        let read = |name: &str| fs::read_to_string(device.join(name)).unwrap_or_default();
-        let class = read("class");
-        read("vendor").trim() == vendor && (class.starts_with("0x03") || class.starts_with("0x12"))
-    })
-}
-
-#[cfg(feature = "cuda")]
-mod cuda {
-    use tensorhaul_device::gpu::{Driver, topology};
-
-    use super::{DeviceFact, DriverFact, PciLink, fs};
-
-    pub(super) fn driver() -> DriverFact {
-        let kernel_module = fs::read_to_string("/sys/module/nvidia/version").ok();
+    fn of(vendor: &Vendor) -> DriverFact {
+        let kernel_module = fs::read_to_string(vendor.module_version).ok();
         let fact = DriverFact {
-            name: "cuda",
+            name: vendor.name,
             kernel_module: kernel_module.map(|version| version.trim().to_owned()),
             ..DriverFact::default()
         };
-        match tensorhaul_cuda::driver() {
+        match (vendor.driver)() {
             Ok(driver) => {
                 let (name, version) = (driver.library(), driver.version());
                 let library = mapped_file(&name).unwrap_or(name);
@@ -204,67 +201,44 @@ mod cuda {
         }
     }
 
-    /// Returns where the library of a name came from: its file is mapped into this process.
-    fn mapped_file(name: &str) -> Option<String> {
-        if name.contains('/') {
-            return Some(name.to_owned());
-        }
-        let maps = fs::read_to_string("/proc/self/maps").ok()?;
-        // The file behind a link has a version behind the name, as in libcuda.so.570.86.
-        let stem = name.split_inclusive(".so").next()?;
-        let mut paths = maps.lines().filter_map(|line| line.find('/').map(|start| &line[start..]));
-        let is_it = |path: &&str| path.rsplit('/').next().is_some_and(|file| file.starts_with(stem));
-        paths.find(is_it).map(str::to_owned)
-    }
-
-    pub(super) fn devices() -> Vec<DeviceFact> {
-        let fails = |why: String| vec![DeviceFact { why: Some(why), ..DeviceFact::new("cuda") }];
-        let driver = match tensorhaul_cuda::driver() {
-            Ok(driver) => driver,
-            Err(why) => return fails(why),
-        };
-        let count = match driver.device_count() {
-            Ok(count) => count,
-            Err(error) => return fails(error.to_string()),
-        };
-        let describe = |ordinal| {
-            let name = driver.device_id(ordinal).to_string();
-            match driver.describe(ordinal) {
-                Ok(facts) => DeviceFact {
-                    works: true,
-                    description: Some(format!("{}, {}", facts.name, facts.architecture)),
-                    total_bytes: Some(facts.total_bytes),
-                    link: topology::link(&facts.pci_bus_id).as_ref().map(PciLink::of),
-                    driver: Some(format!("{} ({})", driver.library(), driver.version())),
-                    ..DeviceFact::new(name)
-                },
-                Err(error) => DeviceFact { why: Some(error.to_string()), ..DeviceFact::new(name) },
-            }
-        };
-        (0..count).map(describe).collect()
+    /// A machine without GPUs lacks nothing.
+    pub(super) fn advise(&self) -> Option<Advice> {
+        let vendor = VENDORS.iter().find(|vendor| vendor.name == self.name)?;
+        self.why.as_ref().filter(|_| has_device_of(vendor))?;
+        let maker = vendor.maker;
+        Some(Advice {
+            what: format!("{maker} device is on the PCI bus, but its driver does not work"),
+            remedy: vendor.remedy.to_owned(),
+        })
     }
 }
 
-#[cfg(not(feature = "cuda"))]
-mod cuda {
-    use super::{DeviceFact, DriverFact};
-
-    const OFF: &str = "not in this build: the feature cuda is off";
-
-    pub(super) fn driver() -> DriverFact {
-        DriverFact { name: "cuda", why: Some(OFF.to_owned()), ..DriverFact::default() }
+/// Returns where the library of a name came from: its file is mapped into this process.
+fn mapped_file(name: &str) -> Option<String> {
+    if name.contains('/') {
+        return Some(name.to_owned());
     }
+    let maps = fs::read_to_string("/proc/self/maps").ok()?;
+    // The file behind a link has a version behind the name, as in libcuda.so.570.86.
+    let stem = name.split_inclusive(".so").next()?;
+    let mut paths = maps.lines().filter_map(|line| line.find('/').map(|start| &line[start..]));
+    let is_it = |path: &&str| path.rsplit('/').next().is_some_and(|file| file.starts_with(stem));
+    paths.find(is_it).map(str::to_owned)
+}
 
-    pub(super) fn devices() -> Vec<DeviceFact> {
-        vec![DeviceFact { why: Some(OFF.to_owned()), ..DeviceFact::new("cuda") }]
-    }
+/// Tells whether a device of a vendor is on the PCI bus that is there to be used.
+fn has_device_of(vendor: &Vendor) -> bool {
+    let devices = fs::read_dir("/sys/bus/pci/devices").into_iter().flatten().flatten();
+    devices.map(|entry| entry.path()).any(|device| {
+        let read = |name: &str| fs::read_to_string(device.join(name)).unwrap_or_default();
+        let class = read("class");
+        read("vendor").trim() == vendor.pci_vendor
+            && vendor.pci_classes.iter().any(|start| class.starts_with(start))
+    })
 }
 
 /// Pinned in some milliseconds, and long enough to fill a link.
 const COPY_LEN_BYTES: usize = 16 << 20;
-
-/// The vendor's number on the PCI bus.
-const NVIDIA: &str = "0x10de";
 
 #[cfg(test)]
 mod tests {

@@ -4,16 +4,17 @@ use std::ffi::c_void;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender};
 
-use tensorhaul_cuda::Cuda;
 use tensorhaul_device::gpu::{Context, Driver, EventHandle, StreamHandle};
 use tensorhaul_device::{Allocation, Device, gpu::Gpu};
 use tensorhaul_stage::StagingMemory;
 
+use crate::vendor::{self, Vendor};
+
 /// A stream of device 0, and pinned memory to read tensors into.
 pub(crate) struct Consumer {
     // Opened for itself, so that it outlives `release_devices`.
-    device: Gpu<Cuda>,
-    driver: Arc<Cuda>,
+    device: Gpu<Vendor>,
+    driver: Arc<Vendor>,
     stream: StreamHandle,
     finished: EventHandle,
 }
@@ -30,8 +31,8 @@ pub(crate) struct Read {
 
 impl Consumer {
     pub(crate) fn new() -> Consumer {
-        let device = tensorhaul_cuda::open(0).unwrap();
-        let driver = tensorhaul_cuda::driver().unwrap();
+        let device = vendor::open(0).unwrap();
+        let driver = vendor::driver().unwrap();
         let (stream, finished) =
             on_device(&driver, || (driver.stream_create().unwrap(), driver.event_create().unwrap()));
         Consumer { device, driver, stream, finished }
@@ -110,12 +111,12 @@ pub(crate) fn hold(stream: *mut c_void) -> Gate {
     }
     let (open, opened) = mpsc::channel();
     let opened = Box::into_raw(Box::new(opened)).cast();
-    assert_eq!(crate::sim::launch_host_function(stream, wait, opened), 0);
+    assert_eq!(crate::suite::sim::launch_host_function(stream, wait, opened), 0);
     Gate { _open: open }
 }
 
 /// Makes device 0 current meanwhile.
-fn on_device<T>(driver: &Cuda, act: impl FnOnce() -> T) -> T {
+fn on_device<T>(driver: &Vendor, act: impl FnOnce() -> T) -> T {
     let before = driver.current().unwrap();
     driver.make_current(Context(1)).unwrap();
     let result = act();

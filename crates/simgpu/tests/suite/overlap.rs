@@ -11,8 +11,9 @@ use std::time::{Duration, Instant};
 use tensorhaul::{EngineChoice, ErrorKind, LoadOptions, Loaded, Model, Result};
 use tensorhaul_device::{Device, Stream};
 
-use crate::load::{assert_same_bytes, checkpoint, options};
-use crate::sim::Sim;
+use crate::suite::load::{assert_same_bytes, checkpoint, options};
+use crate::suite::sim::{Sim, refusal};
+use crate::vendor::{self, call};
 
 fn model() -> (tempfile::TempDir, Model) {
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
@@ -77,9 +78,9 @@ fn reads_land_before_the_context_exists() {
         let happened = sim.report();
         assert_eq!(happened.live["live.contexts"], 0);
         assert_eq!(happened.live["live.pinned"], 0);
-        assert_eq!(happened.calls("cuStreamCreate"), 0);
+        assert_eq!(happened.calls(call::STREAM_CREATE), 0);
     };
-    let loaded = load_holding(&model, &sim, "cuDevicePrimaryCtxRetain", "", seen).unwrap();
+    let loaded = load_holding(&model, &sim, call::OPEN, "", seen).unwrap();
     let report = &loaded.report;
     assert!(report.bytes_ahead > 0 && report.bytes_ahead <= report.peak_staging_bytes, "{report:?}");
     assert!(
@@ -98,7 +99,8 @@ fn reads_land_before_the_context_exists() {
 fn every_engine_reads_ahead_of_the_context() {
     let (_folder, model) = model();
     for engine in [EngineChoice::Auto, EngineChoice::Pread, EngineChoice::IoUring, EngineChoice::Mmap] {
-        let sim = Sim::new("slow=cuDevicePrimaryCtxRetain:20;slow=cuMemHostRegister_v2:5;delay_us=100");
+        let sim =
+            Sim::new(&format!("slow={}:10;slow={}:5;delay_us=100", call::STREAM_CREATE, call::HOST_REGISTER));
         let loaded = model.load(&options().engine(engine)).unwrap();
         assert_same_bytes(&model, &loaded);
         drop(loaded);
@@ -111,20 +113,20 @@ fn a_ring_that_is_refused_after_reads_began_is_replaced_and_every_byte_arrives()
     let (_folder, model) = model();
     let sim = Sim::new("");
     forget_refusals(&model, &sim);
-    let refusal = "fail=cuMemHostRegister_v2:1:801";
-    let loaded = load_holding(&model, &sim, "cuMemHostRegister_v2", refusal, || ()).unwrap();
+    let fails = format!("fail={}:1:801", call::HOST_REGISTER);
+    let loaded = load_holding(&model, &sim, call::HOST_REGISTER, &fails, || ()).unwrap();
     let told = |what: &str| {
         let mut fallbacks = loaded.report.fallbacks.iter();
         fallbacks.find(|told| told.what.contains(what)).unwrap_or_else(|| panic!("{what}")).why.clone()
     };
-    assert_eq!(told("staging memory"), "cuMemHostRegister failed with 801 (CUDA_ERROR_NOT_SUPPORTED)");
+    assert_eq!(told("staging memory"), refusal(call::HOST_REGISTER));
     assert_eq!(told("bytes were read twice"), "the driver refused to pin the memory they were in");
     assert_eq!(sim.report().live["live.pinned"], 1, "the ring that was refused is gone");
     assert_same_bytes(&model, &loaded);
     drop(loaded);
 
     tensorhaul::release_devices();
-    sim.fail("fail=cuMemHostRegister_v2:1:801");
+    sim.fail(&fails);
     let loaded = model.load(&counted()).unwrap();
     let report = &loaded.report;
     assert_eq!(report.bytes_ahead, 0, "a process that was refused pins before it reads");
@@ -140,26 +142,30 @@ fn whatever_fails_beside_the_reads_stops_them_and_leaves_nothing() {
     let sim = Sim::new("");
     forget_refusals(&model, &sim);
     drop(model.load(&options()).unwrap());
-    let allocations = sim.report().calls("cuMemAllocAsync");
+    let allocations = sim.report().calls(call::ALLOCATE_ORDERED);
     tensorhaul::release_devices();
     let steps = [
-        ("cuDevicePrimaryCtxRetain", 1, "101"),
-        ("cuStreamCreate", 1, "2"),
-        ("cuStreamCreate", 2, "2"),
-        ("cuMemGetInfo_v2", 1, "1"),
-        ("cuMemAllocAsync", 1, "2"),
-        ("cuMemAllocAsync", allocations, "2"),
-        ("cuStreamWaitEvent", 1, "1"),
-        ("cuMemcpyHtoDAsync_v2", 1, "1"),
+        (call::OPEN, 1, "101"),
+        (call::STREAM_CREATE, 1, "2"),
+        (call::STREAM_CREATE, 2, "2"),
+        (call::MEMORY, 1, "1"),
+        (call::ALLOCATE_ORDERED, 1, "2"),
+        (call::ALLOCATE_ORDERED, allocations, "2"),
+        (call::STREAM_WAIT_EVENT, 1, "1"),
+        (call::COPY_IN, 1, "1"),
     ];
     for (call, nth, code) in steps {
         let what = format!("{call} fails at use {nth} with {code}");
         let then = format!("fail={call}:{nth}:{code}");
-        let error = load_holding(&model, &sim, "cuDevicePrimaryCtxRetain", &then, || ()).unwrap_err();
-        let out_of_memory = call == "cuMemAllocAsync";
+        let error = load_holding(&model, &sim, call::OPEN, &then, || ()).unwrap_err();
+        let out_of_memory = call == call::ALLOCATE_ORDERED;
         let kind = if out_of_memory { ErrorKind::OutOfMemory } else { ErrorKind::Device };
         assert_eq!(error.kind(), kind, "{what}: {}", error.one_line());
-        assert!(error.one_line().starts_with("cuda:0: "), "{what}: {}", error.one_line());
+        assert!(
+            error.one_line().starts_with(&format!("{}: ", vendor::FIRST)),
+            "{what}: {}",
+            error.one_line()
+        );
         let tells_both =
             error.one_line().contains(" bytes do not fit, ") && error.one_line().ends_with(" are free");
         assert_eq!(tells_both, out_of_memory, "{what}: {}", error.one_line());
@@ -177,8 +183,8 @@ fn no_staging_memory_of_either_kind_is_an_error_that_leaves_nothing() {
     let (_folder, model) = model();
     let sim = Sim::new("");
     forget_refusals(&model, &sim);
-    let both = "fail=cuMemHostRegister_v2:1:801;fail=cuMemHostAlloc:1:2";
-    let error = load_holding(&model, &sim, "cuMemHostRegister_v2", both, || ()).unwrap_err();
+    let both = format!("fail={}:1:801;fail={}:1:2", call::HOST_REGISTER, call::HOST_ALLOCATE);
+    let error = load_holding(&model, &sim, call::HOST_REGISTER, &both, || ()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::OutOfMemory, "{}", error.one_line());
     sim.fail("");
     sim.assert_clean("after the error");
@@ -190,7 +196,7 @@ fn a_load_cancelled_before_the_context_exists_stops_reading_at_once_and_allocate
     let (_folder, model) = model();
     let sim = Sim::new("");
     forget_refusals(&model, &sim);
-    sim.fail("slow=cuDevicePrimaryCtxRetain:600000");
+    sim.fail(&format!("slow={}:600000", call::OPEN));
     let before = bytes_read();
     thread::scope(|scope| {
         let stream = model.stream(&counted()).unwrap();
@@ -202,8 +208,8 @@ fn a_load_cancelled_before_the_context_exists_stops_reading_at_once_and_allocate
         dropping.join().unwrap();
     });
     let happened = sim.report();
-    assert_eq!(happened.calls("cuMemAllocAsync"), 0);
-    assert_eq!(happened.calls("cuMemHostRegister_v2"), 0);
+    assert_eq!(happened.calls(call::ALLOCATE_ORDERED), 0);
+    assert_eq!(happened.calls(call::HOST_REGISTER), 0);
     sim.assert_clean("after the cancellation");
 }
 
@@ -220,13 +226,13 @@ fn lanes_run() -> bool {
 fn a_plan_larger_than_what_is_free_is_refused_before_anything_is_allocated() {
     let (_folder, model) = model();
     let sim = Sim::new("memory=10000000");
-    let device = tensorhaul_cuda::open(0).unwrap();
+    let device = vendor::open(0).unwrap();
     let other = device.allocate(5_000_000).unwrap(); // The plan needs about 7.4 MB.
-    let allocations = sim.report().calls("cuMemAllocAsync");
+    let allocations = sim.report().calls(call::ALLOCATE_ORDERED);
     let error = model.load(&options()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::OutOfMemory);
     assert!(error.one_line().contains("5000000 are free"), "{}", error.one_line());
-    assert_eq!(sim.report().calls("cuMemAllocAsync"), allocations);
+    assert_eq!(sim.report().calls(call::ALLOCATE_ORDERED), allocations);
     drop(other);
     // A load waits for its own stream; this was freed on another.
     device.wait(&device.record(Stream::Copy).unwrap()).unwrap();

@@ -7,11 +7,12 @@ use tensorhaul::{Dtype, Model};
 use tensorhaul_device::gpu::{Context, Driver, LaunchShape};
 use tensorhaul_device::{Cast, Device, DeviceError, Location, Operation, OperationKind, Stream, Strided};
 
-use crate::load::{assert_same_bytes, options};
-use crate::sim::{Happened, Sim};
+use crate::suite::load::{assert_same_bytes, options};
+use crate::suite::sim::{Happened, Sim};
+use crate::vendor::{self, call};
 
 /// What kernels are loaded and launched by.
-const CALLS: &[&str] = &["cuModuleLoadData", "cuModuleGetFunction", "cuLaunchKernel"];
+const CALLS: &[&str] = &[call::MODULE_LOAD, call::FUNCTION, call::LAUNCH];
 
 #[test]
 fn a_failed_module_or_launch_is_a_typed_error_and_the_next_one_works() {
@@ -25,7 +26,7 @@ fn a_failed_module_or_launch_is_a_typed_error_and_the_next_one_works() {
             let what = format!("{call} fails at use {nth} of {count}");
             sim.fail(&format!("batches=0;fail={call}:{nth}:1"));
             let error = run_everything().expect_err(&what).to_string();
-            let name = format!("cuda:0: {call} failed with 1 (CUDA_ERROR_INVALID_VALUE)");
+            let name = format!("{}: {call} failed with 1 ({})", vendor::FIRST, vendor::INVALID_VALUE);
             assert_eq!(error, name, "{what}");
             sim.assert_clean(&what);
             sim.fail("");
@@ -38,7 +39,7 @@ fn a_failed_module_or_launch_is_a_typed_error_and_the_next_one_works() {
 #[test]
 fn a_module_that_cannot_be_unloaded_is_left_to_the_driver() {
     let sim = Sim::new("");
-    for call in ["cuModuleUnload", "cuStreamSynchronize"] {
+    for call in [call::MODULE_UNLOAD, call::STREAM_WAIT] {
         sim.fail(&format!("fail={call}:1:1"));
         run_everything().unwrap();
         assert!(sim.report().live["live.modules"] >= 1, "{call}");
@@ -47,17 +48,12 @@ fn a_module_that_cannot_be_unloaded_is_left_to_the_driver() {
 
 #[test]
 fn a_driver_that_refuses_the_kernels_is_an_error_with_a_cause() {
-    for (code, cause) in [
-        (222, "the driver is older than the kernels, update it"),
-        (218, "the kernels are for newer devices than this one"),
-        (209, "the kernels are for newer devices than this one"),
-        (221, "the driver's own compiler is missing or switched off"),
-    ] {
+    for (code, cause) in vendor::REFUSALS {
         let sim = Sim::new("");
-        sim.fail(&format!("fail=cuModuleLoadData:1:{code}"));
-        let device = tensorhaul_cuda::open(0).unwrap();
+        sim.fail(&format!("fail={}:1:{code}", call::MODULE_LOAD));
+        let device = vendor::open(0).unwrap();
         let error = device.prepare(OperationKind::Cast).unwrap_err().to_string();
-        let call = format!("cuda:0: cuModuleLoadData failed with {code}");
+        let call = format!("{}: {} failed with {code}", vendor::FIRST, call::MODULE_LOAD);
         assert!(error.starts_with(&call) && error.contains(cause), "{error}");
         device.prepare(OperationKind::Cast).unwrap();
         drop(device);
@@ -68,13 +64,13 @@ fn a_driver_that_refuses_the_kernels_is_an_error_with_a_cause() {
 #[test]
 fn a_kernel_that_leaves_its_memory_loses_the_device_and_is_named() {
     let sim = Sim::new("");
-    let device = tensorhaul_cuda::open(0).unwrap();
+    let device = vendor::open(0).unwrap();
     device.prepare(OperationKind::Cast).unwrap();
     let memory = device.allocate(256).unwrap();
-    let driver = tensorhaul_cuda::driver().unwrap();
+    let driver = vendor::driver().unwrap();
     driver.make_current(Context(1)).unwrap();
     let stream = driver.stream_create().unwrap();
-    let image = driver.kernels("sm_80", "cast").unwrap();
+    let image = driver.kernels(vendor::ARCHITECTURE, "cast").unwrap();
     // SAFETY: the driver's own image.
     let module = unsafe { driver.module_load(image) }.unwrap();
     // SAFETY: just loaded.
@@ -98,21 +94,20 @@ fn a_kernel_that_leaves_its_memory_loses_the_device_and_is_named() {
     let violations = sim.report().violations;
     assert!(violations[0].starts_with("kernel cast: writes 16 bytes at 0x"), "{violations:?}");
     let error = device.record(Stream::Copy).unwrap_err().to_string();
-    assert!(error.contains("failed with 700 (CUDA_ERROR_ILLEGAL_ADDRESS); the device is lost"), "{error}");
+    let lost = format!("failed with 700 ({}); the device is lost", vendor::ILLEGAL_ADDRESS);
+    assert!(error.contains(&lost), "{error}");
 }
 
 #[test]
 fn an_access_that_is_misaligned_or_nowhere_loses_the_device() {
-    const PTX: &[u8] =
-        b".version 7.0\n.target sm_80\n.visible .entry probe(.param .align 8 .b8 p[8]) { ret; }\0";
     let probe = |sim: &Sim, offset: u64| {
-        let device = tensorhaul_cuda::open(0).unwrap();
+        let device = vendor::open(0).unwrap();
         let memory = device.allocate(256).unwrap();
-        let driver = tensorhaul_cuda::driver().unwrap();
+        let driver = vendor::driver().unwrap();
         driver.make_current(Context(1)).unwrap();
         let stream = driver.stream_create().unwrap();
-        // SAFETY: PTX, terminated.
-        let module = unsafe { driver.module_load(PTX) }.unwrap();
+        // SAFETY: an image as the driver takes it.
+        let module = unsafe { driver.module_load(vendor::probe_image()) }.unwrap();
         // SAFETY: just loaded.
         let function = unsafe { driver.function(module, c"probe") }.unwrap();
         let shape = LaunchShape { block_count: 1, block_threads: 32, shared_bytes: 0 };
@@ -125,7 +120,7 @@ fn an_access_that_is_misaligned_or_nowhere_loses_the_device() {
     };
     assert_eq!(probe(&Sim::new(""), 0), (None, Vec::new()));
     for (offset, code, access, why) in [
-        (8, 716, "reads 16 bytes", "misaligned"),
+        (8, vendor::MISALIGNED, "reads 16 bytes", "misaligned"),
         (240, 700, "writes 16 bytes", "in no allocation and no pinned memory"),
         (256, 700, "reads 16 bytes", "in no allocation and no pinned memory"),
     ] {
@@ -167,21 +162,22 @@ fn small_tensors_cost_no_more_calls_for_a_byte_than_large_ones() {
 fn a_refused_scatter_is_told_and_the_bytes_arrive_one_by_one() {
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let model = Model::open(misaligned(folder.path(), "small", 500, 401)).unwrap();
-    for (call, code) in [("cuModuleLoadData", 222), ("cuModuleGetFunction", 500), ("cuLaunchKernel", 1)] {
+    for (call, code) in [(call::MODULE_LOAD, vendor::REFUSALS[0].0), (call::FUNCTION, 500), (call::LAUNCH, 1)]
+    {
         let sim = Sim::new(&format!("batches=0;fail={call}:1:{code}"));
         let loaded = model.load(&options()).unwrap();
         assert_same_bytes(&model, &loaded);
         let told: Vec<_> = loaded.report.fallbacks.iter().map(|told| told.what.as_str()).collect();
         assert!(told.contains(&"small tensors are copied one by one instead of by a kernel"), "{told:?}");
-        assert_eq!(sim.report().calls("cuMemcpyHtoDAsync_v2"), loaded.report.promised.copies);
+        assert_eq!(sim.report().calls(call::COPY_IN), loaded.report.promised.copies);
         drop(loaded);
         sim.assert_clean(call);
     }
 }
 
 /// Opens a device, uses every kernel at least once, and closes it.
-fn run_everything() -> Result<(), DeviceError> {
-    let device = tensorhaul_cuda::open(0)?;
+pub(crate) fn run_everything() -> Result<(), DeviceError> {
+    let device = vendor::open(0)?;
     let (source, target) = (device.allocate(4096)?, device.allocate(4096)?);
     let place = |allocation| Location { allocation, offset_bytes: 0 };
     let cast = Operation::Cast(Cast {
@@ -208,7 +204,7 @@ fn run_everything() -> Result<(), DeviceError> {
 
 /// Calls that queue work; the others ask, or belong to opening.
 fn queued(happened: &Happened) -> u64 {
-    ["cuMemcpyHtoDAsync_v2", "cuMemcpyBatchAsync", "cuLaunchKernel", "cuModuleLoadData", "cuEventRecord"]
+    [call::COPY_IN, call::COPY_BATCH, call::LAUNCH, call::MODULE_LOAD, call::EVENT_RECORD]
         .into_iter()
         .map(|call| happened.calls(call))
         .sum()
@@ -237,10 +233,10 @@ pub(crate) fn misaligned(folder: &Path, name: &str, count: usize, numel: usize) 
 
 /// Compares every hundredth tensor: each comparison is a round trip of its own.
 fn assert_same_bytes_of_some(model: &Model, loaded: &tensorhaul::Loaded) {
-    let device = tensorhaul_cuda::open(0).unwrap();
+    let device = vendor::open(0).unwrap();
     for (name, tensor) in loaded.tensors.iter().step_by(100) {
         let expected = model.tensor(name).unwrap();
         let expected = expected.bytes().unwrap();
-        assert!(crate::load::read_back(&device, tensor, expected.len()) == expected, "{name}");
+        assert!(crate::suite::load::read_back(&device, tensor, expected.len()) == expected, "{name}");
     }
 }

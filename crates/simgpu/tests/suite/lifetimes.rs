@@ -5,9 +5,10 @@ use std::thread;
 use tensorhaul::{DeviceId, ErrorKind, ExternalMemory, Loaded, Model, PinnedAllocator, Request};
 use tensorhaul_device::Device;
 
-use crate::consumer::Consumer;
-use crate::load::{assert_same_bytes, checkpoint, options};
-use crate::sim::Sim;
+use crate::suite::consumer::Consumer;
+use crate::suite::load::{assert_same_bytes, checkpoint, options};
+use crate::suite::sim::Sim;
+use crate::vendor::{self, call};
 
 const TENSOR: &str = "f0.layers.1.w";
 
@@ -39,7 +40,7 @@ fn memory_outlives_what_a_named_stream_still_reads() {
             let read = consumer.read(loaded.tensors.get(TENSOR).unwrap());
             // On a thread of its own: without pools, or with the last handle of the device, the drop waits for the stream.
             let dropping = thread::spawn(move || let_go(loaded));
-            while sim.report().calls("cuMemFreeAsync") + sim.report().calls("cuMemFree_v2") == 0 {
+            while sim.report().calls(call::FREE_ORDERED) + sim.report().calls(call::FREE) == 0 {
                 thread::yield_now();
             }
             assert_eq!(
@@ -90,7 +91,7 @@ fn a_stream_named_after_the_load_holds_too() {
     let gate = consumer.hold();
     let read = consumer.read(loaded.tensors.get(TENSOR).unwrap());
     let raw = loaded.tensors.get(TENSOR).unwrap().clone().into_raw();
-    assert_eq!((raw.device, raw.len_bytes), (DeviceId::Cuda(0), expected.len() as u64));
+    assert_eq!((raw.device, raw.len_bytes), (vendor::id(0), expected.len() as u64));
     raw.owner.release_after(consumer.stream());
     drop(loaded);
     thread::spawn(move || drop(raw)).join().unwrap();
@@ -107,11 +108,11 @@ fn a_struct_of_dlpack_keeps_device_memory_until_its_deleter_ran_on_another_threa
     let expected = model.tensor(TENSOR).unwrap().to_host().unwrap();
     let sim = Sim::new("devices=2");
     let mut request = Request::all();
-    request.device = DeviceId::Cuda(1);
+    request.device = vendor::id(1);
     let tensor = model.load(&options().request(request)).unwrap().tensors.get(TENSOR).unwrap().clone();
     let exported = tensor.to_dlpack().unwrap();
     let inside = &exported.managed().dl_tensor;
-    assert_eq!((inside.device.device_type, inside.device.device_id), (2, 1));
+    assert_eq!((inside.device.device_type, inside.device.device_id), (vendor::DLPACK_TYPES.0, 1));
     assert_eq!((inside.data as u64, inside.byte_offset), (tensor.address(), 0));
     assert!(tensor.to_host().unwrap() == expected);
     drop(tensor);
@@ -136,25 +137,25 @@ fn a_load_into_pinned_memory_is_handed_over_as_pinned_and_outlives_its_readers()
     let model = Model::open(checkpoint(folder.path())).unwrap();
     let sim = Sim::new("");
     let consumer = Consumer::new();
-    let pinned = std::sync::Arc::new(PinnedAllocator::new(DeviceId::Cuda(0)).unwrap());
+    let pinned = std::sync::Arc::new(PinnedAllocator::new(vendor::id(0)).unwrap());
     let on_host = options().request(Request::all()).allocator(pinned.clone());
     // SAFETY: the stream outlives the tensors, which are dropped below.
     let loaded = model.load(&unsafe { on_host.stream(consumer.stream()) }).unwrap();
     let tensor = loaded.tensors.get(TENSOR).unwrap();
     let expected = model.tensor(TENSOR).unwrap();
     assert!(tensor.bytes().unwrap() == expected.bytes().unwrap());
-    assert_eq!((tensor.device(), tensor.pinned_for()), (DeviceId::Host, Some(DeviceId::Cuda(0))));
+    assert_eq!((tensor.device(), tensor.pinned_for()), (DeviceId::Host, Some(vendor::id(0))));
     assert_eq!(expected.pinned_for(), None);
     let exported = tensor.to_dlpack().unwrap();
     let device = exported.managed().dl_tensor.device;
-    assert_eq!((device.device_type, device.device_id), (3, 0));
+    assert_eq!((device.device_type, device.device_id), (vendor::DLPACK_TYPES.1, 0));
     drop(exported);
 
     let gate = consumer.hold();
     let written = consumer.write(tensor);
     let live = sim.report().live["live.pinned"];
     let dropping = thread::spawn(move || drop(loaded));
-    while sim.report().calls("cuEventSynchronize") == 0 {
+    while sim.report().calls(call::EVENT_WAIT) == 0 {
         thread::yield_now();
     }
     assert_eq!(sim.report().live["live.pinned"], live, "nothing is unpinned yet");
@@ -164,9 +165,10 @@ fn a_load_into_pinned_memory_is_handed_over_as_pinned_and_outlives_its_readers()
     drop((consumer, pinned));
     sim.assert_clean("after the pinned tensors");
 
-    let error = model
-        .load(&options().allocator(std::sync::Arc::new(PinnedAllocator::new(DeviceId::Cuda(0)).unwrap())));
-    assert_eq!(error.unwrap_err().one_line(), "pinned memory is memory of the host; the load is for cuda:0");
+    let error =
+        model.load(&options().allocator(std::sync::Arc::new(PinnedAllocator::new(vendor::id(0)).unwrap())));
+    let refusal = format!("pinned memory is memory of the host; the load is for {}", vendor::FIRST);
+    assert_eq!(error.unwrap_err().one_line(), refusal);
     let error = PinnedAllocator::new(DeviceId::Host).err().unwrap();
     assert_eq!(error.one_line(), "memory is pinned by a device's driver; name one, such as cuda:0");
 }
@@ -176,22 +178,25 @@ fn memory_of_another_device_is_an_error_before_the_first_read() {
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let model = Model::open(checkpoint(folder.path())).unwrap();
     let sim = Sim::new("devices=2");
-    let memory = tensorhaul_cuda::open(1).unwrap().allocate(1001).unwrap();
+    let memory = vendor::open(1).unwrap().allocate(1001).unwrap();
     let start = std::ptr::NonNull::<u8>::dangling();
     let (address, owner) = (memory.address(), std::sync::Arc::new(memory));
     // SAFETY: memory of device 1, kept by its owner.
-    let elsewhere = unsafe { ExternalMemory::device(DeviceId::Cuda(1), address, 1001, owner.clone()) };
+    let elsewhere = unsafe { ExternalMemory::device(vendor::id(1), address, 1001, owner.clone()) };
     // SAFETY: not memory at all, but refused before anybody looks.
     let on_host = unsafe { ExternalMemory::host(start, 1001, owner) };
-    for (given, place) in [(elsewhere, "cuda:1"), (on_host, "host")] {
+    for (given, place) in [(elsewhere, vendor::SECOND), (on_host, "host")] {
         let error = model.load(&options().target("f0.layers.1.odd", given)).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::BadRequest);
         assert_eq!(
             error.one_line(),
-            format!("tensor \"f0.layers.1.odd\": the memory given is of {place}, the load is for cuda:0")
+            format!(
+                "tensor \"f0.layers.1.odd\": the memory given is of {place}, the load is for {}",
+                vendor::FIRST
+            )
         );
     }
-    assert_eq!(sim.report().calls("cuMemcpyHtoDAsync_v2"), 0);
+    assert_eq!(sim.report().calls(call::COPY_IN), 0);
 }
 
 #[test]
@@ -200,11 +205,11 @@ fn a_load_for_an_ordinal_out_of_range_says_what_there_is() {
     let model = Model::open(checkpoint(folder.path())).unwrap();
     let _sim = Sim::new("devices=2");
     let mut request = Request::all();
-    request.device = DeviceId::Cuda(7);
+    request.device = vendor::id(7);
     let error = model.load(&options().request(request)).unwrap_err();
     assert_eq!(
         (error.kind(), error.one_line()),
-        (ErrorKind::Device, "cuda:7: the driver sees 2 devices, numbers 0 to 1".to_owned())
+        (ErrorKind::Device, format!("{}: the driver sees 2 devices, numbers 0 to 1", vendor::id(7)))
     );
 }
 

@@ -2,10 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
-use tensorhaul::{DeviceId, EngineChoice, LoadOptions, Loaded, Model, Request, Select};
+use tensorhaul::{EngineChoice, LoadOptions, Loaded, Model, Request, Select};
 use tensorhaul_device::{Device, Stream};
 
-use crate::sim::Sim;
+use crate::suite::sim::Sim;
+use crate::vendor::{self, call};
 
 /// A checkpoint with tensors of every alignment, several files' worth of staging buffers.
 pub(crate) fn checkpoint(folder: &Path) -> PathBuf {
@@ -33,18 +34,18 @@ pub(crate) fn checkpoint(folder: &Path) -> PathBuf {
 
 pub(crate) fn options() -> LoadOptions {
     let mut request = Request::all();
-    request.device = DeviceId::Cuda(0);
+    request.device = vendor::id(0);
     LoadOptions::default().request(request).staging_bytes(1 << 20)
 }
 
 /// Compares every tensor with the file's own bytes, through the device.
 pub(crate) fn assert_same_bytes(model: &Model, loaded: &Loaded) {
-    let device = tensorhaul_cuda::open(0).unwrap();
+    let device = vendor::open(0).unwrap();
     assert_eq!(loaded.tensors.len(), model.checkpoint().len());
     for (name, tensor) in loaded.tensors.iter() {
         let expected = model.tensor(name).unwrap();
         assert_eq!((tensor.dtype(), tensor.shape()), (expected.dtype(), expected.shape()));
-        assert_eq!(tensor.device(), DeviceId::Cuda(0));
+        assert_eq!(tensor.device(), vendor::id(0));
         let expected = expected.bytes().unwrap();
         if expected.is_empty() {
             continue;
@@ -75,7 +76,7 @@ fn every_byte_arrives_whatever_the_engine_and_the_timing() {
             let sim = Sim::new(config);
             let loaded = model.load(&options().engine(engine)).unwrap();
             assert_same_bytes(&model, &loaded);
-            assert_eq!(loaded.report.device, "cuda:0");
+            assert_eq!(loaded.report.device, vendor::FIRST);
             drop(loaded);
             sim.assert_clean(config);
         }
@@ -90,16 +91,16 @@ fn calls_are_one_copy_an_extent_and_nothing_waits_inside_the_loop() {
     let loaded = model.load(&options()).unwrap();
     let happened = sim.report();
     let promised = loaded.report.promised;
-    assert_eq!(happened.calls("cuMemcpyHtoDAsync_v2"), promised.copies);
+    assert_eq!(happened.calls(call::COPY_IN), promised.copies);
     // One copy for each buffer, and one more where a buffer holds the end of one run and the start of another.
     let runs = model.checkpoint().len() as u64;
     assert!(promised.copies <= promised.reads + runs, "{promised:?}");
-    assert_eq!(happened.calls("cuStreamSynchronize"), 0);
+    assert_eq!(happened.calls(call::STREAM_WAIT), 0);
     assert!(
-        happened.calls("cuEventSynchronize") <= promised.reads.min(32),
+        happened.calls(call::EVENT_WAIT) <= promised.reads.min(32),
         "only the last buffers are waited for"
     );
-    assert_eq!(happened.calls("cuEventRecord"), happened.calls("cuStreamWaitEvent") + promised.reads);
+    assert_eq!(happened.calls(call::EVENT_RECORD), happened.calls(call::STREAM_WAIT_EVENT) + promised.reads);
 }
 
 #[test]
@@ -111,10 +112,10 @@ fn a_tensor_takes_one_copy_for_each_buffer() {
         let sim = Sim::new("");
         let bytes: u64 = names.iter().map(|name| model.tensor(name).unwrap().len_bytes()).sum();
         let mut request = Request::of(Select::Globs(names.into_iter().map(str::to_owned).collect()));
-        request.device = DeviceId::Cuda(0);
+        request.device = vendor::id(0);
         drop(model.load(&options().request(request)).unwrap());
         let happened = sim.report();
-        let copies = happened.calls("cuMemcpyHtoDAsync_v2") + happened.calls("cuMemcpyBatchAsync");
+        let copies = happened.calls(call::COPY_IN) + happened.calls(call::COPY_BATCH);
         // A read starts on a boundary of storage, so the tensor may begin and end inside a buffer.
         assert!(
             copies <= bytes.div_ceil(buffer_len_bytes) + 1 + misaligned,
@@ -129,16 +130,16 @@ fn pieces_of_one_buffer_go_in_one_call_where_the_driver_has_one() {
     let model = Model::open(checkpoint(folder.path())).unwrap();
     let mut request =
         Request::of(Select::Globs(vec!["*.layers.[02].odd".to_owned(), "*.layers.[02].scale".to_owned()]));
-    request.device = DeviceId::Cuda(0);
+    request.device = vendor::id(0);
     for (config, batches) in [("", true), ("batches=0", false)] {
         let sim = Sim::new(config);
         let loaded = model.load(&options().request(request.clone())).unwrap();
         let (happened, promised) = (sim.report(), loaded.report.promised);
         assert!(promised.copies > promised.reads, "{promised:?}");
-        let single = happened.calls("cuMemcpyHtoDAsync_v2");
+        let single = happened.calls(call::COPY_IN);
         assert_eq!(single, if batches { 0 } else { promised.copies });
         // A refusal is asked for once and then remembered.
-        assert_eq!(happened.calls("cuMemcpyBatchAsync"), if batches { promised.reads } else { 1 });
+        assert_eq!(happened.calls(call::COPY_BATCH), if batches { promised.reads } else { 1 });
         assert_eq!(loaded.report.fallbacks.iter().any(|told| told.what.contains("one by one")), !batches);
     }
 }
@@ -179,7 +180,7 @@ fn a_plan_larger_than_the_device_is_refused_before_the_first_read() {
     let error = model.load(&options()).unwrap_err();
     assert_eq!(error.kind(), tensorhaul::ErrorKind::OutOfMemory);
     let text = error.one_line();
-    assert!(text.starts_with("cuda:0: ") && text.contains("do not fit, it has 2000000 in all"), "{text}");
-    assert_eq!(sim.report().calls("cuMemcpyHtoDAsync_v2"), 0);
+    assert!(text.starts_with(vendor::FIRST) && text.contains("do not fit, it has 2000000 in all"), "{text}");
+    assert_eq!(sim.report().calls(call::COPY_IN), 0);
     sim.assert_clean("after the refusal");
 }

@@ -7,6 +7,8 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use libloading::{Library, Symbol};
 
+use crate::vendor;
+
 /// The one machine of this process; tests take turns.
 pub(crate) struct Sim {
     _turn: MutexGuard<'static, ()>,
@@ -82,13 +84,15 @@ impl Happened {
     }
 }
 
-/// The library beside this test's binary, which the CUDA backend is pointed to.
+/// The library beside this test's binary, which the vendor's backend is pointed to; others find nothing.
 fn library() -> &'static Library {
     static LIBRARY: OnceLock<Library> = OnceLock::new();
     LIBRARY.get_or_init(|| {
         let path = library_path();
         // SAFETY: the first use in the process, before any thread of the backend reads the environment.
-        unsafe { std::env::set_var(tensorhaul_cuda::LIBRARY_VARIABLE, &path) };
+        unsafe { std::env::set_var(vendor::LIBRARY_VARIABLE, &path) };
+        // SAFETY: as above.
+        unsafe { std::env::set_var(vendor::LIBRARY_VARIABLE_OF_OTHERS, "/nowhere") };
         // SAFETY: the project's own library; it has no initializers.
         unsafe { Library::new(&path) }.unwrap_or_else(|error| panic!("{}: {error}", path.display()))
     })
@@ -109,6 +113,18 @@ pub(crate) fn function<F: Copy>(name: &str) -> F {
     *unsafe { library().get::<F>(name) }.unwrap()
 }
 
+/// Returns what is told of a call that is not supported.
+pub(crate) fn refusal(call: &str) -> String {
+    failure(call, 801, vendor::NOT_SUPPORTED)
+}
+
+/// Returns what is told of a call that failed with a code of this name.
+pub(crate) fn failure(call: &str, code: i32, name: &str) -> String {
+    // Versions of a call are the linker's affair.
+    let call = call.trim_end_matches("_v2");
+    format!("{call} failed with {code} ({name})")
+}
+
 /// Queues a function of the host on a stream.
 pub(crate) fn launch_host_function(
     stream: *mut c_void,
@@ -117,7 +133,7 @@ pub(crate) fn launch_host_function(
 ) -> i32 {
     type Call = unsafe extern "C" fn(*mut c_void, extern "C" fn(*mut c_void), *mut c_void) -> i32;
     // SAFETY: the caller passes what the function takes.
-    unsafe { self::function::<Call>("cuLaunchHostFunc")(stream, function, data) }
+    unsafe { self::function::<Call>(vendor::call::HOST_CALL)(stream, function, data) }
 }
 
 fn call_with_text(name: &[u8], text: &str) -> i32 {

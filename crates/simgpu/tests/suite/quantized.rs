@@ -6,7 +6,8 @@ use std::path::Path;
 use tempfile::TempDir;
 use tensorhaul::{Dequantization, DeviceId, Dtype, ErrorKind, LoadOptions, Loaded, Model, Request, Tensors};
 
-use crate::sim::Sim;
+use crate::suite::sim::Sim;
+use crate::vendor::{self, call};
 
 /// A checkpoint of three layers whose packed tensors lie apart from their scales, in two files, as real writers put them: GPTQ of the
 /// kind that says nothing but its bits.
@@ -69,7 +70,7 @@ fn assert_same(found: &Loaded, expected: &Tensors, what: &str) {
     for (name, tensor) in found.tensors.iter() {
         let expected = expected.get(name).unwrap();
         assert_eq!((tensor.dtype(), tensor.shape()), (expected.dtype(), expected.shape()), "{what}: {name}");
-        assert_eq!(tensor.device(), DeviceId::Cuda(0));
+        assert_eq!(tensor.device(), vendor::id(0));
         assert!(tensor.to_host().unwrap() == expected.bytes().unwrap(), "{what}: {name}");
     }
 }
@@ -83,7 +84,7 @@ fn a_device_makes_the_numbers_that_the_host_makes() {
         for config in ["", "delay_us=300", "delay_us=300;seed=9;pools=0", "batches=0", "unified=0;batches=0"]
         {
             let sim = Sim::new(config);
-            let loaded = model.load(&onto(DeviceId::Cuda(0), dtype)).unwrap();
+            let loaded = model.load(&onto(vendor::id(0), dtype)).unwrap();
             assert_same(&loaded, &expected, config);
             assert_eq!(loaded.report.promised.operations, 6);
             drop(loaded);
@@ -106,7 +107,7 @@ fn packers_checkpoints_become_the_hosts_numbers() {
         fs::copy(source.join(file), folder.path().join("model.safetensors")).unwrap();
         let model = Model::open(folder.path()).unwrap();
         let expected = model.load(&onto(DeviceId::Host, Dtype::F32)).unwrap().tensors;
-        let loaded = model.load(&onto(DeviceId::Cuda(0), Dtype::F32)).unwrap();
+        let loaded = model.load(&onto(vendor::id(0), Dtype::F32)).unwrap();
         for (name, tensor) in loaded.tensors.iter() {
             let (found, wanted) =
                 (tensor.to_host().unwrap(), expected.get(name).unwrap().bytes().unwrap().to_vec());
@@ -135,7 +136,7 @@ fn packed_bytes_wait_in_the_memory_promised_and_no_place_is_taken_too_early() {
     for transient_bytes in [80 << 10, 120 << 10, 160 << 10] {
         for config in ["delay_us=400", "delay_us=400;seed=3", "delay_us=2000;seed=5", "pools=0"] {
             let sim = Sim::new(config);
-            let options = onto(DeviceId::Cuda(0), Dtype::Bf16).transient_bytes(transient_bytes);
+            let options = onto(vendor::id(0), Dtype::Bf16).transient_bytes(transient_bytes);
             let loaded = model.load(&options).unwrap();
             assert_same(&loaded, &expected, config);
             assert!(loaded.report.promised.transient_bytes <= transient_bytes + (16 << 10));
@@ -154,13 +155,12 @@ fn a_failed_module_launch_or_event_is_a_typed_error_and_the_next_load_works() {
     let folder = checkpoint();
     let model = Model::open(folder.path()).unwrap();
     let expected = model.load(&onto(DeviceId::Host, Dtype::Bf16)).unwrap().tensors;
-    let options = onto(DeviceId::Cuda(0), Dtype::Bf16).transient_bytes(120 << 10);
+    let options = onto(vendor::id(0), Dtype::Bf16).transient_bytes(120 << 10);
     let sim = Sim::new("delay_us=50");
     drop(model.load(&options).unwrap());
     tensorhaul::release_devices();
     let counts = sim.report().calls;
-    for call in
-        ["cuModuleLoadData", "cuModuleGetFunction", "cuLaunchKernel", "cuStreamWaitEvent", "cuEventRecord"]
+    for call in [call::MODULE_LOAD, call::FUNCTION, call::LAUNCH, call::STREAM_WAIT_EVENT, call::EVENT_RECORD]
     {
         let count = *counts.get(call).unwrap_or_else(|| panic!("{call} is not called: {counts:?}"));
         for nth in [1, 2, count / 2, count].into_iter().filter(|nth| (1..=count).contains(nth)) {
@@ -172,7 +172,7 @@ fn a_failed_module_launch_or_event_is_a_typed_error_and_the_next_load_works() {
             } else {
                 // Calls that also let memory go have nobody to tell then.
                 assert!(
-                    matches!(call, "cuStreamWaitEvent" | "cuEventRecord"),
+                    matches!(call, call::STREAM_WAIT_EVENT | call::EVENT_RECORD),
                     "{call}:{nth} failed unnoticed"
                 );
             }
@@ -189,7 +189,7 @@ fn a_load_that_is_dropped_while_tensors_are_made_leaves_nothing() {
     let model = Model::open(folder.path()).unwrap();
     for taken in 0..4 {
         let sim = Sim::new("delay_us=500");
-        let options = onto(DeviceId::Cuda(0), Dtype::F32).transient_bytes(80 << 10);
+        let options = onto(vendor::id(0), Dtype::F32).transient_bytes(80 << 10);
         let mut stream = model.stream(&options).unwrap();
         let some: Vec<_> = stream.by_ref().take(taken).collect();
         drop(stream);

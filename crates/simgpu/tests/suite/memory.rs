@@ -7,8 +7,9 @@ use tensorhaul::{Allocation, Allocator, DeviceId, ErrorKind, ExternalMemory, Mod
 use tensorhaul_device::Device;
 use tensorhaul_device::gpu::Driver;
 
-use crate::load::{assert_same_bytes, checkpoint, options};
-use crate::sim::Sim;
+use crate::suite::load::{assert_same_bytes, checkpoint, options};
+use crate::suite::sim::{Sim, refusal};
+use crate::vendor::{self, call};
 
 fn model() -> (tempfile::TempDir, Model) {
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
@@ -20,14 +21,14 @@ fn model() -> (tempfile::TempDir, Model) {
 fn external(memory: &Arc<dyn Allocation>, len_bytes: u64) -> ExternalMemory {
     let owner = Arc::new(Arc::clone(memory));
     // SAFETY: the owner keeps the allocation, and the test does not touch it until the tensor is handed over.
-    unsafe { ExternalMemory::device(DeviceId::Cuda(0), memory.address(), len_bytes, owner) }
+    unsafe { ExternalMemory::device(vendor::id(0), memory.address(), len_bytes, owner) }
 }
 
 #[test]
 fn tensors_land_in_the_callers_own_memory() {
     let (_folder, model) = model();
     let sim = Sim::new("delay_us=100");
-    let device = tensorhaul_cuda::open(0).unwrap();
+    let device = vendor::open(0).unwrap();
     let names = ["f0.layers.1.w", "f1.layers.0.odd", "f1.layers.2.scale"];
     let mut options = options();
     let mut memories = Vec::new();
@@ -50,7 +51,7 @@ fn tensors_land_in_the_callers_own_memory() {
 fn memory_of_another_length_is_an_error_before_the_first_read() {
     let (_folder, model) = model();
     let sim = Sim::new("");
-    let device = tensorhaul_cuda::open(0).unwrap();
+    let device = vendor::open(0).unwrap();
     let memory = device.allocate(1000).unwrap();
     let error = model.load(&options().target("f0.layers.1.odd", external(&memory, 1000))).unwrap_err();
     assert_eq!((error.kind(), error.tensor()), (ErrorKind::BadRequest, Some("f0.layers.1.odd")));
@@ -59,13 +60,13 @@ fn memory_of_another_length_is_an_error_before_the_first_read() {
         "{}",
         error.one_line()
     );
-    assert_eq!(sim.report().calls("cuMemcpyHtoDAsync_v2"), 0);
+    assert_eq!(sim.report().calls(call::COPY_IN), 0);
     let error = model.load(&options().target("nobody", external(&memory, 1000))).unwrap_err();
     assert_eq!(error.tensor(), Some("nobody"));
 }
 
 struct Counting {
-    device: tensorhaul_device::gpu::Gpu<tensorhaul_cuda::Cuda>,
+    device: tensorhaul_device::gpu::Gpu<vendor::Vendor>,
     len_bytes: AtomicU64,
 }
 
@@ -76,7 +77,7 @@ unsafe impl Allocator for Counting {
         device: DeviceId,
         len_bytes: u64,
     ) -> Result<Arc<dyn Allocation>, Box<dyn std::error::Error + Send + Sync>> {
-        assert_eq!(device, DeviceId::Cuda(0));
+        assert_eq!(device, vendor::id(0));
         if self.len_bytes.fetch_add(len_bytes, Ordering::Relaxed) > 1 << 20 {
             return Err("the framework's pool is full".into());
         }
@@ -88,10 +89,10 @@ unsafe impl Allocator for Counting {
 fn memory_comes_from_the_callers_allocator_and_its_refusal_is_passed_on() {
     let (_folder, model) = model();
     let sim = Sim::new("");
-    let allocator = Arc::new(Counting { device: tensorhaul_cuda::open(0).unwrap(), len_bytes: 0.into() });
+    let allocator = Arc::new(Counting { device: vendor::open(0).unwrap(), len_bytes: 0.into() });
     let some = tensorhaul::Request::of(tensorhaul::Select::Globs(vec!["*.odd".into(), "*.scale".into()]));
     let mut request = some.clone();
-    request.device = DeviceId::Cuda(0);
+    request.device = vendor::id(0);
     let loaded = model.load(&options().request(request).allocator(allocator.clone())).unwrap();
     assert_eq!(allocator.len_bytes.load(Ordering::Relaxed), loaded.report.promised.target_bytes);
     allocator.len_bytes.store(2 << 20, Ordering::Relaxed);
@@ -108,8 +109,8 @@ fn memory_comes_from_the_callers_allocator_and_its_refusal_is_passed_on() {
 fn memory_is_freed_behind_the_consumers_stream() {
     let (_folder, model) = model();
     let sim = Sim::new("delay_us=200");
-    let device = tensorhaul_cuda::open(0).unwrap();
-    let driver = tensorhaul_cuda::driver().unwrap();
+    let device = vendor::open(0).unwrap();
+    let driver = vendor::driver().unwrap();
     let before = driver.current().unwrap();
     driver.make_current(tensorhaul_device::gpu::Context(1)).unwrap();
     let stream = driver.stream_create().unwrap();
@@ -118,12 +119,12 @@ fn memory_is_freed_behind_the_consumers_stream() {
     // SAFETY: the stream lives until after the tensors are dropped below.
     let options = unsafe { options().stream(stream.0 as u64) };
     let loaded = model.load(&options).unwrap();
-    let waits = sim.report().calls("cuStreamWaitEvent");
+    let waits = sim.report().calls(call::STREAM_WAIT_EVENT);
     let arenas = sim.report().live["live.allocations"];
     drop(loaded);
     // Each arena waits for the compute stream, the default stream and the consumer's before it is freed.
-    assert_eq!(sim.report().calls("cuStreamWaitEvent") - waits, 3 * arenas);
-    assert_eq!(sim.report().calls("cuMemFreeAsync"), arenas);
+    assert_eq!(sim.report().calls(call::STREAM_WAIT_EVENT) - waits, 3 * arenas);
+    assert_eq!(sim.report().calls(call::FREE_ORDERED), arenas);
     // SAFETY: made above, used by nobody any more.
     unsafe { driver.stream_destroy(stream) }.unwrap();
     drop(device);
@@ -138,16 +139,10 @@ fn the_second_load_finds_the_device_open_and_the_ring_pinned() {
     let first = sim.report();
     drop(model.load(&options()).unwrap());
     let second = sim.report();
-    for call in [
-        "cuDeviceGetName",
-        "cuDevicePrimaryCtxRetain",
-        "cuMemHostRegister_v2",
-        "cuMemHostAlloc",
-        "cuStreamCreate",
-    ] {
+    for call in [call::HOST_REGISTER, call::HOST_ALLOCATE].iter().chain(call::OF_OPENING) {
         assert_eq!(first.calls(call), second.calls(call), "{call}");
     }
-    assert_eq!(second.calls("cuMemGetInfo_v2"), 2, "each load asks once what is free");
+    assert_eq!(second.calls(call::MEMORY), 2, "each load asks once what is free");
     sim.assert_clean("after the devices were released");
 }
 
@@ -155,7 +150,7 @@ fn the_second_load_finds_the_device_open_and_the_ring_pinned() {
 fn memory_that_a_pool_keeps_is_there_for_the_next_load() {
     let (_folder, model) = model();
     let sim = Sim::new("memory=10000000");
-    let device = tensorhaul_cuda::open(0).unwrap();
+    let device = vendor::open(0).unwrap();
     let loaded = model.load(&options()).unwrap();
     let needed_bytes = loaded.report.promised.target_bytes;
     drop(loaded);
@@ -182,11 +177,11 @@ fn a_smaller_budget_holds_also_when_a_larger_ring_was_kept() {
 fn refused_registration_falls_back_to_the_drivers_own_memory_and_says_so() {
     let (_folder, model) = model();
     let sim = Sim::new("");
-    sim.fail("fail=cuMemHostRegister_v2:1:801");
+    sim.fail(&format!("fail={}:1:801", call::HOST_REGISTER));
     let loaded = model.load(&options()).unwrap();
     let told =
         loaded.report.fallbacks.iter().find(|fallback| fallback.what.contains("staging memory")).unwrap();
-    assert_eq!(told.why, "cuMemHostRegister failed with 801 (CUDA_ERROR_NOT_SUPPORTED)");
+    assert_eq!(told.why, refusal(call::HOST_REGISTER));
     assert_same_bytes(&model, &loaded);
     drop(loaded);
     sim.assert_clean("after the fallback");
@@ -196,7 +191,7 @@ fn refused_registration_falls_back_to_the_drivers_own_memory_and_says_so() {
 fn a_child_of_a_fork_gets_an_error_and_not_a_broken_driver() {
     let (_folder, model) = model();
     let _sim = Sim::new("");
-    let device = tensorhaul_cuda::open(0).unwrap();
+    let device = vendor::open(0).unwrap();
     // SAFETY: the child only asks the device, which takes no lock that another thread of the parent may hold, and exits.
     let child = unsafe { libc::fork() };
     if child == 0 {

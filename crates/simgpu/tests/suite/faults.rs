@@ -4,29 +4,14 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use tensorhaul::{DeviceId, ErrorKind, LoadOptions, Model, PinnedAllocator, Request};
+use tensorhaul::{ErrorKind, LoadOptions, Model, PinnedAllocator, Request};
 use tensorhaul_device::{Device, DeviceError, Stream, StridedCopy};
 
-use crate::consumer::Consumer;
-use crate::kernels::misaligned;
-use crate::load::{assert_same_bytes, checkpoint, options};
-use crate::sim::Sim;
-
-/// Calls whose failure a load survives: it learns less, or lets memory go later.
-const SURVIVED: &[&str] = &[
-    "cuDeviceGetPCIBusId",
-    "cuDeviceGetName",
-    "cuDriverGetVersion",
-    "cuInit",
-    "cuMemHostRegister_v2",
-    "cuMemHostUnregister",
-    "cuMemFreeAsync",
-    "cuMemFree_v2",
-    "cuMemFreeHost",
-    "cuEventDestroy_v2",
-    "cuStreamDestroy_v2",
-    "cuDevicePrimaryCtxRelease_v2",
-];
+use crate::suite::consumer::Consumer;
+use crate::suite::kernels::misaligned;
+use crate::suite::load::{assert_same_bytes, checkpoint, options};
+use crate::suite::sim::{Sim, failure};
+use crate::vendor::{self, call};
 
 #[test]
 fn a_failed_call_is_a_typed_error_and_the_next_load_works() {
@@ -42,8 +27,7 @@ fn a_failed_call_is_a_typed_error_and_the_next_load_works() {
 fn a_failed_read_back_of_a_checksum_is_a_typed_error_and_the_next_load_works() {
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let model = Model::open(checkpoint(folder.path())).unwrap();
-    let reads_back =
-        |call: &str| ["cuMemcpyDtoHAsync_v2", "cuEventSynchronize", "cuEventRecord"].contains(&call);
+    let reads_back = |call: &str| [call::COPY_OUT, call::EVENT_WAIT, call::EVENT_RECORD].contains(&call);
     let failed = fail_each_call(&Sim::new(""), &model, &options().checksums(true), 1, reads_back);
     assert_eq!(failed, 3);
 }
@@ -54,7 +38,7 @@ fn a_failed_batch_of_a_load_of_small_tensors_is_a_typed_error_and_the_next_load_
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let model = Model::open(misaligned(folder.path(), "small", 500, 401)).unwrap();
     let options = options().staging_bytes(256 << 10);
-    let failed = fail_each_call(&Sim::new(""), &model, &options, 2, |call| call == "cuMemcpyBatchAsync");
+    let failed = fail_each_call(&Sim::new(""), &model, &options, 2, |call| call == call::COPY_BATCH);
     assert_eq!(failed, 1);
 }
 
@@ -65,14 +49,14 @@ fn a_refused_batch_is_told_and_every_byte_arrives() {
     let options = options().staging_bytes(256 << 10);
     let sim = Sim::new("");
     drop(model.load(&options).unwrap());
-    let count = sim.report().calls("cuMemcpyBatchAsync");
+    let count = sim.report().calls(call::COPY_BATCH);
     for nth in [1, 2, count] {
         tensorhaul::release_devices();
-        sim.fail(&format!("fail=cuMemcpyBatchAsync:{nth}:1"));
+        sim.fail(&format!("fail={}:{nth}:1", call::COPY_BATCH));
         let loaded = model.load(&options).unwrap();
         let told = loaded.report.fallbacks.iter().find(|told| told.what.contains("instead of in batches"));
-        assert_eq!(told.unwrap().why, "cuMemcpyBatchAsync failed with 1 (CUDA_ERROR_INVALID_VALUE)");
-        assert_eq!(sim.report().calls("cuMemcpyBatchAsync"), nth, "a refusal is not provoked again");
+        assert_eq!(told.unwrap().why, failure(call::COPY_BATCH, 1, vendor::INVALID_VALUE));
+        assert_eq!(sim.report().calls(call::COPY_BATCH), nth, "a refusal is not provoked again");
         sim.fail("");
         assert_same_bytes(&model, &loaded);
         drop(loaded);
@@ -100,14 +84,14 @@ fn fail_each_call(
             let before = sim.report().live;
             sim.fail(&format!("fail={call}:{nth}:{code}"));
             let result = model.load(options);
-            let may_leave = SURVIVED.contains(&call.as_str()) || result.is_ok();
+            let may_leave = call::SURVIVED.contains(&call.as_str()) || result.is_ok();
             match result {
                 Ok(loaded) => {
                     // The failure was of a call after the last byte, or of one that has an alternative.
                     assert!(
-                        SURVIVED.contains(&call.as_str())
+                        call::SURVIVED.contains(&call.as_str())
                             || sim.report().calls(call) < nth
-                            || is_of_the_end(call),
+                            || call::OF_THE_END.contains(&call.as_str()),
                         "{what}"
                     );
                     sim.fail("");
@@ -135,14 +119,13 @@ fn fail_each_call(
 
 /// Checks that an error names the device, the call, and the code with its name.
 fn assert_names(error: &str, call: &str, code: i32) {
-    // Versions of a call are the linker's affair.
-    let call = call.trim_end_matches("_v2");
     let name = match code {
-        1 => "CUDA_ERROR_INVALID_VALUE",
-        2 => "CUDA_ERROR_OUT_OF_MEMORY",
+        1 => vendor::INVALID_VALUE,
+        2 => vendor::OUT_OF_MEMORY,
         _ => panic!("no name for {code}"),
     };
-    assert!(error.starts_with(&format!("cuda:0: {call} failed with {code} ({name})")), "{call}: {error}");
+    let failure = format!("{}: {}", vendor::FIRST, failure(call, code, name));
+    assert!(error.starts_with(&failure), "{call}: {error}");
 }
 
 #[test]
@@ -155,7 +138,7 @@ fn a_tensor_that_cannot_be_read_back_is_a_typed_error_and_the_next_one_can() {
     sim.fail("");
     read_all().unwrap();
     let counts = sim.report();
-    for call in ["cuMemcpyDtoHAsync_v2", "cuEventRecord", "cuEventSynchronize"] {
+    for call in [call::COPY_OUT, call::EVENT_RECORD, call::EVENT_WAIT] {
         let count = counts.calls(call);
         assert!(count > 2, "{call}: {count}");
         for nth in [1, 2, count] {
@@ -179,10 +162,10 @@ fn a_tensor_that_cannot_be_read_back_is_a_typed_error_and_the_next_one_can() {
 /// Loads gather on the host; a device gathers for those who call it themselves.
 #[test]
 fn a_failed_strided_copy_is_a_typed_error_and_the_next_one_works() {
-    const CALL: &str = "cuMemcpy2DAsync_v2";
+    const CALL: &str = call::COPY_ROWS;
     let sim = Sim::new("delay_us=50");
     let gather = || -> Result<(), DeviceError> {
-        let device = tensorhaul_cuda::open(0)?;
+        let device = vendor::open(0)?;
         let target = device.allocate(1024)?;
         let staged = device.staging_memory(4096)?;
         // SAFETY: initialized, as long, and written by nobody.
@@ -223,7 +206,7 @@ fn pinned_memory_that_a_stream_may_still_read_is_kept_and_the_next_load_works() 
         let sim = Sim::new("");
         let consumer = Consumer::new();
         let load = || {
-            let pinned = Arc::new(PinnedAllocator::new(DeviceId::Cuda(0)).unwrap());
+            let pinned = Arc::new(PinnedAllocator::new(vendor::id(0)).unwrap());
             let on_host = options().request(Request::all()).allocator(pinned);
             // SAFETY: the stream outlives the tensors, which are dropped below.
             model.load(&unsafe { on_host.stream(consumer.stream()) }).unwrap()
@@ -237,9 +220,9 @@ fn pinned_memory_that_a_stream_may_still_read_is_kept_and_the_next_load_works() 
             "second" => 2,
             _ => count,
         };
-        sim.fail(&format!("fail=cuEventSynchronize:{nth}:1"));
+        sim.fail(&format!("fail={}:{nth}:1", call::EVENT_WAIT));
         drop(loaded);
-        assert_eq!(sim.report().calls("cuEventSynchronize"), count, "one wait an arena");
+        assert_eq!(sim.report().calls(call::EVENT_WAIT), count, "one wait an arena");
         sim.fail("");
         assert_eq!(sim.report().live["live.pinned"], before + 1, "{which}: all but one are let go");
         let again = load();
@@ -256,7 +239,7 @@ fn pinned_memory_that_a_stream_may_still_read_is_kept_and_the_next_load_works() 
 fn memory_that_runs_out_though_it_seemed_to_suffice_is_an_error_with_both_numbers() {
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let model = Model::open(layers(folder.path())).unwrap();
-    for (machine, call) in [("", "cuMemAllocAsync"), ("pools=0", "cuMemAlloc_v2")] {
+    for (machine, call) in [("", call::ALLOCATE_ORDERED), ("pools=0", call::ALLOCATE)] {
         let arenas = model.plan(&options()).unwrap().arenas().to_vec();
         assert!(arenas.len() > 2, "{} arenas", arenas.len());
         for nth in [1, 2, arenas.len()] {
@@ -269,7 +252,7 @@ fn memory_that_runs_out_though_it_seemed_to_suffice_is_an_error_with_both_number
             let free_bytes = 100_000_000 - taken_bytes;
             assert_eq!(
                 error.one_line(),
-                format!("cuda:0: {needed_bytes} bytes do not fit, {free_bytes} are free"),
+                format!("{}: {needed_bytes} bytes do not fit, {free_bytes} are free", vendor::FIRST),
             );
             sim.fail("");
             sim.assert_clean(&format!("{call} fails at use {nth}"));
@@ -278,51 +261,27 @@ fn memory_that_runs_out_though_it_seemed_to_suffice_is_an_error_with_both_number
     }
 }
 
-/// Calls that also run when memory is let go, where there is nobody to tell.
-fn is_of_the_end(call: &str) -> bool {
-    [
-        "cuCtxGetCurrent",
-        "cuCtxSetCurrent",
-        "cuThreadExchangeStreamCaptureMode",
-        "cuEventRecord",
-        "cuStreamWaitEvent",
-        "cuDeviceGet",
-        "cuEventCreate",
-    ]
-    .contains(&call)
-}
-
 #[test]
 fn a_lost_device_fails_the_load_and_hangs_nothing() {
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let model = Model::open(checkpoint(folder.path())).unwrap();
-    for call in ["cuMemcpyHtoDAsync_v2:3:700", "cuEventRecord:5:719", "cuEventQuery:2:700"] {
+    for (call, nth, code) in
+        [(call::COPY_IN, 3, 700), (call::EVENT_RECORD, 5, 719), (call::EVENT_QUERY, 2, 700)]
+    {
         let sim = Sim::new("delay_us=50");
-        sim.fail(&format!("fail={call}"));
+        sim.fail(&format!("fail={call}:{nth}:{code}"));
         let error = model.load(&options()).unwrap_err().one_line();
         assert!(error.contains("the device is lost to this process"), "{call}: {error}");
     }
 }
 
 #[test]
-fn a_device_that_somebody_else_has_is_not_called_lost() {
-    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-    let model = Model::open(checkpoint(folder.path())).unwrap();
-    let sim = Sim::new("fail=cuDevicePrimaryCtxRetain:1:46");
-    let error = model.load(&options()).unwrap_err().one_line();
-    assert!(error.contains("(CUDA_ERROR_DEVICE_UNAVAILABLE); another process has the device"), "{error}");
-    assert_same_bytes(&model, &model.load(&options()).unwrap());
-    sim.assert_clean("after the load");
-}
-
-#[test]
 fn a_device_lost_while_it_pins_is_not_called_a_lack_of_memory() {
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let model = Model::open(checkpoint(folder.path())).unwrap();
-    for calls in
-        ["fail=cuMemHostRegister_v2:1:719", "fail=cuMemHostRegister_v2:1:801;fail=cuMemHostAlloc:1:719"]
-    {
-        let _sim = Sim::new(calls);
+    let (register, allocate) = (call::HOST_REGISTER, call::HOST_ALLOCATE);
+    for calls in [format!("fail={register}:1:719"), format!("fail={register}:1:801;fail={allocate}:1:719")] {
+        let _sim = Sim::new(&calls);
         let error = model.load(&options()).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Device, "{calls}");
         assert!(error.one_line().contains("the device is lost"), "{calls}: {}", error.one_line());

@@ -5,14 +5,15 @@ use std::process::Command;
 
 use tensorhaul::Model;
 
-use crate::load::{assert_same_bytes, checkpoint, options};
-use crate::sim::library_path;
+use crate::suite::load::{assert_same_bytes, checkpoint, options};
+use crate::suite::sim::library_path;
+use crate::vendor;
 
 #[test]
 fn a_child_has_devices_only_when_it_is_forked_before_the_driver_is_initialized() {
     let output = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "fork::in_a_process_of_its_own", "--ignored", "--test-threads=1"])
-        .env(tensorhaul_cuda::LIBRARY_VARIABLE, library_path())
+        .args(["--exact", "suite::fork::in_a_process_of_its_own", "--ignored", "--test-threads=1"])
+        .env(vendor::LIBRARY_VARIABLE, library_path())
         .output()
         .unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
@@ -32,7 +33,10 @@ fn in_a_process_of_its_own() {
     assert!(holds_in_a_child(|| {
         for _ in 0..2 {
             let error = model.load(&options()).unwrap_err().one_line();
-            assert!(error.starts_with("cuda:0: the process was forked after the driver"), "{error}");
+            assert!(
+                error.starts_with(&format!("{}: the process was forked after the driver", vendor::FIRST)),
+                "{error}"
+            );
             // What the parent keeps is neither used nor freed.
             tensorhaul::release_devices();
         }

@@ -1,0 +1,17 @@
+//! What every backend does over the simulated driver, whoever the vendor: `crate::vendor` has the names.
+
+mod bench;
+mod capture;
+mod conformance;
+pub(crate) mod consumer;
+mod faults;
+mod fork;
+pub(crate) mod kernels;
+mod lifetimes;
+pub(crate) mod load;
+pub(crate) mod memory;
+pub(crate) mod missing;
+mod overlap;
+pub(crate) mod peers;
+mod quantized;
+pub(crate) mod sim;
