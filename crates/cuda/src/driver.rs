@@ -6,7 +6,7 @@ use std::ptr;
 
 use tensorhaul_device::gpu::{
     BatchPiece, CallError, CaptureMode, Context, DeviceFacts, Driver, EventHandle, FunctionHandle,
-    LaunchShape, Meaning, ModuleHandle, Rows, StreamHandle,
+    LaunchShape, Meaning, ModuleHandle, Peer, PeerCopy, Rows, StreamHandle,
 };
 use tensorhaul_plan::DeviceId;
 
@@ -253,7 +253,7 @@ unsafe impl Driver for Cuda {
         let code = unsafe { allocate(&raw mut address, len_bytes as usize, pointer(stream.0)) };
         match code {
             // The device or its driver has no memory pools: `cuMemAlloc` serves.
-            NOT_SUPPORTED => None,
+            sys::NOT_SUPPORTED => None,
             code => Some(self.check("cuMemAllocAsync", code).map(|()| address)),
         }
     }
@@ -388,6 +388,57 @@ unsafe impl Driver for Cuda {
         })
     }
 
+    fn can_access_peer(&self, ordinal: u32, peer: u32) -> Option<Result<bool, CallError>> {
+        let (ask, _, _) = (
+            self.table.cuDeviceCanAccessPeer?,
+            self.table.cuCtxEnablePeerAccess?,
+            self.table.cuMemcpyPeerAsync?,
+        );
+        let asked = self.device(ordinal).and_then(|device| Ok((device, self.device(peer)?)));
+        Some(asked.and_then(|(device, peer)| {
+            let mut can = 0;
+            // SAFETY: writes one integer.
+            let code = unsafe { ask(&raw mut can, device, peer) };
+            self.check("cuDeviceCanAccessPeer", code).map(|()| can != 0)
+        }))
+    }
+
+    fn enable_peer(&self, ordinal: u32, peer: Peer) -> Result<(), CallError> {
+        let enable = self.table.cuCtxEnablePeerAccess.expect("asked for by can_access_peer");
+        // SAFETY: the context is retained; the flags must be 0.
+        match unsafe { enable(pointer(peer.context.0), 0) } {
+            sys::PEER_ACCESS_ALREADY_ENABLED => {}
+            code => self.check("cuCtxEnablePeerAccess", code)?,
+        }
+        // What comes from a pool is reached by the devices that the pool names, whatever their contexts were let to.
+        let (Some(pool_of), Some(open)) = (self.table.cuDeviceGetMemPool, self.table.cuMemPoolSetAccess)
+        else {
+            return Ok(());
+        };
+        let (device, mut pool) = (self.device(peer.ordinal)?, ptr::null_mut());
+        // SAFETY: writes one pointer.
+        match unsafe { pool_of(&raw mut pool, device) } {
+            sys::NOT_SUPPORTED => return Ok(()),
+            code => self.check("cuDeviceGetMemPool", code)?,
+        }
+        let access = sys::MemAccess {
+            location_type: sys::LOCATION_TYPE_DEVICE,
+            location_id: self.device(ordinal)?,
+            flags: sys::ACCESS_READ_WRITE,
+        };
+        // SAFETY: the device's own pool; the one description is read before the call returns.
+        self.check("cuMemPoolSetAccess", unsafe { open(pool, &raw const access, 1) })
+    }
+
+    unsafe fn copy_peer(&self, copy: PeerCopy, stream: StreamHandle) -> Result<(), CallError> {
+        let queue = self.table.cuMemcpyPeerAsync.expect("asked for by can_access_peer");
+        let (target, source) = (pointer(copy.target_context.0), pointer(copy.source_context.0));
+        // SAFETY: the caller's promise.
+        let code =
+            unsafe { queue(copy.target, target, copy.source, source, copy.len_bytes, pointer(stream.0)) };
+        self.check("cuMemcpyPeerAsync", code)
+    }
+
     fn kernels(&self, _architecture: &str, module: &str) -> Option<&'static [u8]> {
         // The driver compiles PTX for whatever device it has.
         kernels::PTX.iter().find(|(name, _)| *name == module).map(|(_, text)| text.as_bytes())
@@ -459,6 +510,3 @@ unsafe impl Driver for Cuda {
 fn pointer(handle: usize) -> *mut c_void {
     ptr::with_exposed_provenance_mut(handle)
 }
-
-/// `CUDA_ERROR_NOT_SUPPORTED`.
-const NOT_SUPPORTED: c_int = 801;

@@ -2,8 +2,8 @@
 //!
 //! # Source
 //! CUDA Driver API reference, version 12.0: signatures, flags, attributes and status codes. All are in
-//! every driver since 11.2 but the optional ones: capture modes are of 10.1, ordered allocation is of 11.2 itself,
-//! batched copies of 12.8.
+//! every driver since 11.2 but the optional ones: capture modes are of 10.1, ordered allocation and
+//! access to pools of 11.2 itself, batched copies of 12.8. Those for peers are older; one device does without.
 
 use std::ffi::{c_char, c_int, c_uint, c_void};
 
@@ -12,6 +12,7 @@ pub(crate) type Context = *mut c_void;
 pub(crate) type Stream = *mut c_void;
 pub(crate) type Event = *mut c_void;
 pub(crate) type Module = *mut c_void;
+pub(crate) type MemPool = *mut c_void;
 pub(crate) type Function = *mut c_void;
 pub(crate) type Address = u64;
 
@@ -57,6 +58,11 @@ tensorhaul_device::driver_table! {
             Function, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, Stream, *mut *mut c_void, *mut *mut c_void,
         );
         optional:
+        fn cuDeviceCanAccessPeer(*mut c_int, Device, Device);
+        fn cuCtxEnablePeerAccess(Context, c_uint);
+        fn cuMemcpyPeerAsync(Address, Context, Address, Context, usize, Stream);
+        fn cuDeviceGetMemPool(*mut MemPool, Device);
+        fn cuMemPoolSetAccess(MemPool, *const MemAccess, usize);
         fn cuThreadExchangeStreamCaptureMode(*mut c_int);
         fn cuMemAllocAsync(*mut Address, usize, Stream);
         fn cuMemFreeAsync(Address, Stream);
@@ -65,6 +71,19 @@ tensorhaul_device::driver_table! {
         );
     }
 }
+
+/// `CUmemAccessDesc`: who may do what with the memory of a pool.
+#[repr(C)]
+pub(crate) struct MemAccess {
+    pub(crate) location_type: c_int,
+    pub(crate) location_id: c_int,
+    pub(crate) flags: c_int,
+}
+
+/// `CU_MEM_LOCATION_TYPE_DEVICE`.
+pub(crate) const LOCATION_TYPE_DEVICE: c_int = 1;
+/// `CU_MEM_ACCESS_FLAGS_PROT_READWRITE`.
+pub(crate) const ACCESS_READ_WRITE: c_int = 3;
 
 /// `CUmemcpyAttributes` (CUDA 12.8).
 #[repr(C)]
@@ -114,6 +133,10 @@ pub(crate) const SUCCESS: c_int = 0;
 pub(crate) const OUT_OF_MEMORY: c_int = 2;
 /// `CUDA_ERROR_NO_DEVICE`.
 pub(crate) const NO_DEVICE: c_int = 100;
+/// `CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED`.
+pub(crate) const PEER_ACCESS_ALREADY_ENABLED: c_int = 704;
+/// `CUDA_ERROR_NOT_SUPPORTED`.
+pub(crate) const NOT_SUPPORTED: c_int = 801;
 /// `CUDA_ERROR_NOT_READY`.
 pub(crate) const NOT_READY: c_int = 600;
 /// `CUDA_ERROR_DEVICE_UNAVAILABLE`.

@@ -2,6 +2,7 @@
 
 mod dequantize;
 mod operations;
+mod peers;
 
 use std::sync::Arc;
 
@@ -23,6 +24,12 @@ pub fn run(device: &dyn Device) -> Vec<Verdict> {
     PROMISES.iter().map(|(promise, check)| Verdict { promise, result: check(device) }).collect()
 }
 
+/// Tries what is promised of two devices, the first of which copies from the second.
+pub fn run_pair(device: &dyn Device, peer: &dyn Device) -> Vec<Verdict> {
+    let promises = peers::PROMISES.iter();
+    promises.map(|(promise, check)| Verdict { promise, result: check(device, peer) }).collect()
+}
+
 /// Tries every promise on a device.
 ///
 /// # Panics
@@ -36,6 +43,7 @@ pub fn assert_passes(device: &dyn Device) {
 }
 
 type Check = fn(&dyn Device) -> Result<(), String>;
+type PairCheck = fn(&dyn Device, &dyn Device) -> Result<(), String>;
 
 const PROMISES: &[(&str, Check)] = &[
     ("allocations are aligned, also empty ones", allocations_are_aligned),
@@ -58,6 +66,9 @@ const PROMISES: &[(&str, Check)] = &[
     ),
     ("many small pieces land where they belong", operations::many_small_pieces_land),
     ("dequantization equals the host's bit for bit", dequantize::dequantization_equals_the_host),
+    ("bytes are copied from one allocation to another, at every offset around a boundary", |device| {
+        peers::bytes_are_copied(device, device)
+    }),
 ];
 
 fn allocations_are_aligned(device: &dyn Device) -> Result<(), String> {

@@ -11,7 +11,7 @@ use tensorhaul_plan::DeviceId;
 use tensorhaul_stage::{HostMemory, StagingMemory};
 
 use crate::gpu::CallError;
-use crate::operation::{Operation, OperationKind};
+use crate::operation::{Location, Operation, OperationKind};
 
 /// One place that tensors can live in.
 pub trait Device: Send + Sync {
@@ -114,6 +114,31 @@ pub trait Device: Send + Sync {
         stream: Stream,
     ) -> Result<(), DeviceError>;
 
+    /// Tells whether [`copy_from_peer`](Device::copy_from_peer) runs from memory of a device, without the host's: of this one
+    /// itself, or of another of its vendor that the driver lets it to. Where it does not, copies go through the host, and
+    /// [`fallbacks`](Device::fallbacks) says why. The first call for a device makes both ready for it.
+    fn can_reach(&self, peer: DeviceId) -> bool;
+
+    /// Queues a copy from an allocation of another device, or of this one, into an allocation of this one.
+    ///
+    /// It waits for nothing on the other device: [`order`](Device::order) the stream behind an event there first.
+    ///
+    /// # Errors
+    /// [`DeviceError::Unreachable`] where [`can_reach`](Device::can_reach) says no; else as for [`Device::copy`].
+    ///
+    /// # Safety
+    /// - `source` is of an allocation of `peer`, `target` of one of this device; both have `len_bytes` from there on, do not
+    ///   overlap, and live until an event recorded on this device after the copy is complete.
+    /// - Until that event nobody writes the source or touches the target.
+    unsafe fn copy_from_peer(
+        &self,
+        peer: DeviceId,
+        source: Location<'_>,
+        target: Location<'_>,
+        len_bytes: u64,
+        stream: Stream,
+    ) -> Result<(), DeviceError>;
+
     /// Loads what operations of a kind need, so that the first does not pay for it, and returns the time that took: zero
     /// where it was loaded before. [`Device::run`] does the same by itself.
     ///
@@ -139,7 +164,8 @@ pub trait Device: Send + Sync {
     /// [`DeviceError`] when the mark could not be queued.
     fn record(&self, stream: Stream) -> Result<Event, DeviceError>;
 
-    /// Makes a stream wait for an event before whatever is queued on it from now on.
+    /// Makes a stream wait for an event, of this device or of another that it [reaches](Device::can_reach), before whatever
+    /// is queued on it from now on.
     ///
     /// # Errors
     /// [`DeviceError`] when the wait could not be queued.
@@ -272,7 +298,8 @@ pub struct StridedCopy {
     pub target_offset_bytes: u64,
 }
 
-/// A point in a stream. Each backend puts its own handle in and is given back only its own.
+/// A point in a stream. Each backend puts its own handle in and is given back only its own; devices of one vendor share
+/// theirs.
 pub struct Event(Box<dyn Any + Send + Sync>);
 
 impl Event {
@@ -338,6 +365,15 @@ pub enum DeviceError {
         /// What this build has kernels for.
         known: String,
     },
+    /// Memory of another device is not reached without the host.
+    Unreachable {
+        /// Which device.
+        device: DeviceId,
+        /// Whose memory.
+        peer: DeviceId,
+        /// Why.
+        why: String,
+    },
     /// A call of the driver failed.
     Driver {
         /// Which device.
@@ -375,6 +411,9 @@ impl fmt::Display for DeviceError {
                     f,
                     "{device}: this build has no kernels for {architecture}, but for {known}; load without casts"
                 )
+            }
+            DeviceError::Unreachable { device, peer, why } => {
+                write!(f, "{device} does not reach the memory of {peer}: {why}; copy through the host")
             }
             DeviceError::Driver { device, error } => match error.meaning.advice() {
                 Some(advice) => write!(f, "{device}: {error}; {advice}"),

@@ -8,7 +8,7 @@ use std::ptr;
 
 use tensorhaul_device::gpu::{
     BatchPiece, CallError, CaptureMode, Context, DeviceFacts, Driver, EventHandle, FunctionHandle,
-    LaunchShape, Meaning, ModuleHandle, Rows, StreamHandle, table,
+    LaunchShape, Meaning, ModuleHandle, Peer, PeerCopy, Rows, StreamHandle, table,
 };
 use tensorhaul_plan::DeviceId;
 
@@ -196,9 +196,8 @@ unsafe impl Driver for Rocm {
     }
 
     fn make_current(&self, context: Context) -> Result<(), CallError> {
-        let device = context.0.saturating_sub(1) as sys::Device;
         // SAFETY: takes any number.
-        self.check("hipSetDevice", unsafe { (self.table.hipSetDevice)(device) })
+        self.check("hipSetDevice", unsafe { (self.table.hipSetDevice)(device_of(context)) })
     }
 
     fn exchange_capture_mode(&self, mode: CaptureMode) -> Option<Result<CaptureMode, CallError>> {
@@ -419,6 +418,57 @@ unsafe impl Driver for Rocm {
         self.check("hipMemcpy2DAsync", code)
     }
 
+    fn can_access_peer(&self, ordinal: u32, peer: u32) -> Option<Result<bool, CallError>> {
+        let (ask, _, _) = (
+            self.table.hipDeviceCanAccessPeer?,
+            self.table.hipDeviceEnablePeerAccess?,
+            self.table.hipMemcpyPeerAsync?,
+        );
+        let mut can = 0;
+        // SAFETY: writes one integer.
+        let code = unsafe { ask(&raw mut can, ordinal as sys::Device, peer as sys::Device) };
+        Some(self.check("hipDeviceCanAccessPeer", code).map(|()| can != 0))
+    }
+
+    fn enable_peer(&self, ordinal: u32, peer: Peer) -> Result<(), CallError> {
+        let enable = self.table.hipDeviceEnablePeerAccess.expect("asked for by can_access_peer");
+        // SAFETY: takes any number; the flags must be 0.
+        match unsafe { enable(peer.ordinal as sys::Device, 0) } {
+            sys::PEER_ACCESS_ALREADY_ENABLED => self.forget_last_error(),
+            code => self.check("hipDeviceEnablePeerAccess", code)?,
+        }
+        // What comes from a pool is reached by the devices that the pool names, whatever else they were let to.
+        let (Some(pool_of), Some(open)) = (self.table.hipDeviceGetMemPool, self.table.hipMemPoolSetAccess)
+        else {
+            return Ok(());
+        };
+        let mut pool = ptr::null_mut();
+        // SAFETY: writes one pointer.
+        match unsafe { pool_of(&raw mut pool, peer.ordinal as sys::Device) } {
+            sys::NOT_SUPPORTED => {
+                self.forget_last_error();
+                return Ok(());
+            }
+            code => self.check("hipDeviceGetMemPool", code)?,
+        }
+        let access = sys::MemAccess {
+            location_type: sys::LOCATION_TYPE_DEVICE,
+            location_id: ordinal as c_int,
+            flags: sys::ACCESS_READ_WRITE,
+        };
+        // SAFETY: the device's own pool; the one description is read before the call returns.
+        self.check("hipMemPoolSetAccess", unsafe { open(pool, &raw const access, 1) })
+    }
+
+    unsafe fn copy_peer(&self, copy: PeerCopy, stream: StreamHandle) -> Result<(), CallError> {
+        let queue = self.table.hipMemcpyPeerAsync.expect("asked for by can_access_peer");
+        let [target, source] = [copy.target_context, copy.source_context].map(device_of);
+        // SAFETY: the caller's promise.
+        let code =
+            unsafe { queue(copy.target, target, copy.source, source, copy.len_bytes, pointer(stream.0)) };
+        self.check("hipMemcpyPeerAsync", code)
+    }
+
     fn kernels(&self, architecture: &str, module: &str) -> Option<&'static [u8]> {
         kernels::find(architecture, module)
     }
@@ -483,6 +533,11 @@ unsafe impl Driver for Rocm {
         };
         self.check("hipModuleLaunchKernel", code)
     }
+}
+
+/// Contexts are devices' ordinals, from 1.
+fn device_of(context: Context) -> sys::Device {
+    context.0.saturating_sub(1) as sys::Device
 }
 
 /// Handles are pointers that only the runtime follows.

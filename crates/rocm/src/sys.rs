@@ -2,8 +2,9 @@
 //!
 //! # Source
 //! HIP runtime API reference, versions 5.2 to 7.1: signatures, flags, attributes and status codes, which did not change. All
-//! functions are in every version since 5.0 but the optional ones: capture modes are of 5.0 itself, ordered allocation is
-//! of 5.1, properties in their new layout of 6.0, batched copies of 7.1.
+//! functions are in every version since 5.0 but the optional ones: capture modes are of 5.0 itself, ordered allocation and
+//! access to pools of 5.1, properties in their new layout of 6.0, batched copies of 7.1. Those for peers are older; one device does
+//! without.
 
 use std::ffi::{c_char, c_int, c_uint, c_void};
 
@@ -11,6 +12,7 @@ pub(crate) type Device = c_int;
 pub(crate) type Stream = *mut c_void;
 pub(crate) type Event = *mut c_void;
 pub(crate) type Module = *mut c_void;
+pub(crate) type MemPool = *mut c_void;
 pub(crate) type Function = *mut c_void;
 /// `hipDeviceptr_t` and other pointers that only the device follows.
 pub(crate) type Address = u64;
@@ -57,6 +59,11 @@ tensorhaul_device::driver_table! {
         );
         optional:
         fn hipThreadExchangeStreamCaptureMode(*mut c_int);
+        fn hipDeviceCanAccessPeer(*mut c_int, Device, Device);
+        fn hipDeviceEnablePeerAccess(Device, c_uint);
+        fn hipMemcpyPeerAsync(Address, Device, Address, Device, usize, Stream);
+        fn hipDeviceGetMemPool(*mut MemPool, Device);
+        fn hipMemPoolSetAccess(MemPool, *const MemAccess, usize);
         fn hipGetDeviceProperties(*mut Properties, Device);
         fn hipGetDevicePropertiesR0600(*mut Properties, Device);
         fn hipMallocAsync(*mut Address, usize, Stream);
@@ -66,6 +73,19 @@ tensorhaul_device::driver_table! {
         );
     }
 }
+
+/// `hipMemAccessDesc`: who may do what with the memory of a pool.
+#[repr(C)]
+pub(crate) struct MemAccess {
+    pub(crate) location_type: c_int,
+    pub(crate) location_id: c_int,
+    pub(crate) flags: c_int,
+}
+
+/// `hipMemLocationTypeDevice`.
+pub(crate) const LOCATION_TYPE_DEVICE: c_int = 1;
+/// `hipMemAccessFlagsProtReadWrite`.
+pub(crate) const ACCESS_READ_WRITE: c_int = 3;
 
 /// `hipDeviceProp_t`, of which the architecture's name is read and nothing else: it is the one thing that no attribute tells.
 ///
@@ -88,6 +108,8 @@ pub(crate) const NO_DEVICE: c_int = 100;
 pub(crate) const INVALID_DEVICE: c_int = 101;
 /// `hipErrorNoBinaryForGpu`.
 pub(crate) const NO_BINARY_FOR_GPU: c_int = 209;
+/// `hipErrorPeerAccessAlreadyEnabled`.
+pub(crate) const PEER_ACCESS_ALREADY_ENABLED: c_int = 704;
 /// `hipErrorNotReady`.
 pub(crate) const NOT_READY: c_int = 600;
 /// `hipErrorNotSupported`.

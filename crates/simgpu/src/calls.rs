@@ -53,6 +53,20 @@ pub(crate) struct LaunchCall {
     pub(crate) end_key: usize,
 }
 
+/// `CUmemAccessDesc`, `hipMemAccessDesc`.
+#[repr(C)]
+pub(crate) struct MemAccess {
+    location_type: c_int,
+    location_id: c_int,
+    flags: c_int,
+}
+
+/// `CU_MEM_LOCATION_TYPE_DEVICE`, `hipMemLocationTypeDevice`.
+const LOCATION_TYPE_DEVICE: c_int = 1;
+/// `CU_MEM_ACCESS_FLAGS_PROT_NONE` and `_READWRITE`, and HIP's.
+const ACCESS_NONE: c_int = 0;
+const ACCESS_READ_WRITE: c_int = 3;
+
 impl Machine {
     /// Returns free and total bytes of the current device.
     pub(crate) fn memory(&mut self) -> Result<(usize, usize), i32> {
@@ -68,20 +82,46 @@ impl Machine {
         if !(0..count).contains(&device) || !(0..count).contains(&peer) {
             return Err(INVALID_DEVICE);
         }
-        Ok(c_int::from(self.config.peers && device != peer))
+        let is_refused = self.config.no_peers.contains(&(device as usize, peer as usize));
+        Ok(c_int::from(self.config.peers && device != peer && !is_refused))
     }
 
     /// Lets the current device to the memory of another, by its index.
     pub(crate) fn enable_peer(&mut self, peer: usize, flags: c_uint) -> Result<(), i32> {
-        let can = self.config.peers;
-        let device = self.current_device().ok_or(INVALID_CONTEXT)?;
+        let current = self.current().checked_sub(1).ok_or(INVALID_CONTEXT)?;
         if flags != 0 {
             return Err(INVALID_VALUE);
         }
-        if !can {
+        if self.can_access_peer(current as c_int, peer as c_int)? == 0 {
             return Err(PEER_ACCESS_UNSUPPORTED);
         }
+        let device = &mut self.devices[current];
         if device.peers.insert(peer) { Ok(()) } else { Err(PEER_ACCESS_ALREADY_ENABLED) }
+    }
+
+    /// Returns the pool of a device, which is named by its ordinal, from 1.
+    pub(crate) fn pool_of(&self, device: c_int) -> Result<*mut c_void, i32> {
+        let index = usize::try_from(device).ok().filter(|device| *device < self.devices.len());
+        let index = index.ok_or(INVALID_DEVICE)?;
+        if self.config.pools { Ok(ptr::without_provenance_mut(index + 1)) } else { Err(NOT_SUPPORTED) }
+    }
+
+    /// Lets devices to what a pool gives, or takes that back.
+    pub(crate) fn open_pool(&mut self, pool: usize, descriptions: &[MemAccess]) -> Result<(), i32> {
+        let owner = pool.checked_sub(1).filter(|owner| *owner < self.devices.len()).ok_or(INVALID_VALUE)?;
+        for access in descriptions {
+            if access.location_type != LOCATION_TYPE_DEVICE {
+                return Err(INVALID_VALUE);
+            }
+            let is_reached = self.can_access_peer(access.location_id, owner as c_int)? != 0;
+            let (reader, readers) = (access.location_id as usize, &mut self.devices[owner].pool_readers);
+            match access.flags {
+                ACCESS_READ_WRITE if is_reached => drop(readers.insert(reader)),
+                ACCESS_NONE => drop(readers.remove(&reader)),
+                _ => return Err(INVALID_DEVICE),
+            }
+        }
+        Ok(())
     }
 
     /// Takes back what [`Machine::enable_peer`] gave.
@@ -131,8 +171,10 @@ impl Machine {
         if !self.config.pools {
             return Err(NOT_SUPPORTED);
         }
-        self.stream(stream)?;
-        self.allocate(len as u64)
+        let device = self.stream(stream)?.device;
+        let address = self.allocate(len as u64)?;
+        self.devices[device].pooled.insert(address);
+        Ok(address)
     }
 
     pub(crate) fn free_ordered(&mut self, address: u64, stream: usize) -> Result<(), i32> {

@@ -30,6 +30,9 @@ pub(crate) struct Config {
     pub(crate) batches: bool,
     /// `peers=0`: no device reaches another's memory. Default: 1, each can be let to.
     pub(crate) peers: bool,
+    /// `no_peer=DEVICE:PEER`: a device, by its ordinal, does not reach another's memory, though perhaps the other way round.
+    /// May repeat.
+    pub(crate) no_peers: Vec<(usize, usize)>,
     /// `capturing=1`: somebody in this process captures a stream. Calls that would end the capture, from threads whose
     /// capture mode is not relaxed, are violations. Default: 0.
     pub(crate) capturing: bool,
@@ -67,6 +70,7 @@ impl Default for Config {
             unified: true,
             batches: true,
             peers: true,
+            no_peers: Vec::new(),
             capturing: false,
             gfx: "gfx942:sramecc+:xnack-".to_owned(),
         }
@@ -99,6 +103,11 @@ impl Config {
                     let &[call, nth, code] = parts.as_slice() else { return Err(wrong()) };
                     let (nth, code) = (nth.parse().map_err(|_| wrong())?, code.parse().map_err(|_| wrong())?);
                     config.fails.push(Fail { call: call.to_owned(), nth, code });
+                }
+                "no_peer" => {
+                    let (device, peer) = value.split_once(':').ok_or_else(wrong)?;
+                    let pair = (device.parse().map_err(|_| wrong())?, peer.parse().map_err(|_| wrong())?);
+                    config.no_peers.push(pair);
                 }
                 "slow" => {
                     let (call, millis) = value.split_once(':').ok_or_else(wrong)?;

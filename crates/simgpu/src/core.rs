@@ -48,8 +48,12 @@ pub(crate) struct Device {
     /// Freed in the order of a stream, and kept by the pool until somebody waits for the device.
     pub(crate) reserved_bytes: u64,
     pub(crate) retained: u32,
-    /// Devices, by their index, whose memory it may touch besides its own.
+    /// Devices, by their index, whose memory it may touch besides its own, but for what their pools gave.
     pub(crate) peers: BTreeSet<usize>,
+    /// Allocations that came from its pool.
+    pub(crate) pooled: BTreeSet<u64>,
+    /// Devices, by their index, that may touch what its pool gives.
+    pub(crate) pool_readers: BTreeSet<usize>,
     /// The code that every call returns once the device is lost.
     pub(crate) lost: Option<i32>,
     /// Stream 0.
@@ -222,7 +226,10 @@ impl Machine {
 
     /// Frees memory whose bytes were given back.
     pub(crate) fn free(&mut self, address: u64) -> Result<(), i32> {
-        let removed = self.devices.iter_mut().find_map(|device| device.allocations.remove(&address));
+        let removed = self.devices.iter_mut().find_map(|device| {
+            device.pooled.remove(&address);
+            device.allocations.remove(&address)
+        });
         let len_bytes = removed.ok_or(INVALID_VALUE)?;
         let start = std::ptr::with_exposed_provenance_mut::<u8>(address as usize);
         if self.config.poison {
@@ -242,7 +249,7 @@ impl Machine {
         len_bytes: u64,
     ) -> Result<(), i32> {
         let why = match self.owner(address, len_bytes) {
-            Some(owner) if self.may_touch(device, owner) => return Ok(()),
+            Some(owner) if self.may_touch(device, owner, address) => return Ok(()),
             Some(owner) => format!("are of device {owner}, which device {device} may not touch"),
             None => "are not inside an allocation".to_owned(),
         };
@@ -258,8 +265,15 @@ impl Machine {
         })
     }
 
-    fn may_touch(&self, device: usize, owner: usize) -> bool {
-        device == owner || self.devices.get(device).is_some_and(|device| device.peers.contains(&owner))
+    /// Tells whether a device may touch an allocation of another, given by an address in it.
+    fn may_touch(&self, device: usize, owner: usize, address: u64) -> bool {
+        let owners = &self.devices[owner];
+        let start = owners.allocations.range(..=address).next_back().map(|(start, _)| *start);
+        device == owner
+            || match start.is_some_and(|start| owners.pooled.contains(&start)) {
+                true => owners.pool_readers.contains(&device),
+                false => self.devices.get(device).is_some_and(|device| device.peers.contains(&owner)),
+            }
     }
 
     /// Checks that one end of a copy about to run, which was valid when it was queued, is neither freed nor unpinned.
@@ -288,12 +302,18 @@ impl Machine {
     /// Returns what kernels of a device may touch: the start and end of each allocation, of its own and of its peers', and
     /// of pinned memory that kernels reach, ascending.
     pub(crate) fn reachable(&self, device: usize) -> Vec<(u64, u64)> {
-        let touched = self.devices.iter().enumerate().filter(|(owner, _)| self.may_touch(device, *owner));
-        let allocations = touched.flat_map(|(_, device)| &device.allocations);
+        let of_owner = |(owner, device): (usize, &Device)| {
+            device
+                .allocations
+                .iter()
+                .map(move |(start, len)| (owner, *start, start + len))
+                .collect::<Vec<_>>()
+        };
+        let allocations = self.devices.iter().enumerate().flat_map(of_owner);
+        let touched = allocations.filter(|(owner, start, _)| self.may_touch(device, *owner, *start));
         let pinned = self.pinned.iter().filter(|(_, pinned)| pinned.is_mapped);
         let pinned = pinned.map(|(start, pinned)| (*start as u64, (start + pinned.len) as u64));
-        let mut ranges: Vec<_> =
-            allocations.map(|(start, len)| (*start, start + len)).chain(pinned).collect();
+        let mut ranges: Vec<_> = touched.map(|(_, start, end)| (start, end)).chain(pinned).collect();
         ranges.sort_unstable();
         ranges
     }

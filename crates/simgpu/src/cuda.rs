@@ -9,7 +9,7 @@
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::ptr;
 
-use crate::calls::{self, LaunchCall, array, calls, give};
+use crate::calls::{self, LaunchCall, MemAccess, array, calls, give};
 use crate::core::{
     self, INVALID_CONTEXT, INVALID_DEVICE, INVALID_VALUE, Machine, NO_DEVICE, NOT_INITIALIZED, NOT_SUPPORTED,
 };
@@ -65,6 +65,11 @@ calls! {
     fn cuCtxDisablePeerAccess(context: *mut c_void) |machine| {
         let peer = peer(machine, context)?;
         machine.disable_peer(peer)
+    };
+    fn cuDeviceGetMemPool(pool: *mut *mut c_void, device: c_int) |machine| give!(pool, machine.pool_of(device)?);
+    fn cuMemPoolSetAccess(pool: *mut c_void, access: *const MemAccess, count: usize) |machine| {
+        // SAFETY: the caller passes `count` descriptions.
+        machine.open_pool(pool.addr(), unsafe { array(access, count) })
     };
     fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) |machine| {
         let (free_bytes, total_bytes) = machine.memory()?;

@@ -12,7 +12,7 @@
 use std::cell::Cell;
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 
-use crate::calls::{self, LaunchCall, array, calls, give};
+use crate::calls::{self, LaunchCall, MemAccess, array, calls, give};
 use crate::code_object::CodeObject;
 use crate::core::{self, INVALID_DEVICE, INVALID_VALUE, Machine, NO_DEVICE, NOT_SUPPORTED};
 use crate::kernels::MISALIGNED_ADDRESS;
@@ -103,6 +103,11 @@ calls! {
     fn hipDeviceDisablePeerAccess(peer: c_int) |machine| {
         check_peer(machine, peer)?;
         machine.disable_peer(peer as usize)
+    };
+    fn hipDeviceGetMemPool(pool: *mut *mut c_void, device: c_int) |machine| give!(pool, machine.pool_of(device)?);
+    fn hipMemPoolSetAccess(pool: *mut c_void, access: *const MemAccess, count: usize) |machine| {
+        // SAFETY: the caller passes `count` descriptions.
+        machine.open_pool(pool.addr(), unsafe { array(access, count) })
     };
     fn hipMemGetInfo(free: *mut usize, total: *mut usize) |machine| {
         let (free_bytes, total_bytes) = machine.memory()?;

@@ -1,6 +1,7 @@
 //! Does every device do what the loader relies on? The conformance suite, a load compared byte for byte, a bandwidth.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use serde::Serialize;
 use tensorhaul_device::{Device, conformance};
@@ -10,6 +11,7 @@ use tensorhaul_plan::{DeviceId, Dtype, Request};
 use crate::error::{Error, ErrorKind, Result};
 use crate::link::{Direction, Link};
 use crate::options::{EngineChoice, Handover, LoadOptions};
+use crate::vendors::Vendor;
 use crate::{Model, devices};
 
 /// How a device did.
@@ -38,7 +40,10 @@ pub struct Verdict {
 /// When the device cannot be opened or the checkpoint not be written; what does not hold is in the verdict.
 pub fn run(id: DeviceId, folder: &Path) -> Result<Verdict> {
     let device = devices::open(id)?;
-    let promises = conformance::run(&*device);
+    let mut promises = conformance::run(&*device);
+    if let Some(peer) = neighbour(id)? {
+        promises.extend(conformance::run_pair(&*device, &*peer));
+    }
     let mut failures: Vec<String> = promises
         .iter()
         .filter_map(|promise| Some(format!("{}: {}", promise.promise, promise.result.as_ref().err()?)))
@@ -64,6 +69,18 @@ pub fn run(id: DeviceId, folder: &Path) -> Result<Verdict> {
         copy_gb_per_s,
         failures,
     })
+}
+
+/// Opens another device of the same vendor, for nobody but the test, where there is one: the next, or the first behind the last.
+fn neighbour(id: DeviceId) -> Result<Option<Arc<dyn Device>>> {
+    let Some(Ok(driver)) = Vendor::of(id).map(|vendor| (vendor.driver)()) else { return Ok(None) };
+    let count = driver.device_count().unwrap_or(0);
+    let next =
+        (0..count).find(|ordinal| driver.device_id(*ordinal) == id).map(|ordinal| (ordinal + 1) % count);
+    match next.map(|ordinal| driver.device_id(ordinal)).filter(|next| *next != id) {
+        Some(next) => Ok(Some(devices::find(next)?.open_apart()?)),
+        None => Ok(None),
+    }
 }
 
 /// Loads a checkpoint with tensors of every alignment by every engine, and compares what arrived.

@@ -214,6 +214,24 @@ pub unsafe trait Driver: Send + Sync + 'static {
     /// As [`Driver::copy_in`], for every row.
     unsafe fn copy_rows_in(&self, rows: Rows, stream: StreamHandle) -> Result<(), CallError>;
 
+    /// Tells whether a device can be let to the memory of another, both by their ordinals; `None` when the driver has not
+    /// all that this takes.
+    fn can_access_peer(&self, ordinal: u32, peer: u32) -> Option<Result<bool, CallError>>;
+
+    /// Lets the current device to the memory of another, what its pool gives included. That it was let there before, by
+    /// whomever, is no error. Only where [`Driver::can_access_peer`] has said yes.
+    ///
+    /// # Errors
+    /// [`CallError`].
+    fn enable_peer(&self, ordinal: u32, peer: Peer) -> Result<(), CallError>;
+
+    /// Queues a copy from the memory of one device to that of another, or of the same one. Only where
+    /// [`Driver::can_access_peer`] gives an answer.
+    ///
+    /// # Safety
+    /// Both ranges are valid until the copy is done, and of the contexts named, which are retained until then.
+    unsafe fn copy_peer(&self, copy: PeerCopy, stream: StreamHandle) -> Result<(), CallError>;
+
     /// Returns the kernels of a module of `kernels/`, compiled for an architecture, where this build has them.
     fn kernels(&self, architecture: &str, module: &str) -> Option<&'static [u8]>;
 
@@ -298,6 +316,30 @@ pub struct BatchPiece {
     pub target: u64,
     /// First byte on the host.
     pub source: *const c_void,
+    /// Number of bytes.
+    pub len_bytes: usize,
+}
+
+/// A device, seen from another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Peer {
+    /// Its ordinal.
+    pub ordinal: u32,
+    /// Its context, retained.
+    pub context: Context,
+}
+
+/// A copy between devices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PeerCopy {
+    /// Address of the first byte to read.
+    pub source: u64,
+    /// The context that it is of.
+    pub source_context: Context,
+    /// Address of the first byte to write.
+    pub target: u64,
+    /// The context that it is of.
+    pub target_context: Context,
     /// Number of bytes.
     pub len_bytes: usize,
 }

@@ -17,6 +17,7 @@ mod driver;
 mod kernels;
 mod memory;
 mod params;
+mod peers;
 mod staging;
 pub mod table;
 pub mod topology;
@@ -27,17 +28,18 @@ use std::time::Duration;
 
 pub use driver::{
     BatchPiece, CallError, CaptureMode, Context, DeviceFacts, Driver, EventHandle, FunctionHandle,
-    LaunchShape, Meaning, ModuleHandle, Rows, StreamHandle,
+    LaunchShape, Meaning, ModuleHandle, Peer, PeerCopy, Rows, StreamHandle,
 };
 use kernels::Modules;
 use memory::Memory;
+use peers::Peers;
 use tensorhaul_plan::DeviceId;
 use tensorhaul_stage::{HostMemory, StagingMemory};
 
 use crate::contract::{
     Allocation, Capabilities, Device, DeviceError, Event, MemoryInfo, Piece, Stream, StridedCopy,
 };
-use crate::operation::{Operation, OperationKind};
+use crate::operation::{Location, Operation, OperationKind};
 
 /// A device that the driver sees, described and not touched: no context was made, nothing was allocated on it.
 pub struct Found<D: Driver> {
@@ -65,6 +67,7 @@ pub(crate) struct Shared<D: Driver> {
     /// Whether small pieces can be moved by a kernel, as far as is known.
     scatters: AtomicBool,
     modules: Modules,
+    peers: Peers,
     /// Whether the driver pins memory that it did not allocate, as far as is known.
     registers: AtomicBool,
     /// What could not be done as preferred: what, why.
@@ -131,6 +134,7 @@ impl<D: Driver> Found<D> {
             batches: AtomicBool::new(true),
             scatters,
             modules: Modules::default(),
+            peers: Peers::default(),
             registers: AtomicBool::new(true),
             fallbacks: Mutex::default(),
             process: std::process::id(),
@@ -255,6 +259,7 @@ impl<D: Driver> Drop for Shared<D> {
             }
             drop(bound);
         }
+        self.leave_peers();
         self.driver.close(self.ordinal, self.context);
     }
 }
@@ -489,6 +494,23 @@ impl<D: Driver> Device for Gpu<D> {
             shared.driver.copy_out(target.as_mut_ptr().cast(), address, target.len(), shared.stream(stream))
         };
         queued.map_err(|error| shared.failed(error))
+    }
+
+    fn can_reach(&self, peer: DeviceId) -> bool {
+        self.shared.bind().is_ok_and(|_bound| self.shared.reach(peer).is_ok())
+    }
+
+    unsafe fn copy_from_peer(
+        &self,
+        peer: DeviceId,
+        source: Location<'_>,
+        target: Location<'_>,
+        len_bytes: u64,
+        stream: Stream,
+    ) -> Result<(), DeviceError> {
+        let _bound = self.shared.bind()?;
+        // SAFETY: the caller's promise.
+        unsafe { self.shared.copy_from_peer(peer, source, target, len_bytes, stream) }
     }
 
     fn prepare(&self, kind: OperationKind) -> Result<Duration, DeviceError> {

@@ -14,7 +14,7 @@ use tensorhaul_stage::{HostMemory, StagingMemory};
 use crate::contract::{
     Allocation, Capabilities, Device, DeviceError, Event, Kept, MemoryInfo, Piece, Stream, StridedCopy,
 };
-use crate::operation::{Operation, OperationKind};
+use crate::operation::{Location, Operation, OperationKind};
 
 /// The host. Every event is complete when it is recorded.
 #[derive(Clone, Copy, Debug, Default)]
@@ -132,6 +132,30 @@ impl Device for Host {
         let (start, len) = (place(source, source_offset_bytes, target.len()), target.len());
         // SAFETY: as in `copy`, with the allocation as source.
         unsafe { start.copy_to_nonoverlapping(NonNull::from(target).cast(), len) };
+        Ok(())
+    }
+
+    fn can_reach(&self, peer: DeviceId) -> bool {
+        peer == DeviceId::Host
+    }
+
+    unsafe fn copy_from_peer(
+        &self,
+        peer: DeviceId,
+        source: Location<'_>,
+        target: Location<'_>,
+        len_bytes: u64,
+        _stream: Stream,
+    ) -> Result<(), DeviceError> {
+        if !self.can_reach(peer) {
+            let why = "the host reads it through staging memory".to_owned();
+            return Err(DeviceError::Unreachable { device: DeviceId::Host, peer, why });
+        }
+        let len = len_bytes as usize;
+        let from = place(source.allocation, source.offset_bytes, len);
+        let to = place(target.allocation, target.offset_bytes, len);
+        // SAFETY: the caller owns both ranges, which `place` keeps inside their allocations and which do not overlap.
+        unsafe { to.copy_from_nonoverlapping(from, len) };
         Ok(())
     }
 

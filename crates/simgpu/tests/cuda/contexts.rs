@@ -16,7 +16,7 @@ fn access_is_of_the_current_context() {
 
 #[test]
 fn access_ends_with_the_context() {
-    let sim = Sim::new("devices=2");
+    let sim = Sim::new("devices=2;pools=0");
     let pair = Pair::new();
     assert_eq!(peer::enable(1), 0);
     drop(pair);

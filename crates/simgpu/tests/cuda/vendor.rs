@@ -35,8 +35,17 @@ pub(crate) const REFUSALS: &[(i32, &str)] = &[
 pub(crate) const NO_DRIVER: &str = "NVIDIA's driver is not installed";
 pub(crate) const NO_DEVICE: &[&str] = &["a driver is installed, but it sees no GPU"];
 pub(crate) const FIRST_SYMBOL: &str = "cuInit";
-pub(crate) const OPTIONAL_SYMBOLS: &[&str] =
-    &[call::CAPTURE_MODE, "cuMemAllocAsync", "cuMemFreeAsync", "cuMemcpyBatchAsync"];
+pub(crate) const OPTIONAL_SYMBOLS: &[&str] = &[
+    call::CAPTURE_MODE,
+    call::CAN_ACCESS_PEER,
+    call::ENABLE_PEER,
+    call::POOL_OF,
+    call::OPEN_POOL,
+    call::COPY_PEER,
+    "cuMemAllocAsync",
+    "cuMemFreeAsync",
+    "cuMemcpyBatchAsync",
+];
 
 /// Returns a module with the simulator's own kernel `probe`, which takes an address.
 pub(crate) fn probe_image() -> &'static [u8] {
@@ -68,6 +77,11 @@ pub(crate) mod call {
     pub(crate) const COPY_OUT: &str = "cuMemcpyDtoHAsync_v2";
     pub(crate) const COPY_ROWS: &str = "cuMemcpy2DAsync_v2";
     pub(crate) const COPY_ON_DEVICE: &str = "cuMemcpyDtoDAsync_v2";
+    pub(crate) const CAN_ACCESS_PEER: &str = "cuDeviceCanAccessPeer";
+    pub(crate) const ENABLE_PEER: &str = "cuCtxEnablePeerAccess";
+    pub(crate) const POOL_OF: &str = "cuDeviceGetMemPool";
+    pub(crate) const OPEN_POOL: &str = "cuMemPoolSetAccess";
+    pub(crate) const COPY_PEER: &str = "cuMemcpyPeerAsync";
     pub(crate) const HOST_CALL: &str = "cuLaunchHostFunc";
     pub(crate) const MODULE_LOAD: &str = "cuModuleLoadData";
     pub(crate) const MODULE_UNLOAD: &str = "cuModuleUnload";

@@ -74,6 +74,11 @@ pub(crate) mod call {
     pub(crate) const COPY_OUT: &str = "hipMemcpyDtoHAsync";
     pub(crate) const COPY_ROWS: &str = "hipMemcpy2DAsync";
     pub(crate) const COPY_ON_DEVICE: &str = "hipMemcpyDtoDAsync";
+    pub(crate) const CAN_ACCESS_PEER: &str = "hipDeviceCanAccessPeer";
+    pub(crate) const ENABLE_PEER: &str = "hipDeviceEnablePeerAccess";
+    pub(crate) const POOL_OF: &str = "hipDeviceGetMemPool";
+    pub(crate) const OPEN_POOL: &str = "hipMemPoolSetAccess";
+    pub(crate) const COPY_PEER: &str = "hipMemcpyPeerAsync";
     pub(crate) const HOST_CALL: &str = "hipLaunchHostFunc";
     pub(crate) const MODULE_LOAD: &str = "hipModuleLoadData";
     pub(crate) const MODULE_UNLOAD: &str = "hipModuleUnload";

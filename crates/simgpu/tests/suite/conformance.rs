@@ -20,6 +20,27 @@ fn the_backend_passes_the_conformance_suite() {
 }
 
 #[test]
+fn two_devices_pass_the_conformance_suite() {
+    for (config, is_reached) in [
+        ("devices=2", true),
+        ("devices=2;delay_us=300", true),
+        ("devices=2;pools=0;delay_us=300;seed=7", true),
+        ("devices=2;no_peer=1:0", true),
+        ("devices=2;no_peer=0:1", false),
+        ("devices=2;peers=0", false),
+    ] {
+        let sim = Sim::new(config);
+        let (device, peer) = (vendor::open(0).unwrap(), vendor::open(1).unwrap());
+        for verdict in conformance::run_pair(&device, &peer) {
+            verdict.result.unwrap_or_else(|what| panic!("{config:?}: {}: {what}", verdict.promise));
+        }
+        assert_eq!(device.can_reach(peer.id()), is_reached, "{config}");
+        drop((device, peer));
+        sim.assert_clean(config);
+    }
+}
+
+#[test]
 fn an_ordinal_out_of_range_says_what_there_is() {
     let _sim = Sim::new("devices=2");
     let error = vendor::open(2).err().unwrap().to_string();

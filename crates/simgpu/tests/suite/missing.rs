@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use tensorhaul::Model;
+use tensorhaul_device::conformance;
 
 use crate::suite::kernels::{misaligned, run_everything};
 use crate::suite::load::{assert_same_bytes, options};
@@ -33,6 +34,9 @@ fn probe_in_a_process_of_its_own() {
     match vendor::open(0) {
         Ok(device) => {
             run_everything().unwrap();
+            for verdict in conformance::run_pair(&device, &device) {
+                verdict.result.unwrap_or_else(|what| panic!("{}: {what}", verdict.promise));
+            }
             let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
             let model = Model::open(misaligned(folder.path(), "small", 500, 401)).unwrap();
             assert_same_bytes(&model, &model.load(&options()).unwrap());

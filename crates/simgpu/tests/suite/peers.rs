@@ -1,14 +1,14 @@
-//! The simulator's own answers about several devices: whose memory copies and kernels may touch. The backend uses one device at
-//! a time, so these call the exported functions.
+//! Several devices: the simulator's own answers about whose memory copies and kernels may touch, for which the exported
+//! functions are called, and what the backend makes of them.
 
 use std::ffi::{c_int, c_void};
 use std::ptr;
 use std::sync::Arc;
 
 use tensorhaul_device::gpu::{Context, Driver, Gpu, LaunchShape, StreamHandle};
-use tensorhaul_device::{Allocation, Device, Stream};
+use tensorhaul_device::{Allocation, Device, Location, Stream};
 
-use crate::suite::sim::{Sim, function};
+use crate::suite::sim::{Sim, failure, function};
 use crate::vendor::{self, Vendor, call, peer};
 
 type CopyOnDevice = unsafe extern "C" fn(u64, u64, usize, *mut c_void) -> c_int;
@@ -140,8 +140,111 @@ fn a_machine_without_peers_refuses_access() {
 }
 
 #[test]
-fn a_copy_touches_another_devices_memory_only_while_that_is_enabled() {
+fn a_pair_is_refused_one_way_and_let_through_the_other() {
+    let _sim = Sim::new("devices=3;no_peer=0:1;no_peer=2:0");
+    let _pair = Pair::new();
+    assert_eq!([peer::can_access(0, 1), peer::can_access(1, 0)], [(0, 0), (0, 1)]);
+    assert_eq!([peer::can_access(2, 0), peer::can_access(0, 2)], [(0, 0), (0, 1)]);
+    assert_eq!([peer::enable(1), peer::enable(2)], [217, 0]);
+}
+
+#[test]
+fn what_a_pool_gave_is_reached_where_the_pool_says_so() {
     let sim = Sim::new("devices=2;delay_us=50");
+    let pair = Pair::new();
+    pair.fill(1, 2);
+    assert_eq!(peer::enable(1), 0);
+    assert_eq!(pair.copy(), 1, "the pool says nothing yet");
+    assert_eq!(sim.report().violations.len(), 1);
+    // Access that somebody else has enabled already is no error.
+    assert!(pair.devices[0].can_reach(vendor::id(1)), "{:?}", pair.devices[0].fallbacks());
+    assert_eq!(pair.copy(), 0);
+    assert!(pair.holds(0, 2));
+    pair.launch();
+    assert_eq!(sim.report().violations.len(), 1);
+}
+
+#[test]
+fn a_device_is_let_to_a_peer_once_and_lets_go_of_it_when_it_is_closed() {
+    let sim = Sim::new("devices=2");
+    let devices = [0, 1].map(|ordinal| vendor::open(ordinal).unwrap());
+    for _ in 0..3 {
+        assert!(devices[0].can_reach(vendor::id(1)) && devices[0].can_reach(vendor::id(0)));
+    }
+    for call in [call::ENABLE_PEER, call::OPEN_POOL] {
+        assert_eq!(sim.report().calls(call), 1, "{call}");
+    }
+    assert!(!devices[0].can_reach(tensorhaul::DeviceId::Host));
+    let of_the_other_vendor = match vendor::id(0) {
+        tensorhaul::DeviceId::Cuda(_) => tensorhaul::DeviceId::Rocm(0),
+        _ => tensorhaul::DeviceId::Cuda(0),
+    };
+    assert!(!devices[0].can_reach(of_the_other_vendor));
+    assert!(!devices[0].can_reach(vendor::id(7)), "there are two");
+    drop(devices);
+    sim.assert_clean("after both devices");
+}
+
+#[test]
+fn a_pair_that_is_refused_is_told_with_the_reason_and_copies_are_a_typed_error() {
+    let refusals = [
+        ("no_peer=0:1".to_owned(), "the driver lets no copies through between the two".to_owned()),
+        (
+            format!("fail={}:1:1", call::CAN_ACCESS_PEER),
+            failure(call::CAN_ACCESS_PEER, 1, vendor::INVALID_VALUE),
+        ),
+        (format!("fail={}:1:1", call::ENABLE_PEER), failure(call::ENABLE_PEER, 1, vendor::INVALID_VALUE)),
+        (format!("fail={}:1:1", call::POOL_OF), failure(call::POOL_OF, 1, vendor::INVALID_VALUE)),
+        (format!("fail={}:1:1", call::OPEN_POOL), failure(call::OPEN_POOL, 1, vendor::INVALID_VALUE)),
+    ];
+    for (config, why) in refusals {
+        let sim = Sim::new(&format!("devices=2;{config}"));
+        let devices = [0, 1].map(|ordinal| vendor::open(ordinal).unwrap());
+        let memory = [0, 1].map(|at: usize| devices[at].allocate(64).unwrap());
+        assert!(!devices[0].can_reach(vendor::id(1)), "{config}");
+        let what = format!("memory of {} is copied through the host", vendor::SECOND);
+        assert_eq!(devices[0].fallbacks(), [(what, why.clone())], "{config}");
+        let [target, source] = [0, 1].map(|at| Location { allocation: &memory[at], offset_bytes: 0 });
+        // SAFETY: refused, so that nothing is queued.
+        let copied = unsafe { devices[0].copy_from_peer(vendor::id(1), source, target, 64, Stream::Copy) };
+        let (first, second) = (vendor::FIRST, vendor::SECOND);
+        assert_eq!(
+            copied.unwrap_err().to_string(),
+            format!("{first} does not reach the memory of {second}: {why}; copy through the host")
+        );
+        assert!(devices[1].can_reach(vendor::id(0)), "the other way: {:?}", devices[1].fallbacks());
+        drop((memory, devices));
+        sim.assert_clean(&config);
+    }
+}
+
+#[test]
+fn a_failed_copy_between_devices_is_a_typed_error_and_the_next_one_works() {
+    let sim = Sim::new("devices=2;delay_us=50");
+    let pair = Pair::new();
+    pair.fill(0, 1);
+    pair.fill(1, 2);
+    let copy = || {
+        let [target, source] = [0, 1].map(|at| Location { allocation: &pair.memory[at], offset_bytes: 0 });
+        let len_bytes = LEN_BYTES as u64;
+        // SAFETY: both live until the event below was waited for, and nobody touches them meanwhile.
+        let queued =
+            unsafe { pair.devices[0].copy_from_peer(vendor::id(1), source, target, len_bytes, Stream::Copy) };
+        pair.devices[0].wait(&pair.devices[0].record(Stream::Copy).unwrap()).unwrap();
+        queued.map_err(|error| error.to_string())
+    };
+    sim.fail(&format!("fail={}:1:1", call::COPY_PEER));
+    let told = format!("{}: {}", vendor::FIRST, failure(call::COPY_PEER, 1, vendor::INVALID_VALUE));
+    assert_eq!(copy(), Err(told));
+    assert!(pair.holds(0, 1), "nothing was copied");
+    assert_eq!(copy(), Ok(()));
+    assert!(pair.holds(0, 2));
+    assert!(sim.report().violations.is_empty(), "{:?}", sim.report().violations);
+}
+
+#[test]
+fn a_copy_touches_another_devices_memory_only_while_that_is_enabled() {
+    let sim = Sim::new("devices=2;pools=0;delay_us=50");
     let pair = Pair::new();
     pair.fill(0, 1);
     pair.fill(1, 2);
@@ -186,7 +289,7 @@ fn a_copy_that_names_both_devices_needs_no_access_but_the_right_devices() {
 
 #[test]
 fn a_kernel_touches_another_devices_memory_only_while_that_is_enabled() {
-    let sim = Sim::new("devices=2");
+    let sim = Sim::new("devices=2;pools=0");
     let pair = Pair::new();
     assert_eq!(peer::enable(1), 0);
     pair.launch();
