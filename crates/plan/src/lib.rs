@@ -9,6 +9,7 @@
 //! - [`Header`] is one file's tensor list, checked; [`Index`] is a sharded checkpoint's file list.
 //! - [`Checkpoint`] joins many headers into one tensor table.
 //! - [`Request`] says which tensors, which part of each, onto which device.
+//! - [`Assembly`] is a result whose tensors are put together from parts of others; [`parallel`] makes one for each rank.
 //! - [`Plan`] says which bytes are read, where each byte lands, and what that costs in memory.
 //!
 //! # Example
@@ -34,6 +35,7 @@ pub mod extent;
 pub mod header;
 pub mod in_place;
 pub mod index;
+pub mod parallel;
 pub mod placement;
 pub mod plan;
 pub mod quant;

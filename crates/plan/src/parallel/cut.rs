@@ -1,0 +1,283 @@
+//! What a rule leaves a rank of one tensor: ranges of its dimensions.
+
+use std::ops::Range;
+
+use super::config::Count;
+use super::error::divisors;
+use super::partition::{Entry, Origin, Partition};
+use super::rules::{How, Sections, Split};
+use super::{ParallelError, Ranks};
+use crate::slice::Slice;
+
+/// The elements of a tensor that a rank has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Cut {
+    /// Of dimension 0, where that counts experts.
+    pub(super) experts: Option<Range<u64>>,
+    /// The dimension that is cut, and what is kept of it: ascending, disjoint, one after the other in the result.
+    pub(super) dim: usize,
+    pub(super) pieces: Vec<Range<u64>>,
+    /// Rows that the rank has past the end of the tensor.
+    pub(super) padding: u64,
+}
+
+impl Cut {
+    /// Everything.
+    fn whole(shape: &[u64]) -> Cut {
+        Cut {
+            experts: None,
+            dim: 0,
+            pieces: shape.first().map(|len| 0..*len).into_iter().collect(),
+            padding: 0,
+        }
+    }
+
+    /// Tells whether nothing is left out.
+    pub(super) fn is_whole(&self, shape: &[u64]) -> bool {
+        let is_all = |dim: usize, range: &Range<u64>| *range == (0..shape[dim]);
+        self.experts.as_ref().is_none_or(|experts| is_all(0, experts))
+            && (shape.is_empty() || matches!(self.pieces.as_slice(), [piece] if is_all(self.dim, piece)))
+    }
+
+    /// Returns the shape of what is left.
+    pub(super) fn shape(&self, whole: &[u64]) -> Vec<u64> {
+        let mut shape = whole.to_vec();
+        if let Some(len) = shape.get_mut(self.dim) {
+            *len = self.pieces.iter().map(|piece| piece.end - piece.start).sum();
+        }
+        if let Some(experts) = &self.experts {
+            shape[0] = experts.end - experts.start;
+        }
+        shape
+    }
+
+    /// Walks the slices of a tensor of this shape, and how many elements of the cut dimension lie before each.
+    pub(super) fn slices<'c>(&'c self, whole: &'c [u64]) -> impl Iterator<Item = (Slice, u64)> + 'c {
+        let is_whole = self.is_whole(whole);
+        let all = is_whole.then(|| (Slice::new(Vec::new()), 0)).into_iter();
+        let pieces = if is_whole { &[][..] } else { &self.pieces };
+        let cut = pieces.iter().scan(0, move |before, piece| {
+            let at = *before;
+            *before += piece.end - piece.start;
+            Some((self.slice(whole, piece), at))
+        });
+        all.chain(cut)
+    }
+
+    fn slice(&self, whole: &[u64], piece: &Range<u64>) -> Slice {
+        let range = |dim: usize| match &self.experts {
+            _ if dim == self.dim => piece.clone(),
+            Some(experts) if dim == 0 => experts.clone(),
+            _ => 0..whole[dim],
+        };
+        Slice::new((0..=self.dim).map(range).collect::<Vec<_>>())
+    }
+}
+
+impl Partition<'_> {
+    /// Returns what a rank has of a tensor, or `None` where it has nothing of it, not even the name.
+    pub(super) fn cut(&self, entry: &Entry, ranks: &Ranks) -> Result<Option<Cut>, ParallelError> {
+        let (rule, shape) = (self.rule_of(entry), self.shape(entry));
+        let of_expert = rule.is_stacked || entry.expert.is_some();
+        let tp = match of_expert && ranks.has_whole_experts {
+            true => Part { rank: 0, size: 1 },
+            false => Part { rank: ranks.tp_rank, size: ranks.tp_size },
+        };
+        if let How::Row(_) = rule.how {
+            if entry.is_bias && tp.rank > 0 && !rule.has_bias_everywhere {
+                return Ok(None);
+            }
+        }
+        let mut cut = match self.dim(entry, shape)? {
+            None => Cut::whole(shape),
+            Some(dim) => match &rule.how {
+                How::Vocab { pad_to } => vocab(shape[dim], *pad_to, tp),
+                How::Column(split) | How::Row(split) => {
+                    let pieces = self.share_of(entry, split, dim, shape[dim], tp)?;
+                    Cut { experts: None, dim, pieces, padding: 0 }
+                }
+                How::Replicated => Cut::whole(shape),
+            },
+        };
+        if rule.is_stacked {
+            let experts = self.experts_of(entry, shape[0], ranks)?;
+            match cut.dim {
+                0 => cut.pieces = vec![experts], // Nothing but whole experts is shared.
+                _ => cut.experts = Some(experts),
+            }
+        }
+        Ok(Some(cut))
+    }
+
+    /// Returns a rank's experts out of `count`.
+    pub(super) fn experts_of(
+        &self,
+        entry: &Entry,
+        count: u64,
+        ranks: &Ranks,
+    ) -> Result<Range<u64>, ParallelError> {
+        let tensor = || self.name(entry).to_owned();
+        if let Some(experts) = self.config.experts.filter(|experts| *experts != count) {
+            return Err(ParallelError::UnknownExpert { tensor: tensor(), expert: count, experts });
+        }
+        let ep = Part { rank: ranks.ep_rank, size: ranks.ep_size };
+        let uneven = |works| ParallelError::Uneven {
+            tensor: String::new(),
+            what: "experts",
+            count,
+            size: ep.size,
+            works,
+        };
+        ep.even(count).ok_or_else(|| uneven(divisors(count)))
+    }
+
+    /// Returns the dimension that the tensor's rule cuts.
+    fn dim(&self, entry: &Entry, shape: &[u64]) -> Result<Option<usize>, ParallelError> {
+        let (rule, ndim) = (self.rule_of(entry), shape.len());
+        let behind = usize::from(rule.is_stacked); // Dimensions before the matrix or vector.
+        let is_swapped = rule.is_transposed && matches!(entry.origin, Origin::Stored(_));
+        let (from_end, needs) = match &rule.how {
+            How::Replicated => (None, 0),
+            How::Vocab { .. } => (Some(ndim), 1),
+            How::Row(_) if entry.is_bias => (None, 0),
+            How::Row(split) if ndim == 1 && split.sections != Sections::Equal(1) => (None, 0),
+            How::Column(_) | How::Row(_) if entry.is_bias || ndim - behind.min(ndim) == 1 => (Some(1), 1),
+            How::Column(_) if !is_swapped => (Some(2), 2),
+            How::Row(_) if is_swapped => (Some(2), 2),
+            How::Column(_) | How::Row(_) => (Some(1), 2),
+        };
+        if ndim < needs + behind {
+            return Err(ParallelError::TooFewDims {
+                tensor: self.name(entry).to_owned(),
+                shape: shape.to_vec(),
+                pattern: entry
+                    .rule
+                    .map_or_else(String::new, |rule| self.rules.rules[rule as usize].0.clone()),
+                rule: rule.to_string(),
+            });
+        }
+        Ok(from_end.map(|from_end| ndim - from_end))
+    }
+
+    /// Returns what a rank has of a dimension of `len` elements.
+    fn share_of(
+        &self,
+        entry: &Entry,
+        split: &Split,
+        dim: usize,
+        len: u64,
+        tp: Part,
+    ) -> Result<Vec<Range<u64>>, ParallelError> {
+        let tensor = || self.name(entry).to_owned();
+        let not_counted = |counted: String| ParallelError::NotCounted { tensor: tensor(), dim, len, counted };
+        let mut pieces: Vec<Range<u64>> = Vec::new();
+        let mut keep = |piece: Range<u64>| match pieces.last_mut() {
+            Some(last) if last.end == piece.start => last.end = piece.end,
+            _ if piece.is_empty() => {}
+            _ => pieces.push(piece),
+        };
+        match &split.sections {
+            Sections::Equal(sections) => {
+                if len % sections != 0 {
+                    return Err(not_counted(format!("{sections} equal sections")));
+                }
+                let count = len / sections;
+                let what = if dim + 1 == self.shape(entry).len() && dim > 0 { "columns" } else { "rows" };
+                for section in 0..*sections {
+                    let own = match split.is_uneven {
+                        true => tp.chunk(count),
+                        false => {
+                            let size = tp.size;
+                            let uneven =
+                                |works| ParallelError::Uneven { tensor: tensor(), what, count, size, works };
+                            tp.even(count).ok_or_else(|| uneven(divisors(count)))?
+                        }
+                    };
+                    keep(section * count + own.start..section * count + own.end);
+                }
+            }
+            Sections::Counted(counts) => {
+                let numbers = counts.iter().map(|count| self.config.count(*count));
+                let numbers = numbers.collect::<Result<Vec<u64>, _>>()?;
+                let unit = len / numbers.iter().sum::<u64>();
+                let of_heads = self.config.head_dim.filter(|_| counts.contains(&Count::KvHeads));
+                if unit * numbers.iter().sum::<u64>() != len
+                    || of_heads.is_some_and(|head_dim| head_dim != unit)
+                {
+                    let words = counts
+                        .iter()
+                        .zip(&numbers)
+                        .map(|(count, number)| format!("{number} {}", count.word()));
+                    let of = of_heads.map_or_else(String::new, |head_dim| format!(" of {head_dim}"));
+                    return Err(not_counted(words.collect::<Vec<_>>().join(" + ") + &of));
+                }
+                let mut before = 0;
+                for (count, number) in counts.iter().zip(&numbers) {
+                    let own = tp.of_counted(*count, *number).ok_or_else(|| ParallelError::Uneven {
+                        tensor: tensor(),
+                        what: count.word(),
+                        count: *number,
+                        size: tp.size,
+                        works: self.works(*count, *number),
+                    })?;
+                    keep((before + own.start) * unit..(before + own.end) * unit);
+                    before += number;
+                }
+            }
+        }
+        Ok(pieces)
+    }
+
+    /// Returns the sizes that share a number of heads, and all other heads too.
+    fn works(&self, count: Count, number: u64) -> Vec<u64> {
+        let (heads, kv_heads) = match count {
+            Count::Intermediate => return divisors(number),
+            Count::Heads | Count::KvHeads => (self.config.heads.unwrap_or(number), self.config.kv_heads),
+        };
+        let fits = |size: &u64| kv_heads.is_none_or(|kv| kv % size == 0 || size % kv == 0);
+        divisors(heads).into_iter().filter(fits).collect()
+    }
+}
+
+/// A rank among those that share something.
+#[derive(Clone, Copy)]
+struct Part {
+    rank: u32,
+    size: u32,
+}
+
+impl Part {
+    /// Returns an even share, if there is one.
+    fn even(self, count: u64) -> Option<Range<u64>> {
+        let each = count / u64::from(self.size);
+        let first = each * u64::from(self.rank);
+        (each * u64::from(self.size) == count).then_some(first..first + each)
+    }
+
+    /// Returns `ceil(count / size)`, or what the ranks before have left.
+    fn chunk(self, count: u64) -> Range<u64> {
+        let each = count.div_ceil(u64::from(self.size));
+        let first = (each * u64::from(self.rank)).min(count);
+        first..(first + each).min(count)
+    }
+
+    /// As [`Part::even`], but fewer KV heads than ranks are shared by `size / count` ranks each.
+    fn of_counted(self, count: Count, number: u64) -> Option<Range<u64>> {
+        let size = u64::from(self.size);
+        if count == Count::KvHeads && number < size && size % number == 0 {
+            let head = u64::from(self.rank) * number / size;
+            return Some(head..head + 1);
+        }
+        self.even(number)
+    }
+}
+
+/// Returns a rank's rows of a padded vocabulary: `rows` rounded up to a multiple of `pad_to * size`, in equal shares.
+fn vocab(rows: u64, pad_to: u64, tp: Part) -> Cut {
+    let each = rows.div_ceil(pad_to * u64::from(tp.size)).max(1).saturating_mul(pad_to);
+    let first = each.saturating_mul(u64::from(tp.rank));
+    let own = first.min(rows)..first.saturating_add(each).min(rows);
+    let padding = each - (own.end - own.start);
+    let pieces = if own.is_empty() { Vec::new() } else { vec![own] };
+    Cut { experts: None, dim: 0, pieces, padding }
+}

@@ -1,0 +1,284 @@
+//! Rules matched with a checkpoint, once for all ranks.
+
+use super::error::NAMED_MAX;
+use super::fuse::{Fuse, Fused, Gathering};
+use super::pattern::{Leaf, Stage};
+use super::rules::{Rule, Rules, Unmatched};
+use super::share::Share;
+use super::{ModelConfig, ParallelError, Ranks};
+use crate::checkpoint::{Checkpoint, TensorId};
+use crate::dtype::Dtype;
+use crate::placement::DeviceId;
+use crate::quant::{self, Group, Quantization};
+use crate::request::{Dequantize, matcher};
+
+use std::collections::HashSet;
+
+/// How the tensors of a partition are wanted.
+#[derive(Clone, Debug, Default)]
+pub struct Setup<'a> {
+    /// The checkpoint's quantized tensors. Without it each stored tensor stands for itself, and scales need rules of their own.
+    pub quantization: Option<&'a Quantization>,
+    /// Which of them become numbers. Cuts are those of `[out, in]`, whatever its layout. Default: none, all stay as they are stored.
+    pub dequantize: Option<&'a Dequantize>,
+    /// Which tensors are fused. Default: none.
+    pub fuse: Fuse,
+}
+
+/// The tensors of a checkpoint and the rule of each.
+#[derive(Clone, Debug)]
+pub struct Partition<'a> {
+    pub(super) checkpoint: &'a Checkpoint,
+    pub(super) rules: &'a Rules,
+    pub(super) groups: &'a [Group],
+    /// With the table's own numbers where the text has none.
+    pub(super) config: ModelConfig,
+    pub(super) entries: Vec<Entry>,
+    pub(super) fused: Vec<Fused>,
+    /// Of what is made into numbers.
+    pub(super) made_dtype: Dtype,
+}
+
+/// A tensor that ranks share.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Entry {
+    pub(super) origin: Origin,
+    /// Its place in the table; none for what is replicated because no rule names it.
+    pub(super) rule: Option<u32>,
+    pub(super) is_bias: bool,
+    pub(super) stage: Stage,
+    pub(super) layer: Option<u32>,
+    pub(super) expert: Option<u32>,
+    /// The fused tensor that it goes into.
+    pub(super) fused: Option<u32>,
+}
+
+/// What an entry is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Origin {
+    /// A tensor as it is stored.
+    Stored(TensorId),
+    /// A quantized tensor made into numbers, by its group.
+    Made(u32),
+    /// A quantized tensor that stays as it is stored, by its group.
+    Packed(u32),
+}
+
+impl<'a> Partition<'a> {
+    /// Finds the rule of every tensor.
+    ///
+    /// # Errors
+    /// [`ParallelError::Unmatched`] for tensors that no rule names, unless the rules [replicate](Rules::unmatched) them, [`ParallelError::Overlap`] for
+    /// one that two rules name; [`ParallelError::UnknownLayer`] and [`ParallelError::UnknownExpert`] for what the configuration does not count;
+    /// [`ParallelError::UnknownFusion`], [`ParallelError::MissingMember`] and [`ParallelError::SameName`] for what cannot be fused;
+    /// [`ParallelError::Quantized`] for a tensor that is to become numbers and cannot.
+    pub fn new(
+        checkpoint: &'a Checkpoint,
+        config: &ModelConfig,
+        rules: &'a Rules,
+        setup: &Setup<'a>,
+    ) -> Result<Partition<'a>, ParallelError> {
+        let mut partition = Partition {
+            checkpoint,
+            rules,
+            groups: setup.quantization.map_or(&[], Quantization::groups),
+            config: config.clone().or(&rules.defaults),
+            entries: Vec::with_capacity(checkpoint.len()),
+            fused: Vec::new(),
+            made_dtype: setup.dequantize.map_or(Dtype::F32, |dequantize| dequantize.dtype),
+        };
+        partition.match_all(setup)?;
+        partition.tie();
+        partition.check_names()?;
+        Ok(partition)
+    }
+
+    /// Returns what one rank has.
+    ///
+    /// # Errors
+    /// What [`Ranks::check`] and [`Layers::range`](super::Layers::range) refuse; [`ParallelError::Uneven`], [`ParallelError::NotCounted`] and
+    /// [`ParallelError::TooFewDims`] for a tensor that cannot be cut so; [`ParallelError::UnlikeMembers`] and [`ParallelError::StoredMember`] for
+    /// what cannot be fused; [`ParallelError::StoredCut`] for a quantized tensor that cannot be cut and stay as it is stored.
+    pub fn share(&self, ranks: &Ranks, device: DeviceId) -> Result<Share, ParallelError> {
+        Share::new(self, ranks, device)
+    }
+
+    fn match_all(&mut self, setup: &Setup<'_>) -> Result<(), ParallelError> {
+        let wanted = setup.fuse.wanted(self.rules)?;
+        let globs = setup.dequantize.map(|dequantize| dequantize.globs.as_deref());
+        let mut is_hit = globs.flatten().map(matcher);
+        let mut is_made =
+            |name: &str| globs.is_some() && is_hit.as_mut().is_none_or(|is_hit| is_hit(&[name]));
+        let mut unmatched = Unnamed::default();
+        let mut gathering = Gathering::default();
+        for tensor in self.checkpoint.tensors() {
+            let (mut name, mut origin) = (tensor.info.name, Origin::Stored(tensor.id));
+            let mut is_passed = false;
+            if let Some(quantization) = setup.quantization {
+                match quantization.role_of(tensor.id) {
+                    quant::Part::Member(group) => {
+                        let number = group;
+                        let group = &self.groups[group as usize];
+                        if group.payload() != tensor.id {
+                            continue; // It goes where its payload goes.
+                        }
+                        name = &group.name;
+                        origin = if is_made(name) { Origin::Made(number) } else { Origin::Packed(number) };
+                    }
+                    quant::Part::PassedThrough(_) => is_passed = true,
+                    quant::Part::Plain => {}
+                }
+                if let Some(error) = quantization.refusal_of(tensor.id).filter(|_| is_made(name)) {
+                    return Err(ParallelError::Quantized(error.clone()));
+                }
+            }
+            let found = self.rules.trie.find(name, |one, other| self.rule(one) == self.rule(other));
+            if let Some((rule, rival)) = found.rule.zip(found.rival) {
+                let pattern = |rule: u32| self.rules.rules[rule as usize].0.clone();
+                let (first, second) = (pattern(rule.0), pattern(rival));
+                return Err(ParallelError::Overlap { tensor: name.to_owned(), first, second });
+            }
+            if found.rule.is_none() && !is_passed && self.rules.unmatched == Unmatched::Refuse {
+                unmatched.add(name);
+                continue;
+            }
+            self.check_numbers(name, found.layer, found.expert)?;
+            let entry = self.entries.len() as u32; // At most one a tensor, of which there are at most 2^24.
+            let member = found.member.filter(|member| wanted[member.fusion as usize]);
+            let is_bias = match found.rule {
+                Some((_, Leaf::Itself)) => name.ends_with("bias"),
+                Some((_, leaf)) => leaf == Leaf::Bias,
+                None => false,
+            };
+            self.entries.push(Entry {
+                origin,
+                rule: found.rule.map(|(rule, _)| rule),
+                is_bias,
+                stage: found.stage,
+                layer: found.layer,
+                expert: found.expert,
+                fused: member.map(|member| gathering.add(self.rules, &found, member, entry)),
+            });
+        }
+        unmatched.check()?;
+        self.fused = gathering.finish(self.rules, self.config.experts)?;
+        Ok(())
+    }
+
+    /// Holds a name's numbers against the configuration's.
+    fn check_numbers(
+        &self,
+        name: &str,
+        layer: Option<u32>,
+        expert: Option<u32>,
+    ) -> Result<(), ParallelError> {
+        let tensor = || name.to_owned();
+        if let Some((layer, layers)) = layer.map(u64::from).zip(self.config.layers) {
+            let layers = layers + self.config.predict_layers;
+            if layer >= layers {
+                return Err(ParallelError::UnknownLayer { tensor: tensor(), layer, layers });
+            }
+        }
+        if let Some(expert) = expert.map(u64::from) {
+            // Without a number in the configuration: more experts than tensors there are not.
+            let experts = self.config.experts.unwrap_or(self.checkpoint.len() as u64);
+            if expert >= experts {
+                return Err(ParallelError::UnknownExpert { tensor: tensor(), expert, experts });
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives the embeddings to the last stage as well, where there is no head of its own.
+    fn tie(&mut self) {
+        let Some(tied) = self.rules.tied.as_ref().filter(|_| self.config.is_tied != Some(false)) else {
+            return;
+        };
+        let is = |name: &str, what: &str| {
+            let mut prefixes = self.rules.prefixes.iter();
+            prefixes.any(|prefix| name.strip_prefix(prefix.as_str()) == Some(what))
+        };
+        let named = |stage: Stage, name: &str| -> Vec<usize> {
+            let of_stage = (0..self.entries.len()).filter(|at| self.entries[*at].stage == stage);
+            of_stage.filter(|at| is(self.name(&self.entries[*at]), name)).collect()
+        };
+        if !named(Stage::Last, &tied.head).is_empty() {
+            return;
+        }
+        for at in named(Stage::First, &tied.embeddings) {
+            self.entries[at].stage = Stage::Ends;
+        }
+    }
+
+    /// Checks that no fused tensor takes the name of another tensor.
+    fn check_names(&self) -> Result<(), ParallelError> {
+        let same = |name: &str| Err(ParallelError::SameName { name: name.to_owned() });
+        let mut names = HashSet::with_capacity(self.fused.len());
+        for fused in &self.fused {
+            if !names.insert(fused.name.as_str()) || self.checkpoint.find(&fused.name).is_some() {
+                return same(&fused.name);
+            }
+        }
+        match self.groups.iter().find(|group| names.contains(group.name.as_str())) {
+            Some(group) => same(&group.name),
+            None => Ok(()),
+        }
+    }
+
+    pub(super) fn rule(&self, rule: u32) -> &Rule {
+        &self.rules.rules[rule as usize].1
+    }
+
+    pub(super) fn rule_of(&self, entry: &Entry) -> &Rule {
+        entry.rule.map_or(&REPLICATED, |rule| self.rule(rule))
+    }
+
+    /// Returns the name that rules see.
+    pub(super) fn name(&self, entry: &Entry) -> &'a str {
+        match entry.origin {
+            Origin::Stored(id) => self.checkpoint.tensor(id).info.name,
+            Origin::Made(group) | Origin::Packed(group) => &self.groups[group as usize].name,
+        }
+    }
+
+    /// Returns the dtype of what is cut.
+    pub(super) fn dtype(&self, entry: &Entry) -> Dtype {
+        match entry.origin {
+            Origin::Stored(id) => self.checkpoint.tensor(id).info.dtype,
+            Origin::Packed(group) => self.checkpoint.tensor(self.groups[group as usize].payload()).info.dtype,
+            Origin::Made(_) => self.made_dtype,
+        }
+    }
+
+    /// Returns the shape that rules see.
+    pub(super) fn shape(&self, entry: &Entry) -> &'a [u64] {
+        match entry.origin {
+            Origin::Stored(id) => self.checkpoint.tensor(id).info.shape,
+            Origin::Made(group) | Origin::Packed(group) => &self.groups[group as usize].shape,
+        }
+    }
+}
+
+/// The rule of what no rule names.
+static REPLICATED: Rule = Rule::REPLICATED;
+
+/// The tensors that no rule names.
+#[derive(Default)]
+struct Unnamed {
+    tensors: Vec<String>,
+    count: usize,
+}
+
+impl Unnamed {
+    fn add(&mut self, name: &str) {
+        self.count += 1;
+        if self.tensors.len() < NAMED_MAX {
+            self.tensors.push(name.to_owned());
+        }
+    }
+
+    fn check(self) -> Result<(), ParallelError> {
+        let Unnamed { tensors, count } = self;
+        if count == 0 { Ok(()) } else { Err(ParallelError::Unmatched { tensors, count }) }
+    }
+}

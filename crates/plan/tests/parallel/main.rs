@@ -1,0 +1,7 @@
+//! Models shared by ranks: golden plans, the ranks' parts against a naive computation, refusals.
+
+#![allow(clippy::unwrap_used, reason = "a failed expectation is the test's own report")]
+
+mod golden;
+mod models;
+mod property;
