@@ -10,13 +10,12 @@ use crate::slice::Slice;
 
 /// A member of a quantized tensor as a rank has it.
 pub(super) struct MemberShare {
-    pub(super) id: TensorId,
     pub(super) shape: Vec<u64>,
     /// What is kept, and at which index of the share it lies.
     pub(super) slices: Vec<(Slice, Vec<u64>)>,
 }
 
-/// Returns what a rank has of each member.
+/// Returns what a rank has of each member, in their order.
 ///
 /// Where the cut has several pieces, what is kept of a member for each lies one after the other, along the only dimension in which they
 /// differ.
@@ -41,7 +40,7 @@ pub(super) fn members(
             let kept = kept(&slice, checkpoint.tensor(id).info.shape);
             let Some(share) = shares.get_mut(place) else {
                 let at = vec![0; kept.len()];
-                shares.push(MemberShare { id, shape: kept, slices: vec![(slice, at)] });
+                shares.push(MemberShare { shape: kept, slices: vec![(slice, at)] });
                 continue;
             };
             let name = checkpoint.tensor(id).info.name;
@@ -74,7 +73,7 @@ impl MemberShare {
 fn whole(checkpoint: &Checkpoint, id: TensorId) -> MemberShare {
     let shape = checkpoint.tensor(id).info.shape.to_vec();
     let at = vec![0; shape.len()];
-    MemberShare { id, shape, slices: vec![(Slice::new(Vec::new()), at)] }
+    MemberShare { shape, slices: vec![(Slice::new(Vec::new()), at)] }
 }
 
 /// Returns the shape of what a slice keeps.

@@ -1,15 +1,18 @@
 //! What one rank has: the tensors of its assembly, with every part they are made of.
 
+use std::collections::HashMap;
 use std::ops::Range;
 
 use super::cut::Cut;
+use super::fuse::Fused;
+use super::packed::{self, MemberShare};
 use super::partition::{Entry, Origin, Partition};
 use super::pattern::Stage;
-use super::{ParallelError, Ranks, packed};
+use super::{ParallelError, Ranks};
 use crate::assembly::{Assembled, Assembly, Part, Source};
+use crate::checkpoint::TensorRef;
 use crate::placement::DeviceId;
-
-use super::fuse::Fused;
+use crate::quant::Group;
 use crate::slice::Slice;
 
 /// A rank's share of a model.
@@ -48,6 +51,7 @@ impl Share {
             layers: partition.layers_of(ranks)?,
             layer_count: partition.config.layers.unwrap_or(u64::MAX),
             experts: partition.experts(ranks)?,
+            packed: HashMap::new(),
             share: Share {
                 ranks: ranks.clone(),
                 assembly: Assembly { tensors: Vec::with_capacity(partition.entries.len()) },
@@ -108,10 +112,12 @@ struct Building<'p, 'a> {
     layers: Range<u64>,
     layer_count: u64,
     experts: Range<u64>,
+    /// By their rule, the last quantized tensor that was cut.
+    packed: HashMap<Option<u32>, Option<Known<'a>>>,
     share: Share,
 }
 
-impl Building<'_, '_> {
+impl<'a> Building<'_, 'a> {
     fn has(&self, entry: &Entry) -> bool {
         let of_stage = match entry.stage {
             Stage::Every => true,
@@ -149,79 +155,128 @@ impl Building<'_, '_> {
     fn packed(&mut self, number: u32, entry: &Entry, cut: &Cut) -> Result<(), ParallelError> {
         let Origin::Packed(group) = entry.origin else { unreachable!("others have one source") };
         let (checkpoint, group) = (self.partition.checkpoint, &self.partition.groups[group as usize]);
-        for member in packed::members(checkpoint, group, cut)? {
+        let members: Vec<TensorRef<'_>> =
+            group.members.iter().map(|(_, id)| checkpoint.tensor(*id)).collect();
+        // Experts by the thousand are cut alike.
+        let known = self.packed.entry(entry.rule).or_default();
+        let alike = known.as_ref().filter(|known| known.is_like(group, &members, cut));
+        if alike.is_none() {
+            let shares = packed::members(checkpoint, group, cut)?;
+            *known = Some(Known {
+                group,
+                cut: cut.clone(),
+                shapes: members.iter().map(|own| own.info.shape).collect(),
+                shares,
+            });
+        }
+        let shares = known.iter().flat_map(|known| &known.shares);
+        for (member, MemberShare { shape, slices }) in members.iter().zip(shares) {
             let source = Source::Stored(member.id);
-            let part = |(slice, at): (Slice, Vec<u64>)| Part { source, slice, at };
-            let is_empty = is_empty(&member.shape);
-            let parts = member.slices.into_iter().filter(|_| !is_empty).map(part).collect();
-            self.push(number, checkpoint.tensor(member.id).info.name.to_owned(), member.shape, parts);
+            let part =
+                |(slice, at): &(Slice, Vec<u64>)| Part { source, slice: slice.clone(), at: at.clone() };
+            let slices = if is_empty(shape) { &[][..] } else { slices };
+            let parts = slices.iter().map(part).collect();
+            let (name, shape, device) = (member.info.name.to_owned(), shape.clone(), self.device);
+            self.share.assembly.tensors.push(Assembled { name, shape, device, parts });
+            self.share.entries.push(number);
         }
         Ok(())
     }
 
     /// Adds a fused tensor: the members' rows one after the other, for each of the rank's experts where they are stacked.
     fn fused(&mut self, fused: &Fused) -> Result<(), ParallelError> {
-        let members =
-            fused.members.iter().flatten().map(|number| (*number, &self.partition.entries[*number as usize]));
-        let members: Vec<_> = members.filter(|(_, entry)| self.has(entry)).collect();
-        let height = fused.is_stacked.then_some((members.len() / fused.rows) as u64);
-        let Some((first, _)) = members.first().copied() else { return Ok(()) };
-        let (mut shape, mut parts) = (Vec::new(), Vec::with_capacity(members.len()));
-        for (expert, of_expert) in (0u64..).zip(members.chunks(fused.rows)) {
-            let mut row = 0;
-            let mut own_shape: Vec<u64> = Vec::new();
-            for (number, entry) in of_expert {
-                let Some(cut) = self.partition.cut(entry, self.ranks)? else { return Ok(()) };
-                let stored = || ParallelError::StoredMember {
-                    target: fused.name.clone(),
-                    member: self.partition.name(entry).to_owned(),
-                };
-                let source = source(entry.origin).ok_or_else(stored)?;
-                let whole = self.partition.shape(entry);
-                let kept = cut.shape(whole);
-                self.check_alike(fused, (first, *number), &kept)?;
-                for (slice, before) in cut.slices(whole).filter(|_| !is_empty(&kept)) {
-                    let mut at = Vec::with_capacity(kept.len() + 1);
-                    at.extend(height.map(|_| expert));
-                    at.resize(at.capacity(), 0);
-                    let behind = usize::from(height.is_some());
-                    at[behind + cut.dim] = before;
-                    at[behind] += row;
-                    parts.push(Part { source, slice, at });
-                }
-                row += kept[0];
-                own_shape = kept;
+        let mut stack = Stack::default();
+        for members in fused.members.chunks(fused.rows) {
+            if self.has_all(fused, members)? && !self.expert(fused, members, &mut stack)? {
+                return Ok(());
             }
-            own_shape[0] = row;
-            shape = height.into_iter().chain(own_shape).collect();
         }
-        self.push(first, fused.name.clone(), shape, parts);
+        let Some(first) = stack.first else { return Ok(()) };
+        let mut shape = stack.rows[0].clone();
+        shape[0] = stack.rows.iter().map(|rows| rows[0]).sum();
+        if fused.is_stacked {
+            shape.insert(0, stack.height);
+        }
+        self.push(first, fused.name.clone(), shape, stack.parts);
         Ok(())
     }
 
-    /// Checks that a member has the dtype of the first, and its dimensions but for the rows.
+    /// Tells whether the rank has the members of one expert.
+    fn has_all(&self, fused: &Fused, members: &[Option<u32>]) -> Result<bool, ParallelError> {
+        let (here, elsewhere): (Vec<u32>, Vec<u32>) =
+            members.iter().flatten().partition(|number| self.has(&self.partition.entries[**number as usize]));
+        match (here.as_slice(), elsewhere.first()) {
+            ([], _) => Ok(false),
+            (_, None) => Ok(true),
+            (_, Some(other)) => {
+                let missing = self.partition.name(&self.partition.entries[*other as usize]).to_owned();
+                Err(ParallelError::MissingMember { target: fused.name.clone(), missing })
+            }
+        }
+    }
+
+    /// Puts the members of one expert on the stack; tells whether the rank has them at all.
+    fn expert(
+        &self,
+        fused: &Fused,
+        members: &[Option<u32>],
+        stack: &mut Stack,
+    ) -> Result<bool, ParallelError> {
+        let behind = usize::from(fused.is_stacked);
+        let mut row = 0;
+        for (place, number) in members.iter().flatten().enumerate() {
+            let entry = &self.partition.entries[*number as usize];
+            let Some(cut) = self.partition.cut(entry, self.ranks)? else { return Ok(false) };
+            let name = || self.partition.name(entry).to_owned();
+            let stored = || ParallelError::StoredMember { target: fused.name.clone(), member: name() };
+            let source = source(entry.origin).ok_or_else(stored)?;
+            let whole = self.partition.shape(entry);
+            let kept = cut.shape(whole);
+            let first = *stack.first.get_or_insert(*number);
+            self.check_alike(fused, (first, *number), &kept, &stack.rows, place)?;
+            for (slice, before) in cut.slices(whole).filter(|_| !is_empty(&kept)) {
+                let mut at = vec![0; behind + kept.len()];
+                at[0] = stack.height * behind as u64;
+                at[behind + cut.dim] = before;
+                at[behind] += row;
+                stack.parts.push(Part { source, slice, at });
+            }
+            row += kept[0];
+            if stack.height == 0 {
+                stack.rows.push(kept);
+            }
+        }
+        stack.height += 1;
+        Ok(true)
+    }
+
+    /// Checks that a member has the dtype of the first, its dimensions but for the rows, and as many rows as in the first expert.
     fn check_alike(
         &self,
         fused: &Fused,
         (first, second): (u32, u32),
         kept: &[u64],
+        rows: &[Vec<u64>],
+        place: usize,
     ) -> Result<(), ParallelError> {
         let partition = self.partition;
-        let is = |number: u32| {
-            let entry = &partition.entries[number as usize];
-            let (dtype, shape) = (partition.dtype(entry), partition.shape(entry));
-            (dtype, shape, partition.name(entry))
-        };
-        let ((dtype, shape, name), (other_dtype, other_shape, other)) = (is(first), is(second));
-        if dtype == other_dtype && !kept.is_empty() && shape.get(1..) == other_shape.get(1..) {
+        let [first, second] = [first, second].map(|number| &partition.entries[number as usize]);
+        let is_like_first = rows.first().is_none_or(|first| first.get(1..) == kept.get(1..));
+        let is_as_high = rows.get(place).is_none_or(|rows| rows.first() == kept.first());
+        if partition.dtype(first) == partition.dtype(second)
+            && !kept.is_empty()
+            && is_like_first
+            && is_as_high
+        {
             return Ok(());
         }
+        let is = |entry| format!("{} {:?}", partition.dtype(entry), partition.shape(entry));
         Err(ParallelError::UnlikeMembers {
             target: fused.name.clone(),
-            first: name.to_owned(),
-            first_is: format!("{dtype} {shape:?}"),
-            second: other.to_owned(),
-            second_is: format!("{other_dtype} {other_shape:?}"),
+            first: partition.name(first).to_owned(),
+            first_is: is(first),
+            second: partition.name(second).to_owned(),
+            second_is: is(second),
         })
     }
 
@@ -229,6 +284,38 @@ impl Building<'_, '_> {
         self.share.assembly.tensors.push(Assembled { name, shape, device: self.device, parts });
         self.share.entries.push(entry);
     }
+}
+
+/// How a quantized tensor is cut that stays as it is stored.
+struct Known<'a> {
+    group: &'a Group,
+    cut: Cut,
+    shapes: Vec<&'a [u64]>,
+    shares: Vec<MemberShare>,
+}
+
+impl Known<'_> {
+    /// Tells whether another is cut the same way.
+    fn is_like(&self, group: &Group, members: &[TensorRef<'_>], cut: &Cut) -> bool {
+        let shapes = members.iter().map(|member| member.info.shape);
+        self.cut == *cut
+            && self.group.shape == group.shape
+            && self.group.recipe == group.recipe
+            && self.shapes.iter().copied().eq(shapes)
+            && self.group.members.iter().map(|(role, _)| role).eq(group.members.iter().map(|(role, _)| role))
+    }
+}
+
+/// A fused tensor while it is put together.
+#[derive(Default)]
+struct Stack {
+    /// The entry of its first member.
+    first: Option<u32>,
+    /// Experts so far; 1 where nothing is stacked.
+    height: u64,
+    /// What is kept of each member of the first expert.
+    rows: Vec<Vec<u64>>,
+    parts: Vec<Part>,
 }
 
 /// Returns what a part of it is cut from; nothing for what stays packed, which is several tensors.

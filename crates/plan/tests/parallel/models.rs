@@ -56,7 +56,7 @@ pub(crate) const TINY: Sizes = Sizes {
     intermediate: 48,
     moe_intermediate: 24,
     experts: 8,
-    vocab: 1031,
+    vocab: 259,
     dense_layers: 2,
     q_lora: 6,
     kv_lora: 4,
