@@ -83,10 +83,9 @@ impl Partition<'_> {
             true => Part { rank: 0, size: 1 },
             false => Part { rank: ranks.tp_rank, size: ranks.tp_size },
         };
-        if let How::Row(_) = rule.how {
-            if entry.is_bias && tp.rank > 0 && !rule.has_bias_everywhere {
-                return Ok(None);
-            }
+        let is_row_bias = entry.is_bias && matches!(rule.how, How::Row(_));
+        if is_row_bias && tp.rank > 0 && !rule.has_bias_everywhere {
+            return Ok(None);
         }
         let mut cut = match self.dim(entry, shape)? {
             None => Cut::whole(shape),
@@ -178,7 +177,7 @@ impl Partition<'_> {
         };
         match &split.sections {
             Sections::Equal(sections) => {
-                if len % sections != 0 {
+                if !len.is_multiple_of(*sections) {
                     return Err(not_counted(format!("{sections} equal sections")));
                 }
                 let count = len / sections;
@@ -234,7 +233,7 @@ impl Partition<'_> {
             Count::Intermediate => return divisors(number),
             Count::Heads | Count::KvHeads => (self.config.heads.unwrap_or(number), self.config.kv_heads),
         };
-        let fits = |size: &u64| kv_heads.is_none_or(|kv| kv % size == 0 || size % kv == 0);
+        let fits = |size: &u64| kv_heads.is_none_or(|kv| kv.is_multiple_of(*size) || size.is_multiple_of(kv));
         divisors(heads).into_iter().filter(fits).collect()
     }
 }

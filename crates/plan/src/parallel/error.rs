@@ -279,7 +279,7 @@ impl std::error::Error for ParallelError {
 
 /// Returns the divisors of a number, ascending: the sizes that share it evenly.
 pub(super) fn divisors(number: u64) -> Vec<u64> {
-    let small = (1..=number.isqrt()).filter(|small| number % small == 0);
+    let small = (1..=number.isqrt()).filter(|small| number.is_multiple_of(*small));
     let mut all: Vec<u64> = small.flat_map(|small| [small, number / small]).collect();
     all.sort_unstable();
     all.dedup();

@@ -41,11 +41,10 @@ impl Fuse {
     /// # Errors
     /// [`ParallelError::UnknownFusion`] for a name that the rules do not have.
     pub(super) fn wanted(&self, rules: &Rules) -> Result<Vec<bool>, ParallelError> {
-        if let Fuse::Only(names) = self {
-            if let Some(name) = names.iter().find(|name| rules.fusions().all(|own| own != *name)) {
-                let known = rules.fusions().map(str::to_owned).collect();
-                return Err(ParallelError::UnknownFusion { name: name.clone(), known });
-            }
+        let names = if let Fuse::Only(names) = self { &names[..] } else { &[] };
+        if let Some(name) = names.iter().find(|name| rules.fusions().all(|own| own != *name)) {
+            let known = rules.fusions().map(str::to_owned).collect();
+            return Err(ParallelError::UnknownFusion { name: name.clone(), known });
         }
         let is_wanted = |name: &str| match self {
             Fuse::No => false,

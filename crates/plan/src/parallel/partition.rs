@@ -103,6 +103,19 @@ impl<'a> Partition<'a> {
         Share::new(self, ranks, device)
     }
 
+    /// Returns the patterns of rules that no tensor has. Tables have many, because families share them; in rules of the caller's own one
+    /// may be a slip.
+    pub fn unused(&self) -> impl Iterator<Item = &'a str> {
+        let mut is_used = vec![false; self.rules.rules.len()];
+        self.entries.iter().filter_map(|entry| entry.rule).for_each(|rule| is_used[rule as usize] = true);
+        self.rules
+            .rules
+            .iter()
+            .zip(is_used)
+            .filter(|(_, is_used)| !is_used)
+            .map(|((pattern, _), _)| pattern.as_str())
+    }
+
     fn match_all(&mut self, setup: &Setup<'_>) -> Result<(), ParallelError> {
         let wanted = setup.fuse.wanted(self.rules)?;
         let globs = setup.dequantize.map(|dequantize| dequantize.globs.as_deref());

@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a failed expectation is the test's own report")]
 
+mod errors;
 mod golden;
+mod huggingface;
 mod models;
 mod property;

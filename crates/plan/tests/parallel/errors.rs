@@ -1,0 +1,398 @@
+//! What cannot be shared is refused with the numbers and with what would work.
+
+use tensorhaul_plan::parallel::{
+    Fuse, ModelConfig, ParallelError, Partition, Ranks, Rules, Setup, Share, Unmatched,
+};
+use tensorhaul_plan::quant::Quantization;
+use tensorhaul_plan::{DeviceId, Dtype, Slice};
+
+use crate::golden::{all, recognize};
+use crate::models::{self, Model, Sizes, TINY, Tensor};
+
+/// Shares a model by the table of its architecture.
+fn share(model: &Model, ranks: Ranks, fuse: Fuse) -> Result<Share, ParallelError> {
+    let config = ModelConfig::parse(model.config.as_bytes())?;
+    share_by(model, &Rules::of(&config)?, ranks, fuse)
+}
+
+fn share_by(model: &Model, rules: &Rules, ranks: Ranks, fuse: Fuse) -> Result<Share, ParallelError> {
+    let checkpoint = model.checkpoint();
+    let config = ModelConfig::parse(model.config.as_bytes())?;
+    Partition::new(&checkpoint, &config, rules, &Setup { fuse, ..Setup::default() })?
+        .share(&ranks, DeviceId::Host)
+}
+
+fn refused(model: &Model, ranks: Ranks) -> String {
+    share(model, ranks, Fuse::No).unwrap_err().to_string()
+}
+
+fn llama() -> Model {
+    models::llama("LlamaForCausalLM", &Sizes { kv_heads: 6, ..TINY })
+}
+
+fn with(mut model: Model, name: &str, dtype: Dtype, shape: &[u64]) -> Model {
+    model.tensors.push(Tensor { name: name.to_owned(), dtype, shape: shape.to_vec() });
+    model
+}
+
+#[test]
+fn sizes_that_share_nothing_evenly_name_those_that_would() {
+    let tp = |size| Ranks::alone().tp(0, size);
+    assert_eq!(
+        refused(&llama(), tp(5)),
+        "tensor \"lm_head.weight\": 5 ranks cannot share 24 heads evenly; 1, 2, 3, 6, 12, 24 can"
+            .replace("lm_head.weight", "model.layers.0.self_attn.q_proj.weight")
+    );
+    assert_eq!(
+        refused(&llama(), tp(4)),
+        "tensor \"model.layers.0.self_attn.k_proj.weight\": 4 ranks cannot share 6 kv heads evenly; 1, 2, 3, 6, 12, 24 can"
+    );
+    let narrow = models::llama("LlamaForCausalLM", &Sizes { intermediate: 20, ..TINY });
+    assert_eq!(
+        refused(&narrow, tp(8)),
+        "tensor \"model.layers.0.mlp.gate_proj.weight\": 8 ranks cannot share 20 rows evenly; 1, 2, 4, 5, 10, 20 can"
+    );
+    let by_columns = narrow.without("gate_proj").without("up_proj");
+    assert_eq!(
+        refused(&by_columns, tp(8)),
+        "tensor \"model.layers.0.mlp.down_proj.weight\": 8 ranks cannot share 20 columns evenly; 1, 2, 4, 5, 10, 20 can"
+    );
+    let experts = models::qwen_moe("Qwen3MoeForCausalLM", &TINY);
+    assert_eq!(
+        refused(&experts, Ranks::alone().ep(1, 3)),
+        "3 ranks cannot share 8 experts evenly; 1, 2, 4, 8 can"
+    );
+}
+
+#[test]
+fn stages_and_layers_that_are_not_there_are_refused_with_the_numbers() {
+    assert_eq!(
+        refused(&llama(), Ranks::alone().pp(0, 6)),
+        "6 pipeline stages need as many layers, the model has 5"
+    );
+    assert_eq!(
+        refused(&llama(), Ranks::alone().layers(2..6)),
+        "layers 2..6 are none of the model's 5 (0..5)"
+    );
+    assert_eq!(
+        refused(&llama(), Ranks::alone().tp(2, 2)),
+        "tensor-parallel rank 2 is outside its group of 2 (0 to 1)"
+    );
+    let more = with(llama(), "model.layers.5.input_layernorm.weight", Dtype::Bf16, &[8]);
+    assert_eq!(
+        refused(&more, Ranks::alone()),
+        "tensor \"model.layers.5.input_layernorm.weight\" is of layer 5, config.json counts 5 (from 0)"
+    );
+    let mut without_count = llama();
+    without_count.config = without_count.config.replace("num_hidden_layers", "n");
+    assert_eq!(
+        refused(&without_count, Ranks::alone().pp(0, 2)),
+        "config.json: num_hidden_layers is not there, and stages count it"
+    );
+    share(&without_count, Ranks::alone().tp(0, 2), Fuse::No).unwrap();
+}
+
+#[test]
+fn a_range_of_layers_brings_the_ends_that_belong_to_it() {
+    let names = |ranks: Ranks| -> Vec<String> {
+        let share = share(&llama(), ranks, Fuse::No).unwrap();
+        let names = share.assembly.tensors.into_iter().map(|tensor| tensor.name);
+        names.filter(|name| name.ends_with("norm.weight") || !name.contains("layers")).collect()
+    };
+    let of_layers = |layers: std::ops::Range<u64>, more: &[&str]| -> Vec<String> {
+        let norms = ["input_layernorm", "post_attention_layernorm"];
+        let of = |layer: u64| norms.map(|norm| format!("model.layers.{layer}.{norm}.weight"));
+        more.iter().map(|name| name.to_string()).chain(layers.flat_map(of)).collect()
+    };
+    assert_eq!(names(Ranks::alone().layers(0..2)), of_layers(0..2, &["model.embed_tokens.weight"]));
+    assert_eq!(names(Ranks::alone().layers(2..4)), of_layers(2..4, &[]));
+    assert_eq!(names(Ranks::alone().layers(4..5)), of_layers(4..5, &["model.norm.weight", "lm_head.weight"]));
+}
+
+#[test]
+fn embeddings_that_are_the_head_as_well_are_on_both_ends_unless_the_configuration_says_no() {
+    let count = |model: &Model, stage| {
+        let share = share(model, Ranks::alone().pp(stage, 3), Fuse::No).unwrap();
+        share.assembly.tensors.iter().filter(|tensor| tensor.name == "model.embed_tokens.weight").count()
+    };
+    let mut tied = llama().without("lm_head");
+    assert_eq!([0, 1, 2].map(|stage| count(&tied, stage)), [1, 0, 1]);
+    assert_eq!([0, 1, 2].map(|stage| count(&llama(), stage)), [1, 0, 0]);
+    tied.config = tied.config.replace("\"torch_dtype\"", "\"tie_word_embeddings\":false,\"torch_dtype\"");
+    assert_eq!([0, 1, 2].map(|stage| count(&tied, stage)), [1, 0, 0]);
+}
+
+#[test]
+fn experts_and_sections_that_the_configuration_does_not_count_are_refused() {
+    let moe = models::qwen_moe("Qwen3MoeForCausalLM", &TINY);
+    let more = with(moe, "model.layers.0.mlp.experts.8.up_proj.weight", Dtype::Bf16, &[24, 8]);
+    assert_eq!(
+        refused(&more, Ranks::alone()),
+        "tensor \"model.layers.0.mlp.experts.8.up_proj.weight\" is of expert 8, config.json counts 8"
+    );
+    let phi = models::phi3(&TINY);
+    let odd = Model {
+        config: phi.config.replace("\"num_key_value_heads\":24", "\"num_key_value_heads\":12"),
+        ..phi
+    };
+    assert_eq!(
+        refused(&odd, Ranks::alone().tp(0, 2)),
+        "tensor \"model.layers.0.self_attn.qkv_proj.weight\": dimension 0 of 144 is not made of 24 heads + 12 kv heads + 12 kv heads of 2"
+    );
+    let flat =
+        with(llama().without("layers.0.mlp.up_proj"), "model.layers.0.mlp.up_proj.weight", Dtype::Bf16, &[]);
+    assert_eq!(
+        refused(&flat, Ranks::alone()),
+        "tensor \"model.layers.0.mlp.up_proj.weight\" [] has no dimension for rule \"layers.*.mlp.up_proj\", column"
+    );
+    let mut silent = llama();
+    silent.config = silent.config.replace("num_attention_heads", "h").replace("num_key_value_heads", "k");
+    assert_eq!(
+        refused(&silent, Ranks::alone()),
+        "config.json: num_attention_heads is not there, and a rule counts it"
+    );
+}
+
+#[test]
+fn tensors_that_no_rule_names_are_listed_or_replicated() {
+    let mut model = with(llama(), "model.layers.0.mlp.extra.weight", Dtype::Bf16, &[6]);
+    assert_eq!(
+        refused(&model, Ranks::alone()),
+        "no rule names model.layers.0.mlp.extra.weight; replicate what is unmatched, or add rules"
+    );
+    for number in 0..30 {
+        model = with(model, &format!("more.{number}"), Dtype::Bf16, &[1]);
+    }
+    let text = refused(&model, Ranks::alone());
+    assert!(
+        text.ends_with("more.17, more.18 and 11 more; replicate what is unmatched, or add rules"),
+        "{text}"
+    );
+
+    let config = ModelConfig::parse(model.config.as_bytes()).unwrap();
+    let rules = Rules::of(&config).unwrap().unmatched(Unmatched::Replicate);
+    let on = |stage| {
+        let share = share_by(&model, &rules, Ranks::alone().tp(1, 2).pp(stage, 2), Fuse::No).unwrap();
+        let shape = |name: &str| {
+            share
+                .assembly
+                .tensors
+                .iter()
+                .find(|tensor| tensor.name == name)
+                .map(|tensor| tensor.shape.clone())
+        };
+        (shape("model.layers.0.mlp.extra.weight"), shape("more.3"))
+    };
+    assert_eq!(on(0), (Some(vec![6]), Some(vec![1])));
+    assert_eq!(on(1), (None, Some(vec![1])));
+}
+
+#[test]
+fn an_architecture_without_a_table_names_those_with_one() {
+    let config = ModelConfig::parse(br#"{"architectures":["OtherForCausalLM"]}"#).unwrap();
+    let text = Rules::of(&config).unwrap_err().to_string();
+    assert!(
+        text.starts_with("no rules for OtherForCausalLM; there are for BertForMaskedLM, BertModel, "),
+        "{text}"
+    );
+    let text = Rules::of(&ModelConfig::default()).unwrap_err().to_string();
+    assert!(text.starts_with("config.json names no architecture; there are rules for BertFor"), "{text}");
+    assert_eq!(Rules::architectures().len(), 17);
+}
+
+#[test]
+fn rules_that_overlap_and_differ_are_refused_by_name() {
+    let share = |rules: &str| {
+        let model = with(Model { tensors: Vec::new(), ..llama() }, "a.0.b.weight", Dtype::F32, &[4, 4]);
+        share_by(&model, &Rules::parse(rules).unwrap(), Ranks::alone().tp(1, 2), Fuse::No)
+            .map(|share| share.assembly.tensors[0].shape.clone())
+            .map_err(|error| error.to_string())
+    };
+    // The same pattern twice, with and without a prefix, as a module and by its tensor.
+    for rules in [
+        r#"{"rules":{"a.*.b":"column","a.*.b":"row"}}"#,
+        r#"{"rules":{"a.*.b.weight":"column","a.*.b":"row"}}"#,
+        r#"{"prefixes":["","a."],"rules":{"a.*.b":"column","*.b":"row","a.0.b":"column","0.b":"row"}}"#,
+    ] {
+        let text = share(rules).unwrap_err();
+        assert!(
+            text.starts_with("tensor \"a.0.b.weight\": rules \"")
+                && text.ends_with("name it alike, and differ"),
+            "{text}"
+        );
+    }
+    assert_eq!(
+        share(r#"{"rules":{"a.*.b":"column","a.*.b.weight":"row"}}"#).unwrap_err(),
+        "tensor \"a.0.b.weight\": rules \"a.*.b\" and \"a.*.b.weight\" name it alike, and differ"
+    );
+    // Those that mean the same, or are less specific, are no matter.
+    assert_eq!(share(r#"{"rules":{"a.*.b":"column","a.*.b.weight":"column"}}"#).unwrap(), [2, 4]);
+    assert_eq!(share(r#"{"rules":{"a.*.b":"column","a.0.b":"row","a.**":"replicated"}}"#).unwrap(), [4, 2]);
+    assert_eq!(share(r#"{"rules":{"a.**":"replicated","**":"row"}}"#).unwrap(), [4, 4]);
+}
+
+#[test]
+fn rules_that_say_nothing_sensible_are_refused_with_the_place() {
+    let error = |rules: &str| Rules::parse(rules).unwrap_err().to_string();
+    for (rules, expected) in [
+        (r#"{"rules":{"a*.b":"row"}}"#, "\"a*.b\": * is a component of its own; ** stands at the end"),
+        (r#"{"rules":{"a.**.b":"row"}}"#, "* is a component of its own; ** stands at the end"),
+        (r#"{"rules":{"a..b":"row"}}"#, "a component is empty"),
+        (r#"{"rules":{"a.b**":"row"}}"#, "** is a component of its own"),
+        (r#"{"rules":{"a":"diagonal"}}"#, "\"a\": unknown variant `diagonal`, expected one of `column`"),
+        (
+            r#"{"rules":{"a":{"rule":"vocab","by":"heads"}}}"#,
+            "by, sections, uneven and transposed are of column and row",
+        ),
+        (
+            r#"{"rules":{"a":{"rule":"column","by":"heads","sections":2}}}"#,
+            "by and sections exclude one another",
+        ),
+        (r#"{"rules":{"a":{"rule":"column","sections":0}}}"#, "no sections"),
+        (r#"{"rules":{"a":{"rule":"column","by":[]}}}"#, "no sections"),
+        (r#"{"rules":{"a":{"rule":"row","pad_to":8}}}"#, "pad_to is of vocab, stacked of all others"),
+        (r#"{"rules":{"a":{"rule":"vocab","pad_to":0}}}"#, "pad_to is 0, not 1 to 1048576"),
+        (
+            r#"{"rules":{"a":{"rule":"row","sections":2,"uneven":true}}}"#,
+            "sections and what is counted are shared evenly",
+        ),
+        (r#"{"rules":{},"fuse":[{"name":"x","target":"t","rows":[]}]}"#, "fuse \"x\": no rows"),
+        (r#"{"rules":{},"extends":"nothing"}"#, "extends \"nothing\", which there is no table for"),
+        (r#"{"rules":{},"colour":1}"#, "unknown field `colour`"),
+        (r#"[]"#, "invalid type: sequence"),
+    ] {
+        let text = error(rules);
+        assert!(text.contains(expected) && text.starts_with("rules given: "), "{rules}: {text}");
+    }
+    Rules::parse(r#"{"extends":"LlamaForCausalLM","rules":{"layers.*.more":"replicated"}}"#).unwrap();
+}
+
+#[test]
+fn a_fused_member_that_is_missing_or_unlike_is_named() {
+    let fused = |model: &Model, ranks| share(model, ranks, Fuse::All).unwrap_err().to_string();
+    assert_eq!(
+        fused(&llama().without("layers.3.self_attn.k_proj"), Ranks::alone()),
+        "fused tensor \"model.layers.3.self_attn.qkv_proj.weight\": its member \"model.layers.3.self_attn.k_proj.weight\" is not there; leave it unfused"
+    );
+    let moe = models::qwen_moe("Qwen3MoeForCausalLM", &TINY);
+    for expert in [2, 7] {
+        let missing = format!("model.layers.1.mlp.experts.{expert}.up_proj");
+        let text = fused(&moe.clone().without(&missing), Ranks::alone().ep(0, 2));
+        assert!(text.contains(&format!("member \"{missing}.weight\" is not there")), "{text}");
+    }
+    let without_last = moe.without("experts.7.");
+    let text = fused(&without_last, Ranks::alone());
+    assert!(
+        text.contains("experts.w13_weight\": its member \"model.layers.0.mlp.experts.7.gate_proj.weight\""),
+        "{text}"
+    );
+
+    let other = with(
+        llama().without("layers.0.mlp.up_proj"),
+        "model.layers.0.mlp.up_proj.weight",
+        Dtype::F32,
+        &[48, 8],
+    );
+    assert_eq!(
+        fused(&other, Ranks::alone()),
+        "fused tensor \"model.layers.0.mlp.gate_up_proj.weight\": \"model.layers.0.mlp.gate_proj.weight\" is BF16 [48, 8], \"model.layers.0.mlp.up_proj.weight\" is F32 [48, 8]"
+    );
+    let taken = with(llama(), "model.layers.0.mlp.gate_up_proj.weight", Dtype::F32, &[1]);
+    let config = ModelConfig::parse(taken.config.as_bytes()).unwrap();
+    let rules = Rules::of(&config).unwrap().unmatched(Unmatched::Replicate);
+    assert_eq!(
+        share_by(&taken, &rules, Ranks::alone(), Fuse::All).unwrap_err().to_string(),
+        "two tensors of the result would be named \"model.layers.0.mlp.gate_up_proj.weight\""
+    );
+    assert_eq!(
+        share(&llama(), Ranks::alone(), Fuse::Only(vec!["kv".to_owned()])).unwrap_err().to_string(),
+        "the rules fuse no \"kv\"; they fuse qkv, gate_up"
+    );
+    let only = share(&llama(), Ranks::alone(), Fuse::Only(vec!["qkv".to_owned()])).unwrap();
+    let names: Vec<&str> = only.assembly.tensors.iter().map(|tensor| tensor.name.as_str()).collect();
+    assert!(
+        names.contains(&"model.layers.4.self_attn.qkv_proj.weight")
+            && names.contains(&"model.layers.4.mlp.up_proj.weight")
+    );
+}
+
+#[test]
+fn what_stays_packed_is_not_fused_and_not_cut_inside_a_block() {
+    let blocks = Sizes { nope: 2, hidden: 12, q_lora: 8, block: 2, ..TINY };
+    let model = models::deepseek("DeepseekV3ForCausalLM", &blocks);
+    let checkpoint = model.checkpoint();
+    let quantization = recognize(&checkpoint, &model);
+    let config = ModelConfig::parse(model.config.as_bytes()).unwrap();
+    let rules = Rules::of(&config).unwrap();
+    let stored = Setup { quantization: Some(&quantization), dequantize: None, fuse: Fuse::All };
+    let partition = Partition::new(&checkpoint, &config, &rules, &stored).unwrap();
+    assert_eq!(
+        partition.share(&Ranks::alone(), DeviceId::Host).unwrap_err().to_string(),
+        "fused tensor \"model.layers.0.self_attn.fused_qkv_a_proj.weight\": \"model.layers.0.self_attn.q_a_proj.weight\" is quantized; dequantize it or leave it unfused"
+    );
+    // Without recognition a scale is a tensor like any other, and has no rule.
+    let unseen = Setup::default();
+    let text = Partition::new(&checkpoint, &config, &rules, &unseen).unwrap_err().to_string();
+    assert!(text.starts_with("no rule names model.layers.0.self_attn.q_a_proj.weight_scale_inv, "), "{text}");
+
+    let wide = Sizes { hidden: 32, moe_intermediate: 96, block: 32, ..TINY };
+    let model = models::gpt_oss(&wide);
+    let checkpoint = model.checkpoint();
+    let quantization = recognize(&checkpoint, &model);
+    let setup = Setup { quantization: Some(&quantization), dequantize: None, fuse: Fuse::No };
+    let config = ModelConfig::parse(model.config.as_bytes()).unwrap();
+    let rules = Rules::of(&config).unwrap();
+    let partition = Partition::new(&checkpoint, &config, &rules, &setup).unwrap();
+    partition.share(&Ranks::alone().tp(2, 3), DeviceId::Host).unwrap();
+    assert_eq!(
+        partition.share(&Ranks::alone().tp(1, 2), DeviceId::Host).unwrap_err().to_string(),
+        "tensor \"model.layers.0.mlp.experts.down_proj\": columns 48..96 of 96 cut blocks of 32 that share a scale; dequantize it, or keep experts whole"
+    );
+}
+
+#[test]
+fn scales_of_whole_tensors_are_replicated_and_sections_are_put_together_packed() {
+    let mut model = models::phi3(&TINY);
+    for tensor in model.tensors.clone() {
+        if tensor.name.contains("proj") {
+            let own = model.tensors.iter_mut().find(|own| own.name == tensor.name).unwrap();
+            own.dtype = Dtype::F8E4m3;
+            model = with(model, &format!("{}_scale", tensor.name), Dtype::F32, &[]);
+            model = with(model, &tensor.name.replace("weight", "input_scale"), Dtype::F32, &[]);
+        }
+    }
+    model.config = model
+        .config
+        .replace("\"torch_dtype\"", r#""quantization_config":{"quant_method":"fp8"},"torch_dtype""#);
+    let checkpoint = model.checkpoint();
+    let quantization: Quantization = recognize(&checkpoint, &model);
+    assert_eq!(quantization.groups().len(), 4 * 5);
+    let config = ModelConfig::parse(model.config.as_bytes()).unwrap();
+    let rules = Rules::of(&config).unwrap();
+    let dequantize = all(&quantization);
+    let [stored, made] = [None, Some(&dequantize)].map(|dequantize| {
+        let setup = Setup { quantization: Some(&quantization), dequantize, fuse: Fuse::No };
+        let partition = Partition::new(&checkpoint, &config, &rules, &setup).unwrap();
+        partition.share(&Ranks::alone().tp(1, 2), DeviceId::Host).unwrap().assembly.tensors
+    });
+    assert_eq!(stored.len(), checkpoint.len());
+    for tensor in &made {
+        let other = stored.iter().find(|other| other.name == tensor.name).unwrap();
+        assert_eq!((&tensor.shape, tensor.parts.len()), (&other.shape, other.parts.len()));
+        for (part, other) in tensor.parts.iter().zip(&other.parts) {
+            let pieces = |slice: &Slice, name: &str| {
+                let info = checkpoint.find(name).unwrap().info;
+                slice.pieces(info.dtype, info.shape).unwrap()
+            };
+            assert_eq!(pieces(&part.slice, &tensor.name), pieces(&other.slice, &tensor.name));
+            assert_eq!(part.at, other.at);
+        }
+    }
+    let find = |name: &str| stored.iter().find(|tensor| tensor.name == name).unwrap();
+    let qkv = find("model.layers.0.self_attn.qkv_proj.weight");
+    assert_eq!((qkv.shape.as_slice(), qkv.parts.len()), (&[72, 8][..], 3));
+    for scale in ["weight_scale", "input_scale"] {
+        let scale = find(&format!("model.layers.0.self_attn.qkv_proj.{scale}"));
+        assert_eq!((scale.shape.len(), scale.parts.len()), (0, 1));
+    }
+}
