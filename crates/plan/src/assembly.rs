@@ -22,7 +22,8 @@ pub struct Assembled {
     pub shape: Vec<u64>,
     /// The memory it is handed over in.
     pub device: DeviceId,
-    /// What it is made of: disjoint parts that cover the shape; none where the shape has no elements.
+    /// What it is made of: disjoint parts that cover the shape. One at least, which says the dtype: an empty one where the shape has no
+    /// elements.
     pub parts: Vec<Part>,
 }
 

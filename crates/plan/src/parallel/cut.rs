@@ -14,7 +14,8 @@ use crate::slice::Slice;
 pub(super) struct Cut {
     /// Of dimension 0, where that counts experts.
     pub(super) experts: Option<Range<u64>>,
-    /// The dimension that is cut, and what is kept of it: ascending, disjoint, one after the other in the result.
+    /// The dimension that is cut, and what is kept of it: ascending, disjoint, one after the other in the result. One piece at least, unless
+    /// the tensor has no dimensions.
     pub(super) dim: usize,
     pub(super) pieces: Vec<Range<u64>>,
     /// Rows that the rank has past the end of the tensor.
@@ -54,23 +55,23 @@ impl Cut {
     /// Walks the slices of a tensor of this shape, and how many elements of the cut dimension lie before each.
     pub(super) fn slices<'c>(&'c self, whole: &'c [u64]) -> impl Iterator<Item = (Slice, u64)> + 'c {
         let is_whole = self.is_whole(whole);
-        let all = is_whole.then(|| (Slice::new(Vec::new()), 0)).into_iter();
-        let pieces = if is_whole { &[][..] } else { &self.pieces };
-        let cut = pieces.iter().scan(0, move |before, piece| {
-            let at = *before;
+        let all = is_whole.then_some((Slice::whole(), 0)).into_iter();
+        let befores = self.pieces.iter().scan(0, |before, piece| {
             *before += piece.end - piece.start;
-            Some((self.slice(whole, piece), at))
+            Some(*before - (piece.end - piece.start))
         });
-        all.chain(cut)
+        let cut = self.ranges(whole).map(Slice::new).zip(befores);
+        all.chain(cut.take(if is_whole { 0 } else { usize::MAX }))
     }
 
-    fn slice(&self, whole: &[u64], piece: &Range<u64>) -> Slice {
-        let range = |dim: usize| match &self.experts {
+    /// Walks the ranges of leading dimensions that are kept, for each piece.
+    pub(super) fn ranges<'c>(&'c self, whole: &'c [u64]) -> impl Iterator<Item = Vec<Range<u64>>> + 'c {
+        let range = |dim: usize, piece: &Range<u64>| match &self.experts {
             _ if dim == self.dim => piece.clone(),
             Some(experts) if dim == 0 => experts.clone(),
             _ => 0..whole[dim],
         };
-        Slice::new((0..=self.dim).map(range).collect::<Vec<_>>())
+        self.pieces.iter().map(move |piece| (0..=self.dim).map(|dim| range(dim, piece)).collect())
     }
 }
 
@@ -224,7 +225,7 @@ impl Partition<'_> {
                 }
             }
         }
-        Ok(pieces)
+        Ok(at_least_one(pieces))
     }
 
     /// Returns the sizes that share a number of heads, and all other heads too.
@@ -278,5 +279,10 @@ fn vocab(rows: u64, pad_to: u64, tp: Part) -> Cut {
     let own = first.min(rows)..first.saturating_add(each).min(rows);
     let padding = each - (own.end - own.start);
     let pieces = if own.is_empty() { Vec::new() } else { vec![own] };
-    Cut { experts: None, dim: 0, pieces, padding }
+    Cut { experts: None, dim: 0, pieces: at_least_one(pieces), padding }
+}
+
+/// A rank that has nothing of a tensor has an empty piece of it, which says its dtype.
+fn at_least_one(pieces: Vec<Range<u64>>) -> Vec<Range<u64>> {
+    if pieces.is_empty() { std::iter::once(0..0).collect() } else { pieces }
 }

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::quant::QuantError;
+use crate::quant::{CutError, QuantError};
 
 /// Why there is no assembly for a rank. Every variant names the tensor, the key or the numbers, and what would work.
 #[derive(Clone, Debug, PartialEq)]
@@ -170,11 +170,14 @@ pub enum ParallelError {
         member: String,
     },
     /// A quantized tensor that cannot be cut there and stay as it is stored.
-    StoredCut {
+    StoredCut(CutError),
+    /// A rank has several sections of a quantized tensor that stays as it is stored, and what is kept of a stored tensor for them does not
+    /// lie one after the other.
+    StoredSections {
         /// The quantized tensor, by the name of its result.
         tensor: String,
-        /// What is in the way, and what would work.
-        what: String,
+        /// The stored tensor.
+        member: String,
     },
     /// Two tensors of the result have one name.
     SameName {
@@ -261,7 +264,13 @@ impl fmt::Display for ParallelError {
                     "fused tensor {target:?}: {member:?} is quantized; dequantize it or leave it unfused"
                 )
             }
-            E::StoredCut { tensor, what } => write!(f, "tensor {tensor:?}: {what}"),
+            E::StoredCut(_) => f.write_str("a tensor that stays as it is stored cannot be cut so"),
+            E::StoredSections { tensor, member } => {
+                write!(
+                    f,
+                    "tensor {tensor:?}: its sections are not one after the other in {member:?}; dequantize it"
+                )
+            }
             E::SameName { name } => write!(f, "two tensors of the result would be named {name:?}"),
             E::Quantized(_) => f.write_str("what is to be cut must become numbers first"),
         }
@@ -272,6 +281,7 @@ impl std::error::Error for ParallelError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
             ParallelError::Quantized(error) => Some(error),
+            ParallelError::StoredCut(error) => Some(error),
             _ => None,
         }
     }

@@ -98,7 +98,8 @@ impl<'a> Partition<'a> {
     /// # Errors
     /// What [`Ranks::check`] and [`Layers::range`](super::Layers::range) refuse; [`ParallelError::Uneven`], [`ParallelError::NotCounted`] and
     /// [`ParallelError::TooFewDims`] for a tensor that cannot be cut so; [`ParallelError::UnlikeMembers`] and [`ParallelError::StoredMember`] for
-    /// what cannot be fused; [`ParallelError::StoredCut`] for a quantized tensor that cannot be cut and stay as it is stored.
+    /// what cannot be fused; [`ParallelError::StoredCut`] and
+    /// [`ParallelError::StoredSections`] for a quantized tensor that cannot be cut and stay as it is stored.
     pub fn share(&self, ranks: &Ranks, device: DeviceId) -> Result<Share, ParallelError> {
         Share::new(self, ranks, device)
     }

@@ -132,17 +132,14 @@ impl<'a> Building<'_, 'a> {
         let Some(source) = source(entry.origin) else { return self.packed(number, entry, &cut) };
         let whole = self.partition.shape(entry);
         let shape = cut.shape(whole);
-        let mut parts = Vec::new();
-        if !is_empty(&shape) {
-            parts.reserve_exact(cut.pieces.len().max(1));
-            parts.extend(cut.slices(whole).map(|(slice, before)| {
-                let mut at = vec![0; shape.len()];
-                if let Some(at) = at.get_mut(cut.dim) {
-                    *at = before;
-                }
-                Part { source, slice, at }
-            }));
-        }
+        let mut parts = Vec::with_capacity(cut.pieces.len().max(1));
+        parts.extend(cut.slices(whole).map(|(slice, before)| {
+            let mut at = vec![0; shape.len()];
+            if let Some(at) = at.get_mut(cut.dim) {
+                *at = before;
+            }
+            Part { source, slice, at }
+        }));
         if cut.padding > 0 {
             let tensor = self.share.assembly.tensors.len() as u32;
             self.share.padding.push(Padding { tensor, rows: cut.padding });
@@ -174,7 +171,6 @@ impl<'a> Building<'_, 'a> {
             let source = Source::Stored(member.id);
             let part =
                 |(slice, at): &(Slice, Vec<u64>)| Part { source, slice: slice.clone(), at: at.clone() };
-            let slices = if is_empty(shape) { &[][..] } else { slices };
             let parts = slices.iter().map(part).collect();
             let (name, shape, device) = (member.info.name.to_owned(), shape.clone(), self.device);
             self.share.assembly.tensors.push(Assembled { name, shape, device, parts });
@@ -234,7 +230,7 @@ impl<'a> Building<'_, 'a> {
             let kept = cut.shape(whole);
             let first = *stack.first.get_or_insert(*number);
             self.check_alike(fused, (first, *number), &kept, &stack.rows, place)?;
-            for (slice, before) in cut.slices(whole).filter(|_| !is_empty(&kept)) {
+            for (slice, before) in cut.slices(whole) {
                 let mut at = vec![0; behind + kept.len()];
                 at[0] = stack.height * behind as u64;
                 at[behind + cut.dim] = before;
@@ -325,8 +321,4 @@ fn source(origin: Origin) -> Option<Source> {
         Origin::Made(group) => Some(Source::Made(group)),
         Origin::Packed(_) => None,
     }
-}
-
-fn is_empty(shape: &[u64]) -> bool {
-    shape.contains(&0)
 }

@@ -2,13 +2,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::ops::Range;
 
-use super::partition::{Origin, Partition};
+use super::partition::Partition;
 use super::share::Share;
 use crate::assembly::{Assembled, Source};
 use crate::dtype::{Dtype, numel};
-use crate::slice::Slice;
+use crate::slice::{Slice, SliceRange};
 
 impl Partition<'_> {
     /// Prints a share: for all tensors whose names differ by their numbers alone, and which are alike, a line `name  rule  dtype [stored shape][what is
@@ -102,7 +101,7 @@ impl Text<'_> {
             let rule = self.partition.rule_of(entry).to_string();
             let (name, numbers) = starred(&tensor.name);
             let shape = tensor.shape.clone();
-            let stored = self.stored(tensor, entry.origin);
+            let stored = self.stored(tensor);
             let tally = kinds.entry(Kind { name, rule, stored, shape, padding }).or_default();
             tally.numbers.resize_with(numbers.len(), BTreeSet::new);
             for (all, number) in tally.numbers.iter_mut().zip(numbers) {
@@ -115,16 +114,11 @@ impl Text<'_> {
     }
 
     /// Says what a tensor is cut from: the dtype and the shapes of its sources, what is kept of each, and alike ones counted.
-    fn stored(&self, tensor: &Assembled, origin: Origin) -> String {
-        let Some(first) = tensor.parts.first() else {
-            return match origin {
-                Origin::Stored(id) => of(
-                    self.partition.dtype_of(Source::Stored(id)),
-                    self.partition.shape_of(Source::Stored(id)),
-                ),
-                _ => String::new(),
-            };
-        };
+    fn stored(&self, tensor: &Assembled) -> String {
+        let dtype = tensor
+            .parts
+            .first()
+            .map_or(self.partition.made_dtype, |part| self.partition.dtype_of(part.source));
         let mut cuts: Vec<((&[u64], &Slice), u64)> = Vec::new();
         for part in &tensor.parts {
             let cut = (self.partition.shape_of(part.source), &part.slice);
@@ -138,22 +132,19 @@ impl Text<'_> {
             _ => format!("{count} x {shape:?}{}", kept(shape, slice)),
         };
         let cuts: Vec<String> = cuts.iter().map(counted).collect();
-        format!("{} {}", self.partition.dtype_of(first.source), cuts.join(" + "))
+        format!("{dtype} {}", cuts.join(" + "))
     }
 }
 
-/// Prints what a slice keeps, `..` for a whole dimension; nothing where it keeps everything.
+/// Prints what a slice keeps, `..` for a whole dimension before one that is not; nothing where it keeps everything.
 fn kept(shape: &[u64], slice: &Slice) -> String {
-    let one = |(range, len): (&Range<u64>, &u64)| match *range == (0..*len) {
+    let one = |(range, len): (&SliceRange, &u64)| match *range == SliceRange::from(0..*len) {
         true => "..".to_owned(),
-        false => format!("{}..{}", range.start, range.end),
+        false => range.to_string(),
     };
-    let ranges: Vec<String> = slice.ranges().iter().zip(shape).map(one).collect();
+    let mut ranges: Vec<String> = slice.ranges().iter().zip(shape).map(one).collect();
+    ranges.truncate(ranges.iter().rposition(|range| range != "..").map_or(0, |last| last + 1));
     if ranges.is_empty() { String::new() } else { format!("[{}]", ranges.join(", ")) }
-}
-
-fn of(dtype: Dtype, shape: &[u64]) -> String {
-    format!("{dtype} {shape:?}")
 }
 
 impl Tally {

@@ -4,7 +4,7 @@ use tensorhaul_plan::parallel::{
     Fuse, ModelConfig, ParallelError, Partition, Ranks, Rules, Setup, Share, Unmatched,
 };
 use tensorhaul_plan::quant::Quantization;
-use tensorhaul_plan::{DeviceId, Dtype, Slice};
+use tensorhaul_plan::{DeviceId, Dtype, Part, Slice};
 
 use crate::golden::{all, recognize};
 use crate::models::{self, Model, Sizes, TINY, Tensor};
@@ -259,7 +259,8 @@ fn rules_that_say_nothing_sensible_are_refused_with_the_place() {
         (r#"{"rules":{},"fuse":[{"name":"x","target":"t","rows":[]}]}"#, "fuse \"x\": no rows"),
         (r#"{"rules":{},"extends":"nothing"}"#, "extends \"nothing\", which there is no table for"),
         (r#"{"rules":{},"colour":1}"#, "unknown field `colour`"),
-        (r#"[]"#, "invalid type: sequence"),
+        (r#"[]"#, "invalid length 9"),
+        (r#""rules""#, "invalid type: string"),
     ] {
         let text = error(rules);
         assert!(text.contains(expected) && text.starts_with("rules given: "), "{rules}: {text}");
@@ -344,9 +345,11 @@ fn what_stays_packed_is_not_fused_and_not_cut_inside_a_block() {
     let rules = Rules::of(&config).unwrap();
     let partition = Partition::new(&checkpoint, &config, &rules, &setup).unwrap();
     partition.share(&Ranks::alone().tp(2, 3), DeviceId::Host).unwrap();
+    let error = partition.share(&Ranks::alone().tp(1, 2), DeviceId::Host).unwrap_err();
+    assert_eq!(error.to_string(), "a tensor that stays as it is stored cannot be cut so");
     assert_eq!(
-        partition.share(&Ranks::alone().tp(1, 2), DeviceId::Host).unwrap_err().to_string(),
-        "tensor \"model.layers.0.mlp.experts.down_proj\": columns 48..96 of 96 cut blocks of 32 that share a scale; dequantize it, or keep experts whole"
+        std::error::Error::source(&error).unwrap().to_string(),
+        "tensor \"model.layers.0.mlp.experts.down_proj_scales\": column 48 of \"model.layers.0.mlp.experts.down_proj\" is inside 32 columns that are scaled together; cutting at 32 or 64 would work, or dequantizing"
     );
 }
 
@@ -395,4 +398,61 @@ fn scales_of_whole_tensors_are_replicated_and_sections_are_put_together_packed()
         let scale = find(&format!("model.layers.0.self_attn.qkv_proj.{scale}"));
         assert_eq!((scale.shape.len(), scale.parts.len()), (0, 1));
     }
+}
+
+/// Phi-3 in GPTQ, with the indices of an act-order: four linear layers of one layer.
+fn phi3_gptq() -> Model {
+    let sizes =
+        Sizes { layers: 1, hidden: 64, heads: 4, kv_heads: 4, head_dim: 16, intermediate: 64, ..TINY };
+    let mut model = models::phi3(&sizes);
+    for tensor in std::mem::take(&mut model.tensors) {
+        let Some(at) = tensor.name.strip_suffix("proj.weight") else {
+            model.tensors.push(tensor);
+            continue;
+        };
+        let [rows, cols] = *tensor.shape else { unreachable!("linear layers are matrices") };
+        for (name, dtype, shape) in [
+            ("qweight", Dtype::I32, &[cols / 8, rows][..]),
+            ("qzeros", Dtype::I32, &[cols / 16, rows / 8]),
+            ("scales", Dtype::F16, &[cols / 16, rows]),
+            ("g_idx", Dtype::I32, &[cols]),
+        ] {
+            model = with(model, &format!("{at}proj.{name}"), dtype, shape);
+        }
+    }
+    let gptq = r#""quantization_config":{"quant_method":"gptq","bits":4,"group_size":16,"desc_act":true,"sym":false},"torch_dtype""#;
+    model.config = model.config.replace("\"torch_dtype\"", gptq);
+    model
+}
+
+#[test]
+fn sections_of_packed_columns_lie_side_by_side_and_a_group_index_keeps_all_groups() {
+    let model = phi3_gptq();
+    let checkpoint = model.checkpoint();
+    let quantization = recognize(&checkpoint, &model);
+    assert_eq!(quantization.groups().len(), 4);
+    let config = ModelConfig::parse(model.config.as_bytes()).unwrap();
+    let rules = Rules::of(&config).unwrap();
+    let setup = Setup { quantization: Some(&quantization), ..Setup::default() };
+    let partition = Partition::new(&checkpoint, &config, &rules, &setup).unwrap();
+    let share = partition.share(&Ranks::alone().tp(1, 2), DeviceId::Host).unwrap();
+    let find = |name: &str| {
+        let tensor = share.assembly.tensors.iter().find(|tensor| tensor.name.ends_with(name)).unwrap();
+        let at = tensor.parts.iter().map(|part| part.at.clone()).collect::<Vec<_>>();
+        let start = |part: &Part| part.slice.ranges().iter().map(|range| range.start).collect::<Vec<_>>();
+        (tensor.shape.clone(), at, tensor.parts.iter().map(start).collect::<Vec<_>>())
+    };
+    // Column-parallel in three sections of 64 rows: the words of rows 32.., 96.. and 160.. of each.
+    let three = |step: u64| [[0, 0], [0, step], [0, 2 * step]].map(Vec::from).to_vec();
+    let starts = |unit: u64| [[0, unit], [0, 3 * unit], [0, 5 * unit]].map(Vec::from).to_vec();
+    assert_eq!(find("qkv_proj.qweight"), (vec![8, 96], three(32), starts(32)));
+    assert_eq!(find("qkv_proj.qzeros"), (vec![4, 12], three(4), starts(4)));
+    assert_eq!(find("qkv_proj.scales"), (vec![4, 96], three(32), starts(32)));
+    assert_eq!(find("qkv_proj.g_idx").0, [64]);
+    // Row-parallel: words of columns 32.., and the scales of all groups, which the index counts.
+    assert_eq!(find("o_proj.qweight"), (vec![4, 64], vec![vec![0, 0]], vec![vec![4, 0]]));
+    assert_eq!(find("o_proj.g_idx"), (vec![32], vec![vec![0]], vec![vec![32]]));
+    assert_eq!(find("o_proj.scales").0, [4, 64]);
+    let error = partition.share(&Ranks::alone().tp(1, 8), DeviceId::Host).unwrap_err().to_string();
+    assert!(error.contains("8 ranks cannot share 4 heads evenly; 1, 2, 4 can"), "{error}");
 }

@@ -6,4 +6,5 @@ mod errors;
 mod golden;
 mod huggingface;
 mod models;
+mod plans;
 mod property;
