@@ -1,4 +1,5 @@
 //! Parts of quantized tensors: which bytes, and which slices of what is stored.
+#![expect(clippy::single_range_in_vec_init, reason = "a slice of one dimension is one range")]
 
 use std::fmt::Write;
 use std::ops::Range;

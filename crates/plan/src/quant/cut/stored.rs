@@ -1,5 +1,6 @@
 //! Parts of packed tensors as they are stored, for ranks that unpack themselves.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use super::codes::{LinesAre, Packing};
@@ -47,17 +48,21 @@ impl Group {
         members.iter().map(slice).collect()
     }
 
-    /// The recipe as if it read what GPTQ stores besides: zero-points of symmetric codes, indices that are in order.
-    fn with_unread(&self, checkpoint: &Checkpoint) -> (Recipe, Vec<(Role, TensorId)>) {
-        let (mut recipe, mut members) = (self.recipe.clone(), self.members.clone());
-        for (role, id) in members.iter_mut().filter(|(role, _)| *role == Role::Description) {
-            let tensor = checkpoint.tensor(*id);
+    /// The recipe as if it read what GPTQ and compressed-tensors store besides: zero-points of symmetric codes, indices that are
+    /// in order.
+    fn with_unread(&self, checkpoint: &Checkpoint) -> (Cow<'_, Recipe>, Cow<'_, [(Role, TensorId)]>) {
+        let (mut recipe, mut members) = (Cow::Borrowed(&self.recipe), Cow::Borrowed(&self.members[..]));
+        for (place, &(role, id)) in self.members.iter().enumerate() {
+            if role != Role::Description {
+                continue;
+            }
+            let tensor = checkpoint.tensor(id);
             let name = tensor.info.name;
             if name.ends_with("g_idx") {
-                *role = Role::GroupIndex;
+                members.to_mut()[place].0 = Role::GroupIndex;
             } else if self.family == Family::Gptq && name.ends_with("qzeros") {
-                *role = Role::ZeroPoint;
-                recipe.zero_point = gptq_zero_points(recipe.codes, &tensor);
+                members.to_mut()[place].0 = Role::ZeroPoint;
+                recipe.to_mut().zero_point = gptq_zero_points(self.recipe.codes, &tensor);
             }
         }
         (recipe, members)
@@ -139,10 +144,10 @@ impl Stored<'_> {
         let [rows, cols] = self.packed_units(recipe.codes, Role::Payload);
         // Every unit of chunks holds rows of the whole tensor.
         let rows = if matches!(recipe.codes, Codes::RowChunks { .. }) { recipe.rows } else { rows };
-        let mut units = vec![
-            Together { role: Role::Payload, along: Along::Rows, len: rows.max(1), what: "packed" },
-            Together { role: Role::Payload, along: Along::Cols, len: cols, what: "packed" },
-        ];
+        let mut units = Vec::with_capacity(8);
+        let mut add = |along, len| units.push(Together { role: Role::Payload, along, len, what: "packed" });
+        add(Along::Rows, rows.max(1));
+        add(Along::Cols, cols);
         if let Some(scale) = &recipe.scale {
             let is_inline = scale.grid.number == Number::SignedExponent;
             let role = if is_inline { Role::Payload } else { Role::Scale };
