@@ -64,6 +64,9 @@ fn is_mapped(model: &Inner, options: &LoadOptions) -> Result<bool> {
         _ if request.device != DeviceId::Host => Some("the device is not the host"),
         _ if !options.targets.is_empty() || options.allocator.is_some() => Some("memory is given for them"),
         _ if options.dequantization.is_some() => Some("they are dequantized"),
+        _ if options.parallel.is_some() || request.assembly.is_some() => {
+            Some("they are put together from parts")
+        }
         _ if !request.slices.is_empty() => Some("parts of tensors are asked for"),
         _ if options.in_place != Preference::Preferred => Some("how reads land is asked for"),
         (EngineChoice::Pread | EngineChoice::IoUring, _) => Some("an engine that reads is asked for"),

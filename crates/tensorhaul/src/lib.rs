@@ -47,6 +47,7 @@ mod mapped;
 mod model;
 mod operations;
 mod options;
+pub mod parallel;
 mod pinned;
 mod pipeline;
 mod prepare;

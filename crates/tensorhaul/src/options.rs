@@ -8,6 +8,7 @@ use tensorhaul_plan::Request;
 
 use crate::error::Error;
 use crate::external::{Allocator, ExternalMemory};
+use crate::parallel::Parallel;
 use crate::progress::Progress;
 use crate::quantized::Dequantization;
 
@@ -32,6 +33,7 @@ pub struct LoadOptions {
     pub(crate) thread_count: Option<u32>,
     pub(crate) dequantization: Option<Dequantization>,
     pub(crate) transient_bytes: Option<u64>,
+    pub(crate) parallel: Option<Parallel>,
     pub(crate) targets: Vec<(String, ExternalMemory)>,
     pub(crate) allocator: Option<Arc<dyn Allocator>>,
     pub(crate) stream: Option<u64>,
@@ -53,6 +55,7 @@ impl Default for LoadOptions {
             thread_count: None,
             dequantization: None,
             transient_bytes: None,
+            parallel: None,
             targets: Vec::new(),
             allocator: None,
             stream: None,
@@ -118,6 +121,12 @@ impl LoadOptions {
     /// 256 MiB, or what the largest tensor needs. A smaller limit than that refuses the load.
     pub fn transient_bytes(self, transient_bytes: u64) -> Self {
         LoadOptions { transient_bytes: Some(transient_bytes), ..self }
+    }
+
+    /// Loads a rank's part of the model instead of all of it. Names of the request, and of the caller's memory, are then those
+    /// of the rank's tensors. Default: everything. Makes the load private.
+    pub fn parallel(self, parallel: Parallel) -> Self {
+        LoadOptions { parallel: Some(parallel), ..self }
     }
 
     /// Memory of the caller's own for one tensor, exactly as long as the tensor's bytes (a mismatch is an error

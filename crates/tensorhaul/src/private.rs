@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use tensorhaul_device::Device;
 use tensorhaul_io::Counts;
-use tensorhaul_plan::{DeviceId, External, InPlace, Machine, Plan, Request};
+use tensorhaul_plan::{DeviceId, External, InPlace, Machine, Plan, Request, Select};
 use tensorhaul_stage::Ring;
 
 use crate::cancel::Cancel;
@@ -15,6 +15,7 @@ use crate::handover::{Emit, staging_layout};
 use crate::lanes::lanes;
 use crate::model::Inner;
 use crate::options::{LoadOptions, Preference};
+use crate::parallel;
 use crate::pipeline::{Dropped, Ended, Lane, Transfer, Transferred};
 use crate::prepare::{self, Opening, Prepared, Preparing, timed};
 use crate::probed::{Probed, Temperatures};
@@ -218,7 +219,7 @@ impl Load<'_> {
 }
 
 /// Completes the request with what the options say, and with what is quantized where that is asked for.
-fn request(model: &Inner, options: &LoadOptions) -> Result<Request> {
+pub(crate) fn request(model: &Inner, options: &LoadOptions) -> Result<Request> {
     let mut request = options.request.clone();
     request.external.extend(options.targets.iter().map(|(name, memory)| External {
         name: name.clone(),
@@ -226,8 +227,13 @@ fn request(model: &Inner, options: &LoadOptions) -> Result<Request> {
         strides: None,
     }));
     if let Some(dequantization) = &options.dequantization {
-        request.dequantize = Some(quantized::dequantize(model, dequantization, &options.request.select)?);
+        // A rank's tensors have names of their own; which stored ones they need is not known yet.
+        let select = if options.parallel.is_some() { &Select::All } else { &options.request.select };
+        request.dequantize = Some(quantized::dequantize(model, dequantization, select)?);
         request.transient_bytes_max = options.transient_bytes;
+    }
+    if let Some(parallel) = &options.parallel {
+        parallel::assemble(model, parallel, &mut request)?;
     }
     Ok(request)
 }

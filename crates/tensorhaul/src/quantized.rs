@@ -119,7 +119,8 @@ pub(crate) fn check_group_indices(model: &Inner, plan: &Plan) -> Result<()> {
         let Some(group_count) = operation.recipe.group_index else { continue };
         for source in operation.sources.iter().filter(|source| source.role == Role::GroupIndex) {
             let stored = model.checkpoint.tensor(source.id);
-            let bytes = model.read(stored.file, stored.file_offset_bytes, source.len_bytes)?;
+            // All of it, also where a part of the columns is wanted: it is one index.
+            let bytes = model.read(stored.file, stored.file_offset_bytes, stored.info.len_bytes())?;
             let groups = bytes.as_chunks().0.iter().map(|bytes| i32::from_le_bytes(*bytes));
             let is_outside = |group: i32| u32::try_from(group).map_or(true, |group| group >= group_count);
             if let Some((column, group)) = groups.enumerate().find(|(_, group)| is_outside(*group)) {

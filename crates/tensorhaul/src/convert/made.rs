@@ -1,4 +1,4 @@
-//! The bytes of tensors that are dequantized on their way into a copy.
+//! The bytes of tensors that are dequantized, or put together, on their way into a copy.
 
 use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
@@ -11,7 +11,7 @@ use crate::options::{Handover, LoadOptions};
 use crate::save::TensorBytes;
 use crate::tensor::Tensor;
 
-/// Loads dequantized tensors some at a time, in the order in which they will be written.
+/// Loads tensors some at a time, in the order in which they will be written.
 pub(super) struct Batches<'m> {
     model: &'m Model,
     /// How each of them is loaded, but for the names.

@@ -20,6 +20,7 @@ use crate::cast::{can_cast, cast};
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::options::LoadOptions;
+use crate::parallel::Parallel;
 use crate::progress::Progress;
 use crate::quantized::Dequantization;
 use crate::save::{OutFolder, SaveOptions, SaveTensor, TensorBytes, write_checkpoint};
@@ -32,6 +33,7 @@ use made::{Batches, Made};
 pub struct ConvertOptions {
     cast: Option<Dtype>,
     dequantize: Option<Dtype>,
+    parallel: Option<Parallel>,
     device: Option<DeviceId>,
     save: SaveOptions,
 }
@@ -53,6 +55,12 @@ impl ConvertOptions {
     /// activations are left out. Other tensors stay as they are, unless a cast is asked for, too.
     pub fn dequantize(self, dtype: Dtype) -> Self {
         ConvertOptions { dequantize: Some(dtype), ..self }
+    }
+
+    /// Writes what one rank needs of the model, under the names of its tensors. Rows of padding that a vocabulary has for it are not
+    /// written, and listed. Cannot be cast on the way. Default: the whole model.
+    pub fn parallel(self, parallel: Parallel) -> Self {
+        ConvertOptions { parallel: Some(parallel), ..self }
     }
 
     /// Where tensors are dequantized; the bytes are the same on every device. Default: the host.
@@ -174,14 +182,21 @@ pub fn convert(model: &Model, out_dir: &Path, options: &ConvertOptions) -> Resul
     if is_same_folder(out_dir, model.folder()) {
         return Err(Error::bad_request("is the model's own folder; name another").in_file(out_dir));
     }
+    if options.parallel.is_some() && options.cast.is_some() {
+        return Err(Error::bad_request("a rank's part is not cast on the way; cast the whole model first"));
+    }
     let overflowed = RefCell::new(Vec::new());
-    let (metadata, mut left_out) = joined_metadata(model);
+    let (mut metadata, mut left_out) = joined_metadata(model);
     let load = load_options(options);
     let batches = Batches::new(model, &load);
-    let parts = match options.dequantize {
-        None => stored(model),
-        Some(_) => plain(model, &load, &batches, &mut left_out)?,
+    let parts = match (options.dequantize, &options.parallel) {
+        (None, None) => stored(model),
+        _ => planned(model, &load, &batches, &mut left_out)?,
     };
+    if let Some(parallel) = &options.parallel {
+        metadata.insert(RANKS.to_owned(), parallel.to_string());
+        left_out.extend(padding(model, &load, parallel)?);
+    }
     let Selected { tensors, kept, tensors_cast, tensors_dequantized, bytes_before } =
         select(model, parts, options.cast, &overflowed);
     let metadata = match options.dequantize {
@@ -220,8 +235,11 @@ pub fn convert(model: &Model, out_dir: &Path, options: &ConvertOptions) -> Resul
 
 /// A tensor of the copy before anything is cast.
 enum Part<'m> {
+    /// Whole, as it is.
     Stored(TensorInfo<'m>),
-    Made(SaveTensor<'m>),
+    /// Cut out of one or several.
+    PutTogether(SaveTensor<'m>),
+    Dequantized(SaveTensor<'m>),
 }
 
 fn stored(model: &Model) -> Vec<Part<'_>> {
@@ -232,15 +250,18 @@ fn stored(model: &Model) -> Vec<Part<'_>> {
 fn load_options(options: &ConvertOptions) -> LoadOptions {
     let mut request = Request::all();
     request.device = options.device.unwrap_or(DeviceId::Host);
-    let load = LoadOptions::default().request(request);
-    match options.dequantize {
-        Some(dtype) => load.dequantize(Dequantization::to(dtype).fold()),
+    let mut load = LoadOptions::default().request(request);
+    if let Some(dtype) = options.dequantize {
+        load = load.dequantize(Dequantization::to(dtype).fold());
+    }
+    match &options.parallel {
+        Some(parallel) => load.parallel(parallel.clone()),
         None => load,
     }
 }
 
-/// Returns the tensors of the plain checkpoint, in the order of the plan that makes them: files are filled in this order.
-fn plain<'b, 'm: 'b>(
+/// Returns the tensors of the copy, in the order of the plan that makes them: files are filled in this order.
+fn planned<'b, 'm: 'b>(
     model: &'m Model,
     load: &LoadOptions,
     batches: &'b Batches<'m>,
@@ -250,10 +271,12 @@ fn plain<'b, 'm: 'b>(
     let mut parts = Vec::with_capacity(plan.tensors().len());
     for placed in plan.tensors() {
         let name = plan.name(placed);
-        if placed.is_made() {
+        let is_stored = placed.name.is_none() && placed.shape.is_none();
+        if !is_stored || load.parallel.is_some() {
             let bytes = Made { name: name.to_owned(), len_bytes: placed.len_bytes, batches, bytes: None };
             let (name, shape) = (name.to_owned(), plan.shape(placed).to_vec());
-            parts.push(Part::Made(SaveTensor { name, dtype: placed.dtype, shape, bytes: Box::new(bytes) }));
+            let tensor = SaveTensor { name, dtype: placed.dtype, shape, bytes: Box::new(bytes) };
+            parts.push(if placed.is_made() { Part::Dequantized(tensor) } else { Part::PutTogether(tensor) });
             continue;
         }
         let why = match quantization.role_of(placed.id) {
@@ -269,6 +292,19 @@ fn plain<'b, 'm: 'b>(
         left_out.push(LeftOut { what: name.to_owned(), why: why.to_owned() });
     }
     Ok(parts)
+}
+
+/// Lists the rows that a rank has behind the end of its vocabulary.
+fn padding(model: &Model, load: &LoadOptions, parallel: &Parallel) -> Result<Vec<LeftOut>> {
+    let Some(ranks) = parallel.one_rank() else {
+        return Err(Error::bad_request("a copy is of one rank's part; convert for each rank by itself"));
+    };
+    let padding = model.describe_rank(load, ranks)?.padding;
+    let left_out = |(name, rows): (String, u64)| LeftOut {
+        what: format!("{rows} rows of padding behind {name:?}"),
+        why: "they are past the end of the vocabulary, and in no file".to_owned(),
+    };
+    Ok(padding.into_iter().map(left_out).collect())
 }
 
 struct Selected<'m> {
@@ -287,7 +323,7 @@ fn select<'m>(
 ) -> Selected<'m> {
     let infos = parts.iter().filter_map(|part| match part {
         Part::Stored(info) => Some(*info),
-        Part::Made(_) => None,
+        Part::PutTogether(_) | Part::Dequantized(_) => None,
     });
     let quantized = Quantized::find(infos);
     let mut selected = Selected {
@@ -300,9 +336,13 @@ fn select<'m>(
     for part in parts {
         let info = match part {
             Part::Stored(info) => info,
-            Part::Made(made) => {
+            Part::Dequantized(made) => {
                 selected.tensors_dequantized += 1;
                 selected.tensors.push(made);
+                continue;
+            }
+            Part::PutTogether(tensor) => {
+                selected.tensors.push(tensor);
                 continue;
             }
         };
@@ -482,6 +522,9 @@ fn without_quantization(
     }
     metadata
 }
+
+/// Whose part of a model a checkpoint is.
+const RANKS: &str = "tensorhaul.ranks";
 
 const TORCHAO_NAMES: &str = "tensor_names";
 const COMFY_LAYERS: &str = "_quantization_metadata";

@@ -1,0 +1,227 @@
+//! Ranks: which part of a model each needs, and what that makes of a request.
+
+use std::fmt;
+use std::fs;
+use std::io;
+use std::sync::Arc;
+
+pub use tensorhaul_plan::parallel::{Fuse, Layers, ParallelError, Ranks, Rules, Unmatched};
+use tensorhaul_plan::parallel::{ModelConfig, Partition, Setup};
+use tensorhaul_plan::{Assembly, Dequantize, DeviceId, OverRead, Promised, Request};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::locate::read_limited;
+use crate::model::{Inner, Model, Source};
+use crate::options::LoadOptions;
+use crate::private;
+
+/// Whose parts of a model are loaded, and by which rules it is cut.
+///
+/// # Example
+/// ```no_run
+/// use tensorhaul::parallel::{Fuse, Parallel, Ranks};
+/// use tensorhaul::{DeviceId, LoadOptions, Model, Request};
+///
+/// let mut request = Request::all();
+/// request.device = DeviceId::Cuda(0);
+/// let rank = Parallel::rank(Ranks::alone().tp(3, 8)).fuse(Fuse::All);
+/// let loaded = Model::open("org/model")?.load(&LoadOptions::default().request(request).parallel(rank))?;
+/// let qkv = loaded.tensors.get("model.layers.0.self_attn.qkv_proj.weight").unwrap(); // Rank 3's rows of q, k and v.
+/// # Ok::<(), tensorhaul::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct Parallel {
+    shares: Vec<(Ranks, Option<DeviceId>)>,
+    rules: Option<Rules>,
+    unmatched: Option<Unmatched>,
+    fuse: Fuse,
+}
+
+impl Parallel {
+    /// Loads what one rank needs, onto the request's device.
+    pub fn rank(ranks: Ranks) -> Parallel {
+        Parallel { shares: vec![(ranks, None)], rules: None, unmatched: None, fuse: Fuse::No }
+    }
+
+    /// Loads what several ranks need in one process, each onto a device of its own; what several of them read is read once.
+    pub fn on_devices(shares: impl IntoIterator<Item = (Ranks, DeviceId)>) -> Parallel {
+        let shares = shares.into_iter().map(|(ranks, device)| (ranks, Some(device))).collect();
+        Parallel { shares, ..Parallel::rank(Ranks::alone()) }
+    }
+
+    /// Cuts by these rules. Default: those of the architecture that the model's `config.json` names.
+    pub fn rules(self, rules: Rules) -> Self {
+        Parallel { rules: Some(rules), ..self }
+    }
+
+    /// Says what becomes of tensors that no rule names. Default: what the rules say, which mostly is an error.
+    pub fn unmatched(self, unmatched: Unmatched) -> Self {
+        Parallel { unmatched: Some(unmatched), ..self }
+    }
+
+    /// Puts tensors side by side where they end up: q, k and v as one, gate and up as one, experts as one stack. Default: none.
+    pub fn fuse(self, fuse: Fuse) -> Self {
+        Parallel { fuse, ..self }
+    }
+}
+
+impl fmt::Display for Parallel {
+    /// Prints the ranks, such as `tp 0/8, pp 0/1, ep 0/1`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (number, (ranks, _)) in self.shares.iter().enumerate() {
+            write!(f, "{}{ranks}", if number == 0 { "" } else { "; " })?;
+        }
+        Ok(())
+    }
+}
+
+/// What a rank would load.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct RankPlan {
+    /// Whose plan it is.
+    pub ranks: Ranks,
+    /// Number of tensors of the result.
+    pub tensors: u64,
+    /// What the load promises.
+    pub promised: Promised,
+    /// Tensors of whose rows more is read than kept.
+    pub over_reads: Vec<OverRead>,
+}
+
+/// A rank's tensors: what is loaded of each, as text for people, and the rows that a padded vocabulary has behind its end.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct RankSummary {
+    /// A line for all tensors that differ by numbers alone.
+    pub text: String,
+    /// Names and rows of padding, which are in no file: memory of a padded shape has to be longer by them.
+    pub padding: Vec<(String, u64)>,
+}
+
+impl Model {
+    /// Plans what each of these ranks would load, without doing it.
+    ///
+    /// # Errors
+    /// As [`Model::plan`].
+    pub fn plan_ranks(
+        &self,
+        options: &LoadOptions,
+        ranks: impl IntoIterator<Item = Ranks>,
+    ) -> Result<Vec<RankPlan>> {
+        let parallel = options.parallel.clone().unwrap_or_else(|| Parallel::rank(Ranks::alone()));
+        let plan = |ranks: Ranks| {
+            let one = Parallel { shares: vec![(ranks.clone(), None)], ..parallel.clone() };
+            let plan = private::plan(&self.inner, &options.clone().parallel(one))?;
+            let over_reads = plan.over_reads().to_vec();
+            Ok(RankPlan {
+                ranks,
+                tensors: plan.tensors().len() as u64,
+                promised: *plan.promised(),
+                over_reads,
+            })
+        };
+        ranks.into_iter().map(plan).collect()
+    }
+
+    /// Describes what a rank has of each tensor, by its rule.
+    ///
+    /// # Errors
+    /// As [`Model::plan`].
+    pub fn describe_rank(&self, options: &LoadOptions, ranks: &Ranks) -> Result<RankSummary> {
+        let parallel = options.parallel.clone().unwrap_or_else(|| Parallel::rank(Ranks::alone()));
+        let request = private::request(&self.inner, &LoadOptions { parallel: None, ..options.clone() })?;
+        parallel.with_partition(&self.inner, request.dequantize.as_ref(), |partition| {
+            let share = partition.share(ranks, request.device)?;
+            let name = |padding: &tensorhaul_plan::parallel::Padding| {
+                (share.assembly.tensors[padding.tensor as usize].name.clone(), padding.rows)
+            };
+            let padding = share.padding.iter().map(name).collect();
+            Ok(RankSummary { text: partition.text(&share).to_string(), padding })
+        })
+    }
+}
+
+/// Completes a request with what its ranks need.
+pub(crate) fn assemble(model: &Inner, parallel: &Parallel, request: &mut Request) -> Result<()> {
+    let device = request.device;
+    let assembly = parallel.with_partition(model, request.dequantize.as_ref(), |partition| {
+        let mut assembly = Assembly::default();
+        for (ranks, own) in &parallel.shares {
+            assembly.tensors.extend(partition.share(ranks, own.unwrap_or(device))?.assembly.tensors);
+        }
+        Ok(assembly)
+    })?;
+    let mut devices: Vec<_> = parallel.shares.iter().map(|(_, own)| own.unwrap_or(device)).collect();
+    devices.sort_unstable();
+    if let Some(pair) = devices.windows(2).find(|pair| pair[0] == pair[1]) {
+        let what = format!("two ranks of one load are for {}; each needs a device of its own", pair[0]);
+        return Err(Error::bad_request(what));
+    }
+    request.assembly = Some(Arc::new(assembly));
+    Ok(())
+}
+
+impl Parallel {
+    /// Returns the rank, if it is one and its device is the request's.
+    pub(crate) fn one_rank(&self) -> Option<&Ranks> {
+        match &*self.shares {
+            [(ranks, None)] => Some(ranks),
+            _ => None,
+        }
+    }
+
+    /// Matches the rules with the model's tensors.
+    fn with_partition<T>(
+        &self,
+        model: &Inner,
+        dequantize: Option<&Dequantize>,
+        act: impl FnOnce(&Partition<'_>) -> std::result::Result<T, ParallelError>,
+    ) -> Result<T> {
+        let config = config(model, self.rules.is_some())?;
+        let failed = |error| parallel_error(error, model);
+        let mut rules = match &self.rules {
+            Some(rules) => rules.clone(),
+            None => Rules::of(&config).map_err(failed)?,
+        };
+        if let Some(unmatched) = self.unmatched {
+            rules = rules.unmatched(unmatched);
+        }
+        let quantization = model.quantization()?;
+        let setup = Setup { quantization: Some(&quantization), dequantize, fuse: self.fuse.clone() };
+        let partition = Partition::new(&model.checkpoint, &config, &rules, &setup).map_err(failed)?;
+        act(&partition).map_err(failed)
+    }
+}
+
+/// Reads the model's `config.json`, without which only rules of the caller's own that count nothing work.
+fn config(model: &Inner, may_be_missing: bool) -> Result<ModelConfig> {
+    let path = model.folder.join("config.json");
+    let is_missing = match &model.source {
+        Source::Memory { .. } => true,
+        Source::Files(_) => {
+            matches!(fs::symlink_metadata(&path), Err(error) if error.kind() == io::ErrorKind::NotFound)
+        }
+    };
+    if is_missing && may_be_missing {
+        return Ok(ModelConfig::default());
+    }
+    if is_missing {
+        let what = "there is no config.json to say which rules cut the model; give rules of your own";
+        return Err(Error::bad_request(what).in_file(&model.folder));
+    }
+    let text = read_limited(&path, CONFIG_LEN_BYTES_MAX)?;
+    ModelConfig::parse(&text).map_err(|error| Error::new(ErrorKind::Malformed, error).in_file(&path))
+}
+
+fn parallel_error(error: ParallelError, model: &Inner) -> Error {
+    let kind = match &error {
+        ParallelError::Config { .. } => ErrorKind::Malformed,
+        ParallelError::UnknownArchitecture { .. } | ParallelError::Quantized(_) => ErrorKind::Unsupported,
+        _ => ErrorKind::BadRequest,
+    };
+    Error::new(kind, error).in_file(&model.folder)
+}
+
+/// Configurations have a few kB; lists of excluded modules make some longer.
+const CONFIG_LEN_BYTES_MAX: u64 = 16 << 20;
