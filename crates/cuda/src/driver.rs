@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use std::ptr;
 
 use tensorhaul_device::gpu::{
-    BatchPiece, CallError, CaptureMode, Context, DeviceFacts, Driver, EventHandle, FunctionHandle,
-    LaunchShape, Meaning, ModuleHandle, Peer, PeerCopy, Rows, StreamHandle,
+    BatchPiece, CallError, CaptureMode, CompileError, Compiled, Context, DeviceFacts, Driver, EventHandle,
+    FunctionHandle, LaunchShape, Meaning, ModuleHandle, Peer, PeerCopy, Rows, StreamHandle,
 };
 use tensorhaul_plan::DeviceId;
 
@@ -442,6 +442,12 @@ unsafe impl Driver for Cuda {
     fn kernels(&self, _architecture: &str, module: &str) -> Option<&'static [u8]> {
         // The driver compiles PTX for whatever device it has.
         kernels::PTX.iter().find(|(name, _)| *name == module).map(|(_, text)| text.as_bytes())
+    }
+
+    fn compile(&self, _architecture: &str, module: &str) -> Result<Compiled, CompileError> {
+        Err(CompileError::NoCompiler(format!(
+            "the driver compiles PTX itself, and {module} is none of this build's"
+        )))
     }
 
     fn architectures(&self) -> String {

@@ -143,8 +143,8 @@ pub trait Device: Send + Sync {
     /// where it was loaded before. [`Device::run`] does the same by itself.
     ///
     /// # Errors
-    /// [`DeviceError::NoKernels`] when this build has none for the device; [`DeviceError::Driver`] when the driver
-    /// refused them.
+    /// [`DeviceError::NoKernels`] when this build has none for the device and there is no compiler,
+    /// [`DeviceError::NotCompiled`] when there is; [`DeviceError::Driver`] when the driver refused them.
     fn prepare(&self, kind: OperationKind) -> Result<Duration, DeviceError>;
 
     /// Queues an operation on memory of this device.
@@ -364,6 +364,19 @@ pub enum DeviceError {
         architecture: String,
         /// What this build has kernels for.
         known: String,
+        /// Why they cannot be compiled on this machine.
+        why: String,
+    },
+    /// The kernels for the device did not compile on this machine.
+    NotCompiled {
+        /// Which device.
+        device: DeviceId,
+        /// Its architecture.
+        architecture: String,
+        /// The compiler, and its call with its status.
+        what: String,
+        /// The compiler's whole log.
+        log: String,
     },
     /// Memory of another device is not reached without the host.
     Unreachable {
@@ -406,11 +419,19 @@ impl fmt::Display for DeviceError {
                 write!(f, "no {needed_bytes} bytes of host memory for staging")
             }
             DeviceError::Unavailable { device, why } => write!(f, "{device}: {why}"),
-            DeviceError::NoKernels { device, architecture, known } => {
+            DeviceError::NoKernels { device, architecture, known, why } => {
                 write!(
                     f,
-                    "{device}: this build has no kernels for {architecture}, but for {known}; load without casts"
-                )
+                    "{device}: this build has no kernels for {architecture}, but for {known}; {why}; "
+                )?;
+                f.write_str("load without casts and dequantization")
+            }
+            DeviceError::NotCompiled { device, architecture, what, log } => {
+                write!(f, "{device}: the kernels for {architecture} do not compile: {what}")?;
+                match telling_line(log) {
+                    Some(line) => write!(f, ": {line}"),
+                    None => Ok(()),
+                }
             }
             DeviceError::Unreachable { device, peer, why } => {
                 write!(f, "{device} does not reach the memory of {peer}: {why}; copy through the host")
@@ -422,6 +443,12 @@ impl fmt::Display for DeviceError {
             DeviceError::Query { device, .. } => write!(f, "{device}: does not tell its memory"),
         }
     }
+}
+
+/// Returns the first error of a compiler's log, or its first line.
+fn telling_line(log: &str) -> Option<&str> {
+    let mut lines = log.lines().map(str::trim).filter(|line| !line.is_empty());
+    lines.clone().find(|line| line.contains("error")).or_else(|| lines.next())
 }
 
 impl std::error::Error for DeviceError {

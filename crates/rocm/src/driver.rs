@@ -1,24 +1,31 @@
 //! HIP's calls under the names that all vendors share.
 
+use std::collections::BTreeMap;
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::fs::File;
 use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::ptr;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use tensorhaul_device::gpu::{
-    BatchPiece, CallError, CaptureMode, Context, DeviceFacts, Driver, EventHandle, FunctionHandle,
-    LaunchShape, Meaning, ModuleHandle, Peer, PeerCopy, Rows, StreamHandle, table,
+    BatchPiece, CallError, CaptureMode, CompileError, Compiled, Context, DeviceFacts, Driver, EventHandle,
+    FunctionHandle, LaunchShape, Meaning, ModuleHandle, Peer, PeerCopy, Rows, StreamHandle, table,
 };
 use tensorhaul_plan::DeviceId;
 
 use crate::kernels;
+use crate::rtc::Compiler;
 use crate::sys::{self, Table};
 
 /// AMD's HIP runtime, loaded and initialized.
 pub struct Rocm {
     table: Table,
     version: c_int,
+    /// Found when it is first needed.
+    compiler: OnceLock<Result<Compiler, String>>,
+    /// What was compiled, by architecture and module.
+    compiled: Mutex<BTreeMap<(String, String), &'static [u8]>>,
 }
 
 impl Rocm {
@@ -32,7 +39,7 @@ impl Rocm {
         let table = table.map_err(|error| {
             format!("{error}; AMD's ROCm is not installed, or not visible in this container (--device=/dev/kfd --device=/dev/dri)")
         })?;
-        let mut rocm = Rocm { table, version: 0 };
+        let mut rocm = Rocm { table, version: 0, compiler: OnceLock::new(), compiled: Mutex::default() };
         let path = rocm.table.path.display().to_string();
         // SAFETY: the only argument must be 0.
         rocm.check("hipInit", unsafe { (rocm.table.hipInit)(0) }).map_err(|error| match error.code {
@@ -471,6 +478,27 @@ unsafe impl Driver for Rocm {
 
     fn kernels(&self, architecture: &str, module: &str) -> Option<&'static [u8]> {
         kernels::find(architecture, module)
+    }
+
+    fn compile(&self, architecture: &str, module: &str) -> Result<Compiled, CompileError> {
+        // One at a time: whoever comes second finds it compiled.
+        let mut compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
+        let compiler = self.compiler.get_or_init(|| Compiler::find(&self.table.path)).as_ref();
+        let compiler = compiler.map_err(|why| CompileError::NoCompiler(why.clone()))?;
+        let name = (architecture.to_owned(), module.to_owned());
+        let image = match compiled.get(&name) {
+            Some(image) => image,
+            None => {
+                let (words, len) = compiler.compile(architecture, module)?;
+                // Kept for the process, because the runtime may read a module again when it is loaded on another device.
+                let words: &'static [u64] = words.leak();
+                // SAFETY: never freed or written again, and at least `len` bytes long.
+                let image = unsafe { std::slice::from_raw_parts(words.as_ptr().cast(), len) };
+                compiled.insert(name, image);
+                image
+            }
+        };
+        Ok(Compiled { image, compiler: compiler.name() })
     }
 
     fn architectures(&self) -> String {

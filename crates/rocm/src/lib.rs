@@ -9,8 +9,8 @@
 //! - Two HIP runtimes in one process share neither memory nor streams, and frameworks bring their own. So the one that the
 //!   process holds already is used, whatever else is installed.
 //! - A failed call leaves its status behind for `hipGetLastError`, where a framework would find it. It is taken away again.
-//! - A code object is for one architecture. This build has those that ARCHITECTURE.md lists; other devices load tensors
-//!   but run no operations.
+//! - A code object is for one architecture. This build has those that ARCHITECTURE.md lists; for another device hipRTC compiles
+//!   the kernels when they are first needed, where it is installed. Without it such a device loads tensors but runs no operations.
 //! - Copies of 1 MiB and more from pages of a mapped file stop the device's queues for as long as the runtime pins them. No
 //!   such page gets here: what is copied from is staging memory, which the mmap engine fills as every other engine does, and
 //!   only a ring that is pinned may be copied from, by its type. The simulated driver counts copies from anything else.
@@ -19,6 +19,7 @@
 
 mod driver;
 mod kernels;
+mod rtc;
 mod sys;
 
 use std::env;

@@ -1,7 +1,7 @@
 //! Simulated GPU drivers: device memory is host memory, a stream is a thread with a queue.
 //!
 //! The library exports the functions of NVIDIA's driver that the CUDA backend looks up, and those of AMD's HIP runtime that
-//! the ROCm backend does, over one machine: its devices are every vendor's. The unmodified backends are pointed at it by
+//! the ROCm backend does, its run-time compiler included, over one machine: its devices are every vendor's. The unmodified backends are pointed at it by
 //! `TENSORHAUL_CUDA_LIBRARY` and `TENSORHAUL_HIP_LIBRARY` and cannot tell the difference but by speed. What a
 //! real driver would let pass, this one counts: copies outside an allocation, copies from memory that is not
 //! pinned, kernels that touch what they must not, objects never freed. What a real driver does once a year, it does
@@ -17,6 +17,7 @@ mod control;
 mod core;
 mod cuda;
 mod hip;
+mod hiprtc;
 mod kernels;
 mod ptx;
 mod stream;

@@ -235,13 +235,20 @@ pub unsafe trait Driver: Send + Sync + 'static {
     /// Returns the kernels of a module of `kernels/`, compiled for an architecture, where this build has them.
     fn kernels(&self, architecture: &str, module: &str) -> Option<&'static [u8]>;
 
+    /// Compiles a module of `kernels/` for the architecture of a device that this driver drives, for which
+    /// [`Driver::kernels`] has none. What is compiled is kept for the process.
+    ///
+    /// # Errors
+    /// [`CompileError`].
+    fn compile(&self, architecture: &str, module: &str) -> Result<Compiled, CompileError>;
+
     /// Returns what this build has kernels for, as people read it.
     fn architectures(&self) -> String;
 
     /// Loads compiled kernels.
     ///
     /// # Safety
-    /// The image is one of [`Driver::kernels`].
+    /// The image is one of [`Driver::kernels`] or [`Driver::compile`].
     unsafe fn module_load(&self, image: &'static [u8]) -> Result<ModuleHandle, CallError>;
 
     /// Unloads them.
@@ -297,6 +304,29 @@ pub struct ModuleHandle(pub usize);
 /// A driver's kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FunctionHandle(pub usize);
+
+/// Kernels that were compiled on this machine.
+#[derive(Clone, Debug)]
+pub struct Compiled {
+    /// The image, as [`Driver::module_load`] takes it.
+    pub image: &'static [u8],
+    /// What compiled it, with its version.
+    pub compiler: String,
+}
+
+/// Why kernels could not be compiled on this machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum CompileError {
+    /// There is no compiler: a sentence that says what was looked for.
+    NoCompiler(String),
+    /// It failed.
+    Failed {
+        /// The compiler, and its call with its status.
+        what: String,
+        /// The compiler's log, of many lines; empty where it wrote none.
+        log: String,
+    },
+}
 
 /// On how many threads a kernel runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -7,7 +7,9 @@ use std::time::{Duration, Instant};
 
 use tensorhaul_plan::Dtype;
 
-use super::driver::{BatchPiece, Driver, FunctionHandle, LaunchShape, ModuleHandle, StreamHandle};
+use super::driver::{
+    BatchPiece, CompileError, Compiled, Driver, FunctionHandle, LaunchShape, ModuleHandle, StreamHandle,
+};
 use super::params::{
     CastParams, Kernel, Params, SCATTER_PIECES_MAX, ScatterParams, ScatterPiece, StridedParams, dtype_code,
 };
@@ -210,14 +212,10 @@ impl<D: Driver> Shared<D> {
         let module = match loaded.modules.get(kernel.module) {
             Some(module) => *module,
             None => {
-                let architecture = &self.facts.architecture;
-                let image = self.driver.kernels(architecture, kernel.module).ok_or_else(|| {
-                    DeviceError::NoKernels {
-                        device: self.id(),
-                        architecture: architecture.clone(),
-                        known: self.driver.architectures(),
-                    }
-                })?;
+                let image = match self.driver.kernels(&self.facts.architecture, kernel.module) {
+                    Some(image) => image,
+                    None => self.compile(kernel.module)?,
+                };
                 // SAFETY: the driver's own image.
                 let module = unsafe { self.driver.module_load(image) }.map_err(|error| self.failed(error))?;
                 loaded.modules.insert(kernel.module, module);
@@ -229,6 +227,27 @@ impl<D: Driver> Shared<D> {
             unsafe { self.driver.function(module, kernel.name) }.map_err(|error| self.failed(error))?;
         loaded.functions.insert(kernel.name, function);
         Ok((function, start.elapsed()))
+    }
+
+    /// Compiles a module that this build has not for the device, which takes a while and is told.
+    fn compile(&self, module: &str) -> Result<&'static [u8], DeviceError> {
+        let (device, known) = (self.id(), self.driver.architectures());
+        let architecture = self.facts.architecture.clone();
+        match self.driver.compile(&architecture, module) {
+            Ok(Compiled { image, compiler }) => {
+                let why = format!(
+                    "this build has none for {architecture}, but for {known}; {compiler} compiles them"
+                );
+                self.note("kernels are compiled on this machine", why);
+                Ok(image)
+            }
+            Err(CompileError::NoCompiler(why)) => {
+                Err(DeviceError::NoKernels { device, architecture, known, why })
+            }
+            Err(CompileError::Failed { what, log }) => {
+                Err(DeviceError::NotCompiled { device, architecture, what, log })
+            }
+        }
     }
 
     /// Unloads every module, once nothing of them runs. The device is current.

@@ -27,8 +27,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 pub use driver::{
-    BatchPiece, CallError, CaptureMode, Context, DeviceFacts, Driver, EventHandle, FunctionHandle,
-    LaunchShape, Meaning, ModuleHandle, Peer, PeerCopy, Rows, StreamHandle,
+    BatchPiece, CallError, CaptureMode, CompileError, Compiled, Context, DeviceFacts, Driver, EventHandle,
+    FunctionHandle, LaunchShape, Meaning, ModuleHandle, Peer, PeerCopy, Rows, StreamHandle,
 };
 use kernels::Modules;
 use memory::Memory;
@@ -358,7 +358,7 @@ fn is_for_scatter(source: &[u8], pieces: &[Piece<'_>]) -> bool {
 /// Tells whether the driver refused a kernel, but not the device.
 fn is_refusal(error: &DeviceError) -> bool {
     match error {
-        DeviceError::NoKernels { .. } => true,
+        DeviceError::NoKernels { .. } | DeviceError::NotCompiled { .. } => true,
         DeviceError::Driver { error, .. } => !matches!(error.meaning, Meaning::Lost | Meaning::OutOfMemory),
         _ => false,
     }

@@ -8,12 +8,12 @@ use std::process::Command;
 use libloading::{Library, Symbol};
 use tensorhaul::Model;
 use tensorhaul_device::gpu::{Context, Driver, LaunchShape};
-use tensorhaul_device::{Device, OperationKind, Stream};
+use tensorhaul_device::{Device, DeviceError, OperationKind, Stream};
 
 use crate::code_object;
 use crate::suite::kernels::{misaligned, run_everything};
 use crate::suite::load::{assert_same_bytes, checkpoint, options};
-use crate::suite::missing::probe;
+use crate::suite::missing::{probe, without};
 use crate::suite::sim::{Sim, library_path};
 use crate::vendor::{self, call};
 
@@ -51,21 +51,132 @@ fn a_kernel_that_takes_other_parameters_than_the_host_build_is_refused() {
 }
 
 #[test]
-fn an_architecture_without_kernels_is_named_and_loads_all_the_same() {
+fn for_an_architecture_without_kernels_they_are_compiled_and_that_is_told() {
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-    let model = Model::open(checkpoint(folder.path())).unwrap();
-    let sim = Sim::new("gfx=gfx906:sramecc+:xnack-;batches=0");
-    let error = vendor::open(0).unwrap().prepare(OperationKind::Cast).unwrap_err().to_string();
-    assert_eq!(
-        error,
-        "rocm:0: this build has no kernels for gfx906, but for gfx90a, gfx942, gfx950, gfx1030, gfx1100, gfx1201; \
-         load without casts"
+    let model = Model::open(misaligned(folder.path(), "small", 500, 401)).unwrap();
+    for architecture in ["gfx906", "gfx1151"] {
+        let sim = Sim::new(&format!("gfx={architecture}:sramecc+:xnack-;batches=0;devices=2"));
+        let device = vendor::open(0).unwrap();
+        for kind in [OperationKind::Cast, OperationKind::Strided, OperationKind::Dequantize] {
+            device.prepare(kind).unwrap();
+        }
+        let (what, why) = device.fallbacks().remove(0);
+        assert_eq!(what, "kernels are compiled on this machine");
+        let told =
+            format!("this build has none for {architecture}, but for gfx90a, {}; hipRTC 9.0 (", &KNOWN[8..]);
+        assert!(why.starts_with(&told) && why.ends_with(" compiles them"), "{why}");
+        run_everything().unwrap();
+        let loaded = model.load(&options()).unwrap();
+        assert_same_bytes(&model, &loaded);
+        assert!(
+            loaded.report.fallbacks.iter().any(|told| told.what == what),
+            "{:?}",
+            loaded.report.fallbacks
+        );
+        vendor::open(1).unwrap().prepare(OperationKind::Dequantize).unwrap();
+        assert_eq!(
+            sim.report().calls("hiprtcCompileProgram"),
+            6,
+            "{architecture}: each module once a process"
+        );
+        drop((loaded, device));
+        sim.assert_clean(architecture);
+    }
+}
+
+#[test]
+fn kernels_that_do_not_compile_are_a_typed_error_with_the_log_and_tensors_load_all_the_same() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let model = Model::open(misaligned(folder.path(), "small", 500, 401)).unwrap();
+    let sim = Sim::new("gfx=gfx909;batches=0");
+    sim.fail("fail=hiprtcCompileProgram:1:6;fail=hiprtcCompileProgram:2:6");
+    let error = vendor::open(0).unwrap().prepare(OperationKind::Cast).unwrap_err();
+    let text = error.to_string();
+    let DeviceError::NotCompiled { log, .. } = error else { panic!("{text}") };
+    assert_eq!(log, "1 warning generated.\nvendor.h:1:1: error: made to fail\n");
+    let told =
+        "hiprtcCompileProgram failed with 6 (HIPRTC_ERROR_COMPILATION): vendor.h:1:1: error: made to fail";
+    assert!(
+        text.starts_with("rocm:0: the kernels for gfx909 do not compile: hipRTC 9.0 (")
+            && text.ends_with(told),
+        "{text}"
     );
+    // The kernel that moves small tensors does not compile either: they are copied one by one.
     let loaded = model.load(&options()).unwrap();
     assert_same_bytes(&model, &loaded);
+    let told = loaded
+        .report
+        .fallbacks
+        .iter()
+        .find(|told| told.what.starts_with("small tensors are copied one by one"));
+    assert!(told.unwrap().why.contains("do not compile"), "{:?}", loaded.report.fallbacks);
     drop(loaded);
-    sim.assert_clean("after the load");
+    // An architecture that the compiler does not know is no other case.
+    let _sim = {
+        drop(sim);
+        Sim::new("gfx=gfx90")
+    };
+    let error = vendor::open(0).unwrap().prepare(OperationKind::Cast).unwrap_err().to_string();
+    assert!(error.ends_with("error: unknown target 'gfx90'"), "{error}");
 }
+
+#[test]
+fn an_architecture_without_kernels_and_without_a_compiler_is_named_and_loads_all_the_same() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let runtime = without("hiprtcCreateProgram", folder.path());
+    let machine = Path::new("gfx=gfx906:sramecc+:xnack-;batches=0");
+    run(
+        "without_a_compiler",
+        &[
+            (vendor::LIBRARY_VARIABLE, &runtime),
+            ("TENSORHAUL_HIPRTC_LIBRARY", Path::new("/nowhere/libhiprtc.so")),
+            ("SIMGPU", machine),
+        ],
+    );
+}
+
+#[test]
+#[ignore = "run by the test above, in another environment"]
+fn without_a_compiler() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let model = Model::open(checkpoint(folder.path())).unwrap();
+    let error = vendor::open(0).unwrap().prepare(OperationKind::Cast).unwrap_err();
+    let text = error.to_string();
+    assert!(matches!(error, DeviceError::NoKernels { .. }), "{text}");
+    assert_eq!(
+        text,
+        format!(
+            "rocm:0: this build has no kernels for gfx906, but for {KNOWN}; hipRTC would compile them: no driver library found \
+             (tried /nowhere/libhiprtc.so); load without casts and dequantization"
+        )
+    );
+    assert_same_bytes(&model, &model.load(&options()).unwrap());
+}
+
+#[test]
+fn a_compiler_apart_from_the_runtime_is_found_by_its_name() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let runtime = without("hiprtcCreateProgram", folder.path());
+    let (compiler, machine) = (library_path(), Path::new("gfx=gfx906"));
+    let environment = [
+        (vendor::LIBRARY_VARIABLE, &*runtime),
+        ("TENSORHAUL_HIPRTC_LIBRARY", &compiler),
+        ("SIMGPU", machine),
+    ];
+    run("with_a_compiler_apart", &environment);
+}
+
+#[test]
+#[ignore = "run by the test above, in another environment"]
+fn with_a_compiler_apart() {
+    let device = vendor::open(0).unwrap();
+    device.prepare(OperationKind::Dequantize).unwrap();
+    let (_, why) = device.fallbacks().remove(0);
+    assert!(why.contains(&format!("hipRTC 9.0 ({})", library_path().display())), "{why}");
+}
+
+/// What this build has kernels for.
+const KNOWN: &str = "gfx90a, gfx942, gfx950, gfx1030, gfx1100, gfx1201";
 
 #[test]
 fn a_code_object_of_another_architecture_or_of_none_is_refused() {

@@ -47,7 +47,7 @@ fn probe_in_a_process_of_its_own() {
 }
 
 /// Copies the simulated driver without one of its functions.
-fn without(symbol: &str, folder: &Path) -> PathBuf {
+pub(crate) fn without(symbol: &str, folder: &Path) -> PathBuf {
     let mut library = fs::read(library_path()).unwrap();
     // Names stand between zeroes in the table of symbols. One that begins otherwise is not found under either name.
     let name = format!("\0{symbol}\0");
