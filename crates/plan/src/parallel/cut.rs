@@ -274,7 +274,7 @@ impl Part {
 
 /// Returns a rank's rows of a padded vocabulary: `rows` rounded up to a multiple of `pad_to * size`, in equal shares.
 fn vocab(rows: u64, pad_to: u64, tp: Part) -> Cut {
-    let each = rows.div_ceil(pad_to * u64::from(tp.size)).max(1).saturating_mul(pad_to);
+    let each = rows.div_ceil(pad_to * u64::from(tp.size)).saturating_mul(pad_to);
     let first = each.saturating_mul(u64::from(tp.rank));
     let own = first.min(rows)..first.saturating_add(each).min(rows);
     let padding = each - (own.end - own.start);

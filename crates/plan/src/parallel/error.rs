@@ -287,11 +287,10 @@ impl std::error::Error for ParallelError {
     }
 }
 
-/// Returns the divisors of a number, ascending: the sizes that share it evenly.
+/// Returns the divisors of a number, ascending: the sizes that share it evenly, as far as anybody has that many ranks.
 pub(super) fn divisors(number: u64) -> Vec<u64> {
-    let small = (1..=number.isqrt()).filter(|small| number.is_multiple_of(*small));
-    let mut all: Vec<u64> = small.flat_map(|small| [small, number / small]).collect();
-    all.sort_unstable();
-    all.dedup();
-    all
+    (1..=number.min(SIZE_NAMED_MAX)).filter(|size| number.is_multiple_of(*size)).collect()
 }
+
+/// The largest size that an error proposes.
+const SIZE_NAMED_MAX: u64 = 1024;

@@ -14,7 +14,8 @@
 //! let checkpoint = Checkpoint::new(vec![File::new("model.safetensors", header)])?;
 //!
 //! let config = ModelConfig::parse(br#"{"architectures":["LlamaForCausalLM"],"num_hidden_layers":1}"#)?;
-//! let partition = Partition::new(&checkpoint, &config, &Rules::of(&config)?, &Setup::default())?;
+//! let rules = Rules::of(&config)?;
+//! let partition = Partition::new(&checkpoint, &config, &rules, &Setup::default())?;
 //! let share = partition.share(&Ranks::alone().tp(3, 4), DeviceId::Host)?;
 //! assert_eq!(share.assembly.tensors[0].shape, [16, 8]);
 //! # Ok::<(), Box<dyn std::error::Error>>(())

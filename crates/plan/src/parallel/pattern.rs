@@ -149,7 +149,8 @@ impl Trie {
     /// Adds a mark for the names that a pattern matches.
     ///
     /// # Errors
-    /// [`ParallelError::Rules`] for an empty component, `*` beside letters, or `**` anywhere but at the end of a rule.
+    /// [`ParallelError::Rules`] for an empty component, `*` beside letters, `**` anywhere but at the end of a rule, or
+    /// too many components.
     pub(super) fn insert(&mut self, table: &str, pattern: &str, mark: Mark) -> Result<(), ParallelError> {
         let bad = |what: &str| ParallelError::Rules {
             table: table.to_owned(),
@@ -160,6 +161,9 @@ impl Trie {
             Some(path) => (path.strip_suffix('.').ok_or_else(|| bad("** is a component of its own"))?, true),
             None => (pattern, false),
         };
+        if path.split('.').count() > DEPTH_MAX {
+            return Err(bad(&format!("more than {DEPTH_MAX} components")));
+        }
         let mut node = 0;
         for word in path.split('.').filter(|_| !path.is_empty()) {
             node = match word {
@@ -295,3 +299,6 @@ fn number(word: &str) -> Option<u32> {
     let is_number = word.bytes().all(|byte| byte.is_ascii_digit());
     is_number.then(|| word.parse().ok()).flatten()
 }
+
+/// The most components of a pattern, three times what names have; a walk is as deep.
+const DEPTH_MAX: usize = 32;

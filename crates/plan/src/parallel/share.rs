@@ -129,6 +129,11 @@ impl<'a> Building<'_, 'a> {
     /// Adds a tensor that keeps its name.
     fn one(&mut self, number: u32, entry: &Entry) -> Result<(), ParallelError> {
         let Some(cut) = self.partition.cut(entry, self.ranks)? else { return Ok(()) };
+        if cut.padding > 0 {
+            // Of a packed one the first member, which holds the codes.
+            let tensor = self.share.assembly.tensors.len() as u32;
+            self.share.padding.push(Padding { tensor, rows: cut.padding });
+        }
         let Some(source) = source(entry.origin) else { return self.packed(number, entry, &cut) };
         let whole = self.partition.shape(entry);
         let shape = cut.shape(whole);
@@ -140,10 +145,6 @@ impl<'a> Building<'_, 'a> {
             }
             Part { source, slice, at }
         }));
-        if cut.padding > 0 {
-            let tensor = self.share.assembly.tensors.len() as u32;
-            self.share.padding.push(Padding { tensor, rows: cut.padding });
-        }
         self.push(number, self.partition.name(entry).to_owned(), shape, parts);
         Ok(())
     }

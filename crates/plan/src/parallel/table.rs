@@ -18,9 +18,9 @@ use super::{ModelConfig, ParallelError};
 pub(super) struct Table {
     #[serde(skip)]
     pub(super) name: String,
-    /// Whose rules these are.
-    #[serde(default)]
-    pub(super) architectures: Vec<String>,
+    /// Whose rules these are; [`architectures`] asks for them alone.
+    #[serde(default, rename = "architectures")]
+    _architectures: Vec<String>,
     /// The table whose lines hold as well, by its name or an architecture's.
     #[serde(default)]
     extends: Option<String>,
@@ -115,23 +115,24 @@ impl Table {
 
 /// Returns the table for an architecture.
 pub(super) fn of_architecture(architecture: &str) -> Result<Option<Table>, ParallelError> {
-    for (name, text) in EMBEDDED {
-        let table = Table::parse(name, text)?;
-        if table.architectures.iter().any(|own| own == architecture) {
-            return Ok(Some(table));
-        }
+    let table =
+        EMBEDDED.into_iter().find(|(_, text)| architectures(text).iter().any(|own| own == architecture));
+    table.map(|(name, text)| Table::parse(name, text)).transpose()
+}
+
+/// Returns the architectures that an embedded table is for.
+pub(super) fn architectures(text: &str) -> Vec<String> {
+    #[derive(Deserialize)]
+    struct Heading {
+        architectures: Vec<String>,
     }
-    Ok(None)
+    serde_json::from_str::<Heading>(text).map_or_else(|_| Vec::new(), |heading| heading.architectures)
 }
 
 /// Finds a table's text by its name or an architecture's.
 fn embedded(name: &str) -> Option<(&'static str, &'static str)> {
-    let quoted = format!("\"{name}\"");
-    let has_architecture = |text: &str| {
-        let names = text.split_once("\"architectures\"").and_then(|(_, behind)| behind.split_once(']'));
-        names.is_some_and(|(names, _)| names.contains(&quoted))
-    };
-    EMBEDDED.into_iter().find(|(own, text)| *own == name || has_architecture(text))
+    let is_for = |text: &str| architectures(text).iter().any(|own| own == name);
+    EMBEDDED.into_iter().find(|(own, text)| *own == name || is_for(text))
 }
 
 /// A rule as it is written, when it is more than a word.
@@ -187,10 +188,12 @@ fn rule(line: Value) -> Result<Rule, String> {
     let sections = match (by, sections) {
         (Some(_), Some(_)) => return Err("by and sections exclude one another".to_owned()),
         (Some(OneOrMore::One(count)), None) => Sections::Counted(vec![count]),
-        (Some(OneOrMore::More(counts)), None) if !counts.is_empty() => Sections::Counted(counts),
+        (Some(OneOrMore::More(counts)), None) if (1..=SECTIONS_MAX).contains(&(counts.len() as u64)) => {
+            Sections::Counted(counts)
+        }
         (None, None) => Sections::Equal(1),
-        (None, Some(sections)) if sections > 0 => Sections::Equal(sections),
-        _ => return Err("no sections".to_owned()),
+        (None, Some(sections @ 1..=SECTIONS_MAX)) => Sections::Equal(sections),
+        _ => return Err(format!("1 to {SECTIONS_MAX} sections")),
     };
     if uneven && sections != Sections::Equal(1) {
         return Err("sections and what is counted are shared evenly".to_owned());
@@ -243,6 +246,9 @@ pub(super) const PAD_TO: u64 = 64;
 
 /// Keeps `pad_to * tp_size` in 64 bits.
 const PAD_TO_MAX: u64 = 1 << 20;
+
+/// The most sections of a dimension: each is a part of its own.
+const SECTIONS_MAX: u64 = 64;
 
 /// Tables that extend one another: more is a circle.
 const EXTENDS_MAX: u32 = 4;

@@ -248,8 +248,8 @@ fn rules_that_say_nothing_sensible_are_refused_with_the_place() {
             r#"{"rules":{"a":{"rule":"column","by":"heads","sections":2}}}"#,
             "by and sections exclude one another",
         ),
-        (r#"{"rules":{"a":{"rule":"column","sections":0}}}"#, "no sections"),
-        (r#"{"rules":{"a":{"rule":"column","by":[]}}}"#, "no sections"),
+        (r#"{"rules":{"a":{"rule":"column","sections":0}}}"#, "1 to 64 sections"),
+        (r#"{"rules":{"a":{"rule":"column","by":[]}}}"#, "1 to 64 sections"),
         (r#"{"rules":{"a":{"rule":"row","pad_to":8}}}"#, "pad_to is of vocab, stacked of all others"),
         (r#"{"rules":{"a":{"rule":"vocab","pad_to":0}}}"#, "pad_to is 0, not 1 to 1048576"),
         (
@@ -455,4 +455,34 @@ fn sections_of_packed_columns_lie_side_by_side_and_a_group_index_keeps_all_group
     assert_eq!(find("o_proj.scales").0, [4, 64]);
     let error = partition.share(&Ranks::alone().tp(1, 8), DeviceId::Host).unwrap_err().to_string();
     assert!(error.contains("8 ranks cannot share 4 heads evenly; 1, 2, 4 can"), "{error}");
+}
+
+#[test]
+fn hostile_sizes_are_refused_before_they_take_memory_or_time() {
+    let deep = vec!["a"; 100].join(".");
+    let text = Rules::parse(&format!(r#"{{"rules":{{"{deep}":"row"}}}}"#)).unwrap_err().to_string();
+    assert!(text.ends_with("more than 32 components"), "{text}");
+    // A tensor without elements may have any length in the other dimension.
+    let long = with(
+        llama().without("layers.0.mlp.up_proj"),
+        "model.layers.0.mlp.up_proj.weight",
+        Dtype::Bf16,
+        &[(1 << 62) + 1, 0],
+    );
+    let text = refused(&long, Ranks::alone().tp(1, 2));
+    assert!(text.contains("2 ranks cannot share 4611686018427387905 rows evenly; 1, 5 can"), "{text}");
+    let longer = with(llama().without("lm_head"), "lm_head.weight", Dtype::Bf16, &[u64::MAX, 0]);
+    let shared = share(&longer, Ranks::alone().tp(1, 2), Fuse::No).unwrap();
+    let head = shared.assembly.tensors.iter().find(|tensor| tensor.name == "lm_head.weight").unwrap();
+    assert_eq!(head.shape, [(1 << 63) - 1, 0]);
+    // An expert's number is held against the configuration before anything is stacked by it.
+    let moe = models::qwen_moe("Qwen3MoeForCausalLM", &TINY);
+    let many = Model { config: moe.config.replace("\"num_experts\":8,", ""), ..moe };
+    let name = "model.layers.0.mlp.experts.4294967295.up_proj.weight";
+    let text =
+        share(&with(many, name, Dtype::Bf16, &[24, 8]), Ranks::alone(), Fuse::All).unwrap_err().to_string();
+    assert!(
+        text.starts_with(&format!("tensor \"{name}\" is of expert 4294967295, config.json counts ")),
+        "{text}"
+    );
 }

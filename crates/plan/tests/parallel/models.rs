@@ -375,7 +375,8 @@ impl Model {
         let mut files: Vec<Vec<&Tensor>> = vec![Vec::new(); self.files];
         let mut before = 0;
         for tensor in &self.tensors {
-            files[(before * self.files as u64 / total.max(1)) as usize].push(tensor);
+            let file = before as u128 * self.files as u128 / u128::from(total.max(1));
+            files[(file as usize).min(self.files - 1)].push(tensor);
             before += len_bytes(tensor);
         }
         let file = |(number, tensors): (usize, Vec<&Tensor>)| {

@@ -266,7 +266,8 @@ fn for_all_groups(
         config.architectures[0] != "BertModel" && heads.iter().all(|head| checkpoint.find(head).is_none());
     let ep_sizes: &[u32] = if config.experts.is_some() { &[1, 2, 4] } else { &[1] };
     for (tp, pp) in groups.iter().copied() {
-        for ep in ep_sizes.iter().copied() {
+        // Stages and experts have nothing to do with one another: two numbers of stages are enough where experts are shared.
+        for ep in ep_sizes.iter().copied().filter(|ep| *ep == 1 || matches!(pp, 1 | 3)) {
             if !fits(sizes, tp) {
                 let error = partition
                     .share(&Ranks::alone().tp(0, tp as u32), DeviceId::Host)
