@@ -24,8 +24,7 @@ fn every_share_is_a_plan_of_as_many_bytes() {
             (Some(&dequantize), Fuse::All, 2),
         ];
         for (dequantize, fuse, tp) in kinds {
-            // What is packed is planned packed here.
-            if !fits(&sizes, tp) || dequantize.is_some() && !quantization.groups().is_empty() {
+            if !fits(&sizes, tp) {
                 continue;
             }
             let setup = Setup { quantization: Some(&quantization), dequantize, fuse };
