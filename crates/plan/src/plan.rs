@@ -492,7 +492,7 @@ pub enum PlanError {
         /// The tensor.
         name: String,
         /// Why.
-        source: CutError,
+        source: Box<CutError>,
     },
     /// A slice that does not exist.
     Slice {
@@ -615,7 +615,7 @@ impl std::error::Error for PlanError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
             PlanError::Slice { source, .. } => Some(source),
-            PlanError::Cut { source, .. } => Some(source),
+            PlanError::Cut { source, .. } => Some(&**source),
             _ => None,
         }
     }

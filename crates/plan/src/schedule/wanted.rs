@@ -321,7 +321,7 @@ pub(super) fn cut(
         return Err(PlanError::SliceOfMade { name: name() });
     }
     let ranges: Vec<_> = slice.ranges().iter().map(|range| range.start..range.stop).collect();
-    let impossible = |source| PlanError::Cut { name: name(), source };
+    let impossible = |source| PlanError::Cut { name: name(), source: Box::new(source) };
     let window = group.window(&ranges).map_err(impossible)?;
     let cut = group.cut(checkpoint, &window).map_err(impossible)?;
     let members = cut.members.into_iter().map(|member| {
