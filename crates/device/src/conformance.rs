@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use tensorhaul_stage::{HostMemory, Layout, Ring};
 
-use crate::contract::{Allocation, Device, DeviceError, Stream, StridedCopy};
+use crate::contract::{Allocation, Device, DeviceError, STORAGE_ALIGN_BYTES, Stream, StridedCopy};
 
 /// One promise of the contract, and how a device kept it.
 #[derive(Debug)]
@@ -55,6 +55,8 @@ const PROMISES: &[(&str, Check)] = &[
     ("strided copies gather and scatter", strided_copies_gather_and_scatter),
     ("a stream ordered after an event sees what was done before it", streams_are_ordered),
     ("an event that was waited for is complete", events_complete),
+    ("memory for storage is of whole pages", storage_memory_is_of_whole_pages),
+    ("what runs inside the device runs once", acts_run_once_inside),
     ("several threads load at once", threads_load_at_once),
     ("memory is freed with its last handle", memory_is_freed),
     ("what operations need is loaded once", operations::operations_are_prepared_once),
@@ -83,6 +85,28 @@ fn allocations_are_aligned(device: &dyn Device) -> Result<(), String> {
         expect(allocation.host_ptr().is_some() || !in_place, || "in place, but no host pointer".to_owned())?;
     }
     Ok(())
+}
+
+fn storage_memory_is_of_whole_pages(device: &dyn Device) -> Result<(), String> {
+    for len in [0, 1, 4096, 4097, 3 << 20] {
+        let allocation = device.allocate_for_storage(len).map_err(text)?;
+        expect(allocation.len_bytes() == len, || format!("{len} bytes became {}", allocation.len_bytes()))?;
+        let aligned = len == 0 || allocation.address().is_multiple_of(STORAGE_ALIGN_BYTES);
+        expect(aligned, || format!("{len} bytes at {:#x}", allocation.address()))?;
+        let sent = pattern(len, len.min(4097) as usize);
+        if len > 0 {
+            write(device, &sent, &allocation, len - sent.len() as u64)?;
+            let back = read(device, &allocation, len - sent.len() as u64, sent.len())?;
+            expect(sent == back, || format!("the end of {len} bytes"))?;
+        }
+    }
+    Ok(())
+}
+
+fn acts_run_once_inside(device: &dyn Device) -> Result<(), String> {
+    let mut runs = 0;
+    device.enter(&mut || runs += 1).map_err(text)?;
+    expect(runs == 1, || format!("it ran {runs} times"))
 }
 
 fn memory_is_reported(device: &dyn Device) -> Result<(), String> {

@@ -37,6 +37,21 @@ pub trait Device: Send + Sync {
     /// [`DeviceError::OutOfMemory`] with the bytes needed and free.
     fn allocate(&self, len_bytes: u64) -> Result<Arc<dyn Allocation>, DeviceError>;
 
+    /// Allocates memory that storage may be told to write to past the device's streams: it starts on a multiple of
+    /// [`STORAGE_ALIGN_BYTES`], and is not of a stream-ordered pool, whose memory vendors do not map for other devices of the bus.
+    /// Otherwise as [`Device::allocate`].
+    ///
+    /// # Errors
+    /// As for [`Device::allocate`].
+    fn allocate_for_storage(&self, len_bytes: u64) -> Result<Arc<dyn Allocation>, DeviceError>;
+
+    /// Runs `act`, once, with the device current on the calling thread, as calls of other libraries of its vendor need it, and puts
+    /// back what was current before.
+    ///
+    /// # Errors
+    /// [`DeviceError`] when the device could not be made current; `act` then does not run.
+    fn enter(&self, act: &mut dyn FnMut()) -> Result<(), DeviceError>;
+
     /// Allocates host memory from which [`Device::copy`] runs asynchronously (pinned memory).
     ///
     /// # Errors
@@ -220,6 +235,9 @@ pub unsafe trait Allocation: Any + Send + Sync {
     /// Keeps a value until the memory is freed, such as the owner of a stream given to [`Allocation::release_after`].
     fn keep(&self, owner: Arc<dyn Any + Send + Sync>);
 }
+
+/// Storage writes whole pages: addresses that it writes to at full speed are multiples of this.
+pub const STORAGE_ALIGN_BYTES: u64 = 4096;
 
 /// Values that an allocation keeps for as long as it lives; what [`Allocation::keep`] is made of.
 #[derive(Default)]

@@ -78,14 +78,20 @@ pub enum JobMemory {
     Staging(Filling),
     /// The tensors' own memory.
     InPlace(Landing),
+    /// The tensors' own memory on a device, which only engines of direct storage are given.
+    Device(DeviceLanding),
 }
 
 impl JobMemory {
     /// Returns the memory to write into.
+    ///
+    /// # Panics
+    /// When it is a device's: whoever chose the engine broke the contract.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         match self {
             JobMemory::Staging(filling) => filling.bytes_mut(),
             JobMemory::InPlace(landing) => landing.bytes_mut(),
+            JobMemory::Device(_) => panic!("the host cannot write to a device's memory"),
         }
     }
 }
@@ -116,6 +122,45 @@ impl Landing {
 
 // SAFETY: the range has one owner at a time, this value; the thread that holds it is the one that writes.
 unsafe impl Send for Landing {}
+
+/// A range of a device's memory, owned by one job at a time.
+pub struct DeviceLanding {
+    base: u64,
+    offset_bytes: u64,
+    len_bytes: u64,
+    _owner: Arc<dyn Any + Send + Sync>,
+}
+
+impl DeviceLanding {
+    /// Takes a range of an allocation that begins at the address `base` of its device, and that `owner` keeps alive.
+    ///
+    /// # Safety
+    /// - The `len_bytes` bytes from `base + offset_bytes` are device memory that is valid while `owner` lives.
+    /// - Until the landing is dropped, nobody else reads or writes them, also not by work queued earlier.
+    pub unsafe fn new(
+        base: u64,
+        offset_bytes: u64,
+        len_bytes: u64,
+        owner: Arc<dyn Any + Send + Sync>,
+    ) -> DeviceLanding {
+        DeviceLanding { base, offset_bytes, len_bytes, _owner: owner }
+    }
+
+    /// Returns the address of the allocation's first byte, by which it may be registered.
+    pub fn base(&self) -> u64 {
+        self.base
+    }
+
+    /// Returns the distance of the range from there.
+    pub fn offset_bytes(&self) -> u64 {
+        self.offset_bytes
+    }
+
+    /// Returns the length of the range.
+    pub fn len_bytes(&self) -> u64 {
+        self.len_bytes
+    }
+}
 
 /// The answer to one job.
 pub struct Done {
@@ -181,6 +226,8 @@ pub struct ReadError {
 pub enum ReadCause {
     /// The system reported an error.
     Io(io::Error),
+    /// A library that reads in the system's stead reported an error.
+    Library(Box<dyn std::error::Error + Send + Sync>),
     /// The file ended before the extent did.
     End {
         /// Offset in the file at which nothing more came.
@@ -192,7 +239,7 @@ impl fmt::Display for ReadError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (begin, end) = (self.extent.offset_bytes, self.extent.end_bytes());
         match &self.cause {
-            ReadCause::Io(_) => write!(f, "reading bytes {begin}..{end} failed"),
+            ReadCause::Io(_) | ReadCause::Library(_) => write!(f, "reading bytes {begin}..{end} failed"),
             // Reads behind the end know only that it is somewhere before them.
             ReadCause::End { at_bytes } if *at_bytes == begin => {
                 write!(
@@ -214,6 +261,7 @@ impl std::error::Error for ReadError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match &self.cause {
             ReadCause::Io(error) => Some(error),
+            ReadCause::Library(error) => Some(&**error),
             ReadCause::End { .. } => None,
         }
     }

@@ -29,7 +29,8 @@ mod threads;
 pub mod uring;
 
 pub use engine::{
-    Access, Counts, Depth, Done, Engine, Feed, Job, JobMemory, Landing, Next, ReadCause, ReadError, Sink,
+    Access, Counts, Depth, DeviceLanding, Done, Engine, Feed, Job, JobMemory, Landing, Next, ReadCause,
+    ReadError, Sink,
 };
 pub use file::{OpenError, OpenFile};
 pub use probe::{Direct, DirectRefusal, Residency};

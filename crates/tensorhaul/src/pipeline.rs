@@ -331,8 +331,8 @@ impl<'a, 'e> Arrivals<'a, 'e> {
             return self.read_failed(read, error);
         }
         match memory {
-            JobMemory::InPlace(landing) => {
-                drop(landing);
+            memory @ (JobMemory::InPlace(_) | JobMemory::Device(_)) => {
+                drop(memory);
                 self.arrived(read);
             }
             JobMemory::Staging(filling) => {

@@ -406,6 +406,16 @@ impl<D: Driver> Device for Gpu<D> {
         Ok(Arc::new(Memory::allocate(&self.shared, len_bytes)?))
     }
 
+    fn allocate_for_storage(&self, len_bytes: u64) -> Result<Arc<dyn Allocation>, DeviceError> {
+        Ok(Arc::new(Memory::allocate_for_storage(&self.shared, len_bytes)?))
+    }
+
+    fn enter(&self, act: &mut dyn FnMut()) -> Result<(), DeviceError> {
+        let _bound = self.shared.bind()?;
+        act();
+        Ok(())
+    }
+
     fn staging_memory(&self, len_bytes: usize) -> Result<Box<dyn StagingMemory>, DeviceError> {
         staging::allocate(&self.shared, len_bytes)
     }

@@ -65,6 +65,15 @@ impl Device for Host {
         Ok(Arc::new(Arena { memory, kept: Kept::default() }))
     }
 
+    fn allocate_for_storage(&self, len_bytes: u64) -> Result<Arc<dyn Allocation>, DeviceError> {
+        self.allocate(len_bytes) // Pages of the system's are all there is.
+    }
+
+    fn enter(&self, act: &mut dyn FnMut()) -> Result<(), DeviceError> {
+        act();
+        Ok(())
+    }
+
     fn staging_memory(&self, len_bytes: usize) -> Result<Box<dyn StagingMemory>, DeviceError> {
         match HostMemory::allocate(len_bytes) {
             Ok(memory) => Ok(Box::new(memory)),
