@@ -91,12 +91,16 @@ pub(crate) struct Placement {
     /// Whether reads may land in the tensors' own memory, without a stop in the staging ring
     #[arg(long, value_name = "WHEN", default_value = "preferred", value_parser = preferences())]
     in_place: Preference,
+
+    /// Whether storage writes straight into the device's memory (GPUDirect Storage, hipFile), where files and kernel allow it
+    #[arg(long = "gds", value_name = "WHEN", default_value = "off", value_parser = preferences())]
+    direct_storage: Preference,
 }
 
 impl Placement {
     /// Returns all but the device.
     pub(crate) fn options(&self) -> LoadOptions {
-        let options = LoadOptions::default().in_place(self.in_place);
+        let options = LoadOptions::default().in_place(self.in_place).direct_storage(self.direct_storage);
         match self.staging {
             Some(staging_bytes) => options.staging_bytes(staging_bytes),
             None => options,

@@ -5,7 +5,9 @@ use std::path::PathBuf;
 
 use clap::Args;
 use serde::Serialize;
-use tensorhaul::doctor::{CopySpeed, DeviceFact, Doctor, DriverFact, Feature, Folder};
+use tensorhaul::doctor::{
+    CopySpeed, DeviceFact, DirectFolder, DirectStorageFact, Doctor, DriverFact, Feature, Folder,
+};
 use tensorhaul::selftest::{self, Verdict};
 
 use crate::arguments::{Device, parse_device};
@@ -33,7 +35,7 @@ pub(crate) struct Examine {
     #[arg(long, value_name = "host|cuda:N|rocm:N|auto", requires = "selftest", value_parser = parse_device)]
     device: Option<Device>,
 
-    /// Print one JSON object: kernel, cores, memory, io_uring, limits, folders, drivers, devices, advice
+    /// Print one JSON object: kernel, cores, memory, io_uring, limits, folders, drivers, devices, direct_storage, advice
     #[arg(long)]
     json: bool,
 }
@@ -134,6 +136,15 @@ fn text(doctor: &Doctor) -> String {
         let fact = if told { "does not work without its driver".to_owned() } else { self::device(device) };
         line("device", format!("{}: {fact}", device.name));
     }
+    for storage in &doctor.direct_storage {
+        line("storage", format!("into {}: {}", storage.device, self::storage(storage)));
+        if let Some(remedy) = &storage.remedy {
+            line("", format!("-> {remedy}"));
+        }
+        for folder in &storage.folders {
+            line("storage", direct_folder(folder));
+        }
+    }
     if doctor.advice.is_empty() {
         line("advice", "none: nothing is missing".to_owned());
     }
@@ -188,6 +199,21 @@ fn folder(folder: &Folder) -> String {
         (None, None) => "no direct reads".to_owned(),
     };
     format!("{} ({}){filesystem}{mount}: {direct}", folder.path, folder.role)
+}
+
+/// What reads straight into a device, past the host.
+fn storage(storage: &DirectStorageFact) -> String {
+    if let Some(why) = &storage.why {
+        return format!("does not work: {why}");
+    }
+    let version = storage.version.as_deref().unwrap_or("of unknown version");
+    let library = storage.library.as_deref().unwrap_or_default();
+    format!("{} {version} ({library}), {}", storage.kind, storage.kernel)
+}
+
+fn direct_folder(folder: &DirectFolder) -> String {
+    let remedy = folder.remedy.as_ref().map(|remedy| format!(" -> {remedy}")).unwrap_or_default();
+    format!("from {}: {}{remedy}", folder.path, feature(&folder.verdict))
 }
 
 fn device(device: &DeviceFact) -> String {

@@ -21,6 +21,7 @@ use crate::progress::Bar;
   tensorhaul load model --engine io-uring --staging 64MiB
   tensorhaul load model --tensor '*.q_proj.*' --tensor '*.k_proj.*' --checksum
   tensorhaul load model-GPTQ-Int4 --device cuda:0 --dequantize bf16
+  tensorhaul load model --device cuda:0 --gds required
   tensorhaul load model --json | jq '.gb_per_s, .fallbacks'")]
 pub(crate) struct Load {
     /// A .safetensors file, a folder, an index json, or an org/name in the Hugging Face cache
@@ -78,12 +79,13 @@ impl Load {
         let cache = |bytes_| if hot + cold == 0 { 0.0 } else { 100.0 * bytes_ as f64 / (hot + cold) as f64 };
         let _ = writeln!(
             text,
-            "  cache     {} hot ({:.0}%), {} cold ({:.0}%); {} read directly",
+            "  cache     {} hot ({:.0}%), {} cold ({:.0}%); {} read directly{}",
             bytes(hot),
             cache(hot),
             bytes(cold),
             cache(cold),
-            bytes(report.bytes_direct)
+            bytes(report.bytes_direct),
+            straight(report.bytes_direct_storage)
         );
         let peak = |used, promised| format!("{} of {} promised", bytes(used), bytes(promised));
         let staging = peak(report.peak_staging_bytes, promised.peak_staging_bytes);
@@ -123,5 +125,13 @@ impl Load {
             let _ = writeln!(text, "{checksum}  {}", printable(name));
         }
         text
+    }
+}
+
+/// How much of what was read directly went past the host.
+fn straight(len_bytes: u64) -> String {
+    match len_bytes {
+        0 => String::new(),
+        _ => format!(", {} of it straight into the device", bytes(len_bytes)),
     }
 }

@@ -38,6 +38,15 @@ pub(crate) struct Config {
     pub(crate) capturing: bool,
     /// `gfx`: the architecture that HIP names, with its features as HIP writes them. Default: `gfx942:sramecc+:xnack-`.
     pub(crate) gfx: String,
+    /// `direct=0`: storage cannot write into devices, as without a kernel that lets it; libraries for it fall back where they may.
+    /// Default: 1.
+    pub(crate) direct: bool,
+    /// `direct_parameters=0`: cuFile has no parameters, as in old releases. Default: 1.
+    pub(crate) direct_parameters: bool,
+    /// `direct_insists=1`: cuFile takes the setting that forbids compatibility mode, and stays in it. Default: 0.
+    pub(crate) direct_insists: bool,
+    /// `direct_short=N`: every N-th direct read brings about half of what is asked for; 0 for none. Default: 0.
+    pub(crate) direct_short: u64,
 }
 
 /// One call that fails.
@@ -73,6 +82,10 @@ impl Default for Config {
             no_peers: Vec::new(),
             capturing: false,
             gfx: "gfx942:sramecc+:xnack-".to_owned(),
+            direct: true,
+            direct_parameters: true,
+            direct_insists: false,
+            direct_short: 0,
         }
     }
 }
@@ -96,6 +109,10 @@ impl Config {
                 "unified" => config.unified = number()? != 0,
                 "batches" => config.batches = number()? != 0,
                 "peers" => config.peers = number()? != 0,
+                "direct" => config.direct = number()? != 0,
+                "direct_parameters" => config.direct_parameters = number()? != 0,
+                "direct_insists" => config.direct_insists = number()? != 0,
+                "direct_short" => config.direct_short = number()?,
                 "capturing" => config.capturing = number()? != 0,
                 "gfx" => config.gfx = value.to_owned(),
                 "fail" => {

@@ -76,6 +76,7 @@ pub(crate) unsafe extern "C" fn simgpu_report(text: *mut c_char, len: usize) -> 
         lines.push(format!("live.events {}", machine.events.len()));
         lines.push(format!("live.modules {}", machine.modules.len()));
         lines.push(format!("live.pinned {}", machine.pinned.len()));
+        lines.extend(machine.storage.report());
         lines.extend(machine.violations.iter().map(|violation| format!("violation {violation}")));
         lines.join("\n")
     });

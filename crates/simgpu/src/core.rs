@@ -7,6 +7,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::config::Config;
+use crate::cufile::Storage;
 use crate::kernels::Entry;
 use crate::stream::{Event, Stream};
 
@@ -27,6 +28,8 @@ pub(crate) struct Machine {
     pub(crate) violations: Vec<String>,
     /// Goes up when it is set which calls are slow.
     pub(crate) pace: u64,
+    /// What a library for direct storage keeps.
+    pub(crate) storage: Storage,
     next_handle: usize,
 }
 
@@ -148,6 +151,7 @@ impl Machine {
             calls: BTreeMap::new(),
             violations: Vec::new(),
             pace: 0,
+            storage: Storage::default(),
             next_handle: 0x1000,
         }
     }

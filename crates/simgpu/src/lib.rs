@@ -16,6 +16,7 @@ mod config;
 mod control;
 mod core;
 mod cuda;
+mod cufile;
 mod hip;
 mod hiprtc;
 mod kernels;

@@ -12,6 +12,7 @@ use tensorhaul_stage::{HostMemory, Layout, Pinned, Ring};
 
 use crate::cancel::Cancel;
 use crate::error::{Error, Result};
+use crate::storage;
 use crate::vendors::VENDORS;
 
 /// A device and the ring that the last load on it left.
@@ -36,6 +37,7 @@ static PINNING_WAS_REFUSED: AtomicBool = AtomicBool::new(false);
 /// Lets go of the devices and the pinned staging memory that loads of this process have kept. Loads under
 /// way and tensors handed over are not touched; the next load opens and pins anew.
 pub fn release_devices() {
+    storage::release(); // Before the contexts that it has to do with.
     let kept = std::mem::take(&mut *lock());
     // Dropped without the lock: a driver may take its time.
     drop(kept.into_values().filter(Kept::is_ours).collect::<Vec<_>>());

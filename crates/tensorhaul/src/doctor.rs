@@ -2,6 +2,7 @@
 
 mod devices;
 mod folders;
+mod storage;
 
 use std::env;
 use std::fs;
@@ -15,6 +16,7 @@ use tensorhaul_io::probe;
 pub(crate) use devices::devices;
 pub use devices::{DeviceFact, DriverFact, PciLink};
 pub use folders::Folder;
+pub use storage::{DirectFolder, DirectStorageFact};
 
 pub use crate::link::CopySpeed;
 
@@ -58,6 +60,8 @@ pub struct Doctor {
     pub drivers: Vec<DriverFact>,
     /// The devices this build can load onto, and those it cannot.
     pub devices: Vec<DeviceFact>,
+    /// Direct storage, for each vendor that has a device which works.
+    pub direct_storage: Vec<DirectStorageFact>,
     /// What would make loads faster or possible, most important first; empty when nothing is missing.
     pub advice: Vec<Advice>,
 }
@@ -83,7 +87,7 @@ pub struct Advice {
 
 impl Doctor {
     /// Examines the machine, the current folder and the Hugging Face cache. Takes some milliseconds, and some tenths of
-    /// a second for each device that has to be opened; leaves nothing behind.
+    /// a second for each device that has to be opened, or seconds where a library for direct storage is; leaves nothing behind.
     pub fn examine() -> Doctor {
         Doctor::of(folders::usual())
     }
@@ -116,9 +120,11 @@ impl Doctor {
             folders,
             drivers: devices::drivers(),
             devices: devices::devices(),
+            direct_storage: Vec::new(),
             advice: Vec::new(),
         };
         doctor.devices.iter_mut().for_each(devices::measure);
+        doctor.direct_storage = storage::examine(&doctor.devices, &doctor.folders);
         doctor.advice = doctor.advise();
         doctor
     }

@@ -78,6 +78,12 @@ impl Error {
         self
     }
 
+    /// Says which file it is about, where the text names it already.
+    pub(crate) fn about_file(mut self, path: impl Into<PathBuf>) -> Error {
+        (self.0.file, self.0.names_file) = (Some(path.into()), true);
+        self
+    }
+
     pub(crate) fn about_tensor(mut self, name: impl Into<String>) -> Error {
         self.0.tensor = Some(name.into());
         self

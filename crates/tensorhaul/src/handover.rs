@@ -43,6 +43,10 @@ pub(crate) fn run(
     emit: &mut Emit<'_>,
 ) -> Result<Report> {
     staging_layout(options)?;
+    if options.direct_storage == Preference::Required && options.request.device == DeviceId::Host {
+        let what = "direct storage is required, and reads into devices; onto the host, reads land in place without it";
+        return Err(Error::bad_request(what));
+    }
     tracing::debug!(path = %model.path.display(), ?options, "loading");
     if is_mapped(model, options)? {
         mapped::run(model, options, cancel, emit)

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::thread;
 
+use tensorhaul_direct::Direct;
 use tensorhaul_io::memory::Memory;
 use tensorhaul_io::mmap::Mmap;
 use tensorhaul_io::pread::Pread;
@@ -24,12 +25,13 @@ pub(crate) fn lanes(
     plan: &Plan,
     temperatures: &Temperatures,
     ring: Option<&Ring>,
+    storage: Option<Direct>,
     near_processors: &[u32],
     fallbacks: &mut Vec<Fallback>,
 ) -> Result<Vec<Lane>> {
     let cores = thread::available_parallelism().map_or(1, |cores| cores.get() as u32);
     let copiers = options.thread_count.unwrap_or(cores.min(COPY_THREADS_MAX));
-    let all = || (0..temperatures.access.len() as u32).collect::<Vec<_>>();
+    let all = || temperatures.reads_by_host().collect::<Vec<_>>();
     let files = match &model.source {
         Source::Memory { files, faults } => {
             let engine = Memory::new(files.clone(), copiers, faults.clone());
@@ -77,6 +79,9 @@ pub(crate) fn lanes(
             add(pread(copiers, &cached), cached);
             add(pread(DIRECT_THREADS, &direct), direct);
         }
+    }
+    if let Some(storage) = storage {
+        lanes.push(Lane { engine: Box::new(storage), reads: temperatures.reads_by_storage() });
     }
     Ok(lanes)
 }

@@ -62,6 +62,7 @@ pub mod save;
 #[cfg(feature = "conformance")]
 pub mod selftest;
 mod sidecar;
+mod storage;
 mod stream;
 mod tensor;
 mod vendors;
@@ -87,6 +88,7 @@ pub use tensor::{Element, Tensor};
 #[cfg(feature = "conformance")]
 pub use tensorhaul_device::conformance;
 pub use tensorhaul_device::{Allocation, Kept, cast};
+pub use tensorhaul_direct::{Compatibility, DirectMode};
 pub use tensorhaul_io::memory::{FailsAt, Faults};
 pub use tensorhaul_plan::placement::UnknownDevice;
 pub use tensorhaul_plan::{

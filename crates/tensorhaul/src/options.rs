@@ -4,6 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
 
+use tensorhaul_direct::{Compatibility, DirectMode};
 use tensorhaul_plan::Request;
 
 use crate::error::Error;
@@ -26,6 +27,9 @@ pub struct LoadOptions {
     pub(crate) engine: EngineChoice,
     pub(crate) staging_bytes: u64,
     pub(crate) in_place: Preference,
+    pub(crate) direct_storage: Preference,
+    pub(crate) direct_mode: DirectMode,
+    pub(crate) direct_compatibility: Compatibility,
     pub(crate) resident: bool,
     pub(crate) checksums: bool,
     #[cfg(feature = "io-uring")]
@@ -48,6 +52,9 @@ impl Default for LoadOptions {
             engine: EngineChoice::Auto,
             staging_bytes: STAGING_BYTES_DEFAULT,
             in_place: Preference::Preferred,
+            direct_storage: Preference::Off,
+            direct_mode: DirectMode::default(),
+            direct_compatibility: Compatibility::Refused,
             resident: false,
             checksums: false,
             #[cfg(feature = "io-uring")]
@@ -92,6 +99,31 @@ impl LoadOptions {
     /// where the device's memory cannot be read into.
     pub fn in_place(self, in_place: Preference) -> Self {
         LoadOptions { in_place, ..self }
+    }
+
+    /// Whether storage writes straight into the device's memory (GPUDirect Storage by cuFile, hipFile), past the host. Decided for each
+    /// file by use, once the device is open. Default: off, because opening the library may take seconds and makes contexts on
+    /// every device of the machine, and what it brings has not been measured on hardware yet.
+    ///
+    /// Preferred reads by it what it can and what the page cache does not hold, and the report tells the reason for every other file;
+    /// required is an error with those reasons. Runs under 64 KiB are staged all the same. On the host, reads land in place
+    /// without it. A [plan](crate::Model::plan) opens no device: it shows every file read so where that is required, and none where
+    /// it is preferred.
+    pub fn direct_storage(self, direct_storage: Preference) -> Self {
+        LoadOptions { direct_storage, ..self }
+    }
+
+    /// How many direct reads are in flight, and by which calls. Default: 8 threads with reads of up to 16 MiB. Batches take one thread;
+    /// a library without them reads on threads, and the report says so.
+    pub fn direct_mode(self, direct_mode: DirectMode) -> Self {
+        LoadOptions { direct_mode, ..self }
+    }
+
+    /// Whether the library of direct storage may read into host memory and copy from there where storage cannot write into the device
+    /// (compatibility mode). Default: refused, because it is slower than the staging ring and cannot be seen. A setting of the
+    /// process: it holds for the library until [`release_devices`](crate::release_devices).
+    pub fn direct_compatibility(self, direct_compatibility: Compatibility) -> Self {
+        LoadOptions { direct_compatibility, ..self }
     }
 
     /// Whether a mapped load touches every page before it returns. Default: no, pages come when they
@@ -177,6 +209,7 @@ impl fmt::Debug for LoadOptions {
             .field("engine", &self.engine)
             .field("staging_bytes", &self.staging_bytes)
             .field("in_place", &self.in_place)
+            .field("direct_storage", &self.direct_storage)
             .field("resident", &self.resident)
             .field("dequantization", &self.dequantization)
             .field("checksums", &self.checksums)

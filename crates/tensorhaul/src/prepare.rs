@@ -13,6 +13,7 @@ use crate::devices::{self, Found};
 use crate::error::{Error, ErrorKind, Result};
 use crate::options::LoadOptions;
 use crate::report::Phases;
+use crate::storage;
 
 /// What copies need, and reads into staging buffers do not.
 pub(crate) struct Prepared {
@@ -42,22 +43,34 @@ pub(crate) enum Preparing<'p> {
 
 /// A device that is open, or being opened on a thread of its own.
 pub(crate) enum Opening<'scope> {
-    Done(Arc<dyn Device>),
+    /// With the seconds that making its context took; 0 when an earlier load did.
+    Done(Arc<dyn Device>, f64),
     UnderWay(ScopedJoinHandle<'scope, (Result<Arc<dyn Device>>, f64)>),
 }
 
 impl<'scope> Opening<'scope> {
     pub(crate) fn start(found: Found, scope: &'scope Scope<'scope, '_>) -> Opening<'scope> {
         if let Some(device) = found.opened() {
-            return Opening::Done(Arc::clone(device));
+            return Opening::Done(Arc::clone(device), 0.0);
         }
         Opening::UnderWay(scope.spawn(|| timed(|| found.open())))
+    }
+
+    /// Waits for the device.
+    pub(crate) fn wait(self) -> Result<(Arc<dyn Device>, f64)> {
+        match self {
+            Opening::Done(device, seconds) => Ok((device, seconds)),
+            Opening::UnderWay(thread) => {
+                let (device, seconds) = thread.join().expect("opening a device does not panic");
+                Ok((device?, seconds))
+            }
+        }
     }
 
     /// Refuses a plan that promises more than the device has free, if it is open and can be asked.
     pub(crate) fn check_memory(&self, plan: &Plan, options: &LoadOptions) -> Result<()> {
         match self {
-            Opening::Done(device) => check_free(plan, options, &**device),
+            Opening::Done(device, _) => check_free(plan, options, &**device),
             Opening::UnderWay(_) => Ok(()),
         }
     }
@@ -74,16 +87,12 @@ pub(crate) fn prepare(
     opening: Opening<'_>,
 ) -> Result<Prepared> {
     let mut phases = Phases::default();
-    let device = match opening {
-        Opening::Done(device) => device,
-        Opening::UnderWay(thread) => {
-            let (device, seconds) = thread.join().expect("opening a device does not panic");
-            let device = device?;
-            phases.context_seconds = seconds;
-            check_free(plan, options, &*device)?;
-            device
-        }
-    };
+    let was_under_way = matches!(opening, Opening::UnderWay(_));
+    let device;
+    (device, phases.context_seconds) = opening.wait()?;
+    if was_under_way {
+        check_free(plan, options, &*device)?;
+    }
     if cancel.is_cancelled() {
         return Err(Error::cancelled());
     }
@@ -174,12 +183,15 @@ fn external(arena: &Arena, options: &LoadOptions) -> Option<Arc<dyn Allocation>>
 
 /// Allocates the arenas, behind whatever the caller's stream still does with their memory.
 fn allocate(plan: &Plan, options: &LoadOptions, device: &dyn Device) -> Result<Vec<Arc<dyn Allocation>>> {
-    let allocate = |arena: &Arena| -> Result<Arc<dyn Allocation>> {
+    let allocate = |(arena, is_by_storage): (&Arena, bool)| -> Result<Arc<dyn Allocation>> {
         if let Some(memory) = external(arena, options).filter(|_| arena.is_external) {
             return Ok(memory);
         }
         let Some(allocator) = &options.allocator else {
-            return Ok(device.allocate(arena.len_bytes)?);
+            return Ok(match is_by_storage {
+                true => device.allocate_for_storage(arena.len_bytes)?,
+                false => device.allocate(arena.len_bytes)?,
+            });
         };
         let refused = |error| Error::new(ErrorKind::OutOfMemory, error);
         let memory = allocator.allocate(arena.device, arena.len_bytes).map_err(refused)?;
@@ -190,7 +202,8 @@ fn allocate(plan: &Plan, options: &LoadOptions, device: &dyn Device) -> Result<V
         }
         Ok(memory)
     };
-    let arenas = plan.arenas().iter().map(allocate).collect::<Result<Vec<_>>>()?;
+    let arenas =
+        plan.arenas().iter().zip(storage::arenas_in_place(plan)).map(allocate).collect::<Result<Vec<_>>>()?;
     if let Some(stream) = options.stream {
         device.follow(stream)?;
         arenas.iter().for_each(|arena| arena.release_after(stream));

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use tensorhaul_device::Device;
 use tensorhaul_io::Counts;
-use tensorhaul_plan::{DeviceId, External, InPlace, Machine, Plan, Request, Select};
+use tensorhaul_plan::{DeviceId, External, InPlace, Machine, Plan, Request, Route, Select};
 use tensorhaul_stage::Ring;
 
 use crate::cancel::Cancel;
@@ -21,12 +21,15 @@ use crate::prepare::{self, Opening, Prepared, Preparing, timed};
 use crate::probed::{Probed, Temperatures};
 use crate::quantized;
 use crate::report::{Fallback, Phases, Report};
+use crate::storage::{self, Storage};
 
 /// Plans a private load and does nothing else.
 pub(crate) fn plan(model: &Inner, options: &LoadOptions) -> Result<Plan> {
     let probed = Probed::new(model, options);
-    // An accelerator is not opened to make a plan: storage cannot write into its memory.
-    let machine = machine(options, options.request.device == DeviceId::Host, &probed)?;
+    // An accelerator is not opened to make a plan: what storage can write into its memory is not known.
+    let device = options.request.device;
+    let route = (options.direct_storage == Preference::Required).then(|| storage::route_for_all(device));
+    let machine = machine(options, device == DeviceId::Host, &probed, route)?;
     Ok(Plan::new(&model.checkpoint, &request(model, options)?, &machine)?)
 }
 
@@ -60,11 +63,23 @@ fn attempt(model: &Inner, options: &LoadOptions, cancel: &Cancel, emit: &mut Emi
     let (able, total_bytes) = (found.capabilities().in_place, found.total_bytes());
     let near_processors = found.near_processors();
     thread::scope(|scope| {
-        let opening = Opening::start(found, scope);
-        let machine = machine(options, able, &probed)?;
+        let mut opening = Opening::start(found, scope);
+        let (mut storage, mut direct_storage_seconds) = (None, 0.0);
+        if options.direct_storage != Preference::Off && options.request.device != DeviceId::Host {
+            let (device, context_seconds) = opening.wait()?;
+            let decide = || Storage::decide(model, options, &device, &probed);
+            let (decided, seconds) = timed(decide);
+            (storage, direct_storage_seconds) = (Some(decided), seconds);
+            opening = Opening::Done(device, context_seconds);
+        }
+        let route = storage.as_ref().and_then(Storage::route);
+        let machine = machine(options, able, &probed, route)?;
         let probed_at = Instant::now();
 
         let plan = Plan::new(&model.checkpoint, &request, &machine)?;
+        if let Some(storage) = storage.as_ref().filter(|_| options.direct_storage == Preference::Required) {
+            storage.check_required(&plan, model)?;
+        }
         prepare::check_external(&plan, options)?;
         quantized::check_group_indices(model, &plan)?;
         if let Some(total_bytes) = total_bytes {
@@ -75,10 +90,19 @@ fn attempt(model: &Inner, options: &LoadOptions, cancel: &Cancel, emit: &mut Emi
 
         let temperatures = Temperatures::new(model, &plan, &probed);
         let mut fallbacks = std::mem::take(&mut probed.fallbacks);
+        fallbacks.extend(storage.iter().flat_map(Storage::fallbacks));
         if options.dequantization.is_some() {
             fallbacks.extend(quantized::warnings(model)?);
         }
-        let load = Load { model, plan: &plan, temperatures: &temperatures, near_processors, options, cancel };
+        let load = Load {
+            model,
+            plan: &plan,
+            temperatures: &temperatures,
+            storage: storage.as_ref(),
+            near_processors,
+            options,
+            cancel,
+        };
         let Read { ring, prepared, started_at, done, engine, fallbacks } =
             load.read(opening, fallbacks, emit)?;
         model.check_unchanged(plan.reads().iter().map(|read| read.extent.file))?;
@@ -101,6 +125,7 @@ fn attempt(model: &Inner, options: &LoadOptions, cancel: &Cancel, emit: &mut Emi
             bytes_direct: temperatures.direct_bytes,
             bytes_ahead: done.ahead.bytes,
             bytes_in_place: promised.in_place_bytes,
+            bytes_direct_storage: temperatures.storage_bytes,
             peak_staging_bytes,
             peak_host_bytes: host_bytes(&plan, &prepared) + peak_staging_bytes,
             promised,
@@ -114,6 +139,7 @@ fn attempt(model: &Inner, options: &LoadOptions, cancel: &Cancel, emit: &mut Emi
                 first_byte_seconds: since(done.first_byte, started_at),
                 read_seconds: since(Some(done.finished), first_byte_at),
                 driver_seconds,
+                direct_storage_seconds,
                 hidden_seconds: since(done.ahead.last_byte, started_at).min(prepared.seconds()),
                 first_copy_seconds: since(done.first_copy, first_byte_at),
                 ..prepared.phases
@@ -134,6 +160,7 @@ struct Load<'l> {
     model: &'l Inner,
     plan: &'l Plan,
     temperatures: &'l Temperatures,
+    storage: Option<&'l Storage>,
     near_processors: Vec<u32>,
     options: &'l LoadOptions,
     cancel: &'l Cancel,
@@ -185,12 +212,19 @@ impl Load<'_> {
                 cancel.closes(ring);
             }
             let mut told = Vec::new();
+            let direct = match (&preparing, self.storage) {
+                (Preparing::Done(prepared), Some(storage)) => {
+                    storage.engine(plan, prepared, options, &mut told)
+                }
+                _ => None,
+            };
             let lanes = lanes(
                 model,
                 options,
                 plan,
                 self.temperatures,
                 ring.as_ref(),
+                direct,
                 &self.near_processors,
                 &mut told,
             )?;
@@ -238,23 +272,25 @@ pub(crate) fn request(model: &Inner, options: &LoadOptions) -> Result<Request> {
     Ok(request)
 }
 
-fn machine(options: &LoadOptions, able: bool, probed: &Probed) -> Result<Machine> {
+/// Describes the machine; `route` is the way of direct storage into the device's memory.
+fn machine(options: &LoadOptions, able: bool, probed: &Probed, route: Option<Route>) -> Result<Machine> {
     let layout = staging_layout(options)?;
     let buffer_len_bytes = layout.buffer_len_bytes() as u64;
-    let in_place = match options.in_place {
+    let mut in_place = match options.in_place {
         Preference::Preferred | Preference::Required if able => InPlace::host(buffer_len_bytes),
-        Preference::Off | Preference::Preferred => InPlace::never(),
-        Preference::Required => {
+        Preference::Required if route.is_none() => {
             return Err(Error::bad_request(format!(
                 "{}: storage cannot write into its memory",
                 options.request.device
             )));
         }
+        _ => InPlace::never(),
     };
+    let direct_align_bytes = storage::add_route(&mut in_place, route, probed.direct_align_bytes);
     Ok(Machine {
         buffer_len_bytes,
         buffer_count: layout.buffer_count(),
-        direct_align_bytes: probed.direct_align_bytes,
+        direct_align_bytes,
         in_place,
         peers: Vec::new(),
     })

@@ -6,6 +6,7 @@ use tensorhaul_plan::Plan;
 use crate::model::Inner;
 use crate::options::{EngineChoice, LoadOptions};
 use crate::report::Fallback;
+use crate::storage::is_by_storage;
 
 /// What the files allow.
 pub(crate) struct Probed {
@@ -55,13 +56,24 @@ pub(crate) struct Temperatures {
     pub(crate) hot_bytes: u64,
     pub(crate) cold_bytes: u64,
     pub(crate) direct_bytes: u64,
+    /// Bytes that storage writes straight into a device.
+    pub(crate) storage_bytes: u64,
+    /// Whether storage does each read.
+    by_storage: Vec<bool>,
 }
 
 impl Temperatures {
     pub(crate) fn new(model: &Inner, plan: &Plan, probed: &Probed) -> Temperatures {
         let access = Vec::with_capacity(plan.reads().len());
-        let mut temperatures = Temperatures { access, hot_bytes: 0, cold_bytes: 0, direct_bytes: 0 };
-        for read in plan.reads() {
+        let mut temperatures = Temperatures {
+            access,
+            hot_bytes: 0,
+            cold_bytes: 0,
+            direct_bytes: 0,
+            storage_bytes: 0,
+            by_storage: plan.reads().iter().map(|read| is_by_storage(plan, read)).collect(),
+        };
+        for (number, read) in plan.reads().iter().enumerate() {
             let extent = read.extent;
             let file = model.files().get(extent.file as usize);
             let residency = match (file, probed.residency.get(extent.file as usize)) {
@@ -76,18 +88,31 @@ impl Temperatures {
             let able =
                 plan.machine().direct_align_bytes > 1 && file.is_some_and(|file| file.direct().is_some());
             // Reads of pieces are never aligned.
-            let is_direct = !is_hot && residency != Residency::Unknown && able && read.stride.is_none();
+            let is_past_cache = !is_hot && residency != Residency::Unknown && able && read.stride.is_none();
+            let is_by_storage = temperatures.by_storage[number];
+            let is_direct = is_by_storage || is_past_cache;
             let bytes = if is_hot { &mut temperatures.hot_bytes } else { &mut temperatures.cold_bytes };
             *bytes += read.payload_bytes;
             temperatures.direct_bytes += if is_direct { extent.len_bytes } else { 0 };
+            temperatures.storage_bytes += if is_by_storage { extent.len_bytes } else { 0 };
             temperatures.access.push(if is_direct { Access::Direct } else { Access::Cached });
         }
         temperatures
     }
 
-    /// Returns the reads of one kind, in order.
+    /// Returns the reads of one kind that the host does, in order.
     pub(crate) fn reads(&self, access: Access) -> Vec<u32> {
-        (0..self.access.len() as u32).filter(|read| self.access[*read as usize] == access).collect()
+        self.reads_by_host().filter(|read| self.access[*read as usize] == access).collect()
+    }
+
+    /// Returns the reads that the host does, in order.
+    pub(crate) fn reads_by_host(&self) -> impl Iterator<Item = u32> {
+        (0..self.access.len() as u32).filter(|read| !self.by_storage[*read as usize])
+    }
+
+    /// Returns the reads that storage does, in order.
+    pub(crate) fn reads_by_storage(&self) -> Vec<u32> {
+        (0..self.access.len() as u32).filter(|read| self.by_storage[*read as usize]).collect()
     }
 }
 

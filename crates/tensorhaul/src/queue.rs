@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use tensorhaul_device::Allocation;
-use tensorhaul_io::{Access, Feed, Job, JobMemory, Landing, Next};
+use tensorhaul_io::{Access, DeviceLanding, Feed, Job, JobMemory, Landing, Next};
 use tensorhaul_plan::{Place, Plan, Read, plan::Target};
 use tensorhaul_stage::Ring;
 
@@ -50,7 +50,7 @@ impl Feed for Queue<'_> {
             }
             (ring, _) => self.take(|read| match (&self.plan.reads()[read as usize], ring) {
                 (read @ Read { target: Target::InPlace(place), .. }, _) => {
-                    Some(JobMemory::InPlace(self.landing(*place, read.len_bytes())))
+                    Some(self.landing(*place, read.len_bytes()))
                 }
                 (_, Some(ring)) => ring.take().map(JobMemory::Staging),
                 (_, None) => unreachable!("a plan with staged reads has a ring"),
@@ -61,20 +61,26 @@ impl Feed for Queue<'_> {
 
 impl Queue<'_> {
     /// Returns a range of an arena for storage to write into.
-    fn landing(&self, place: Place, len_bytes: u64) -> Landing {
+    fn landing(&self, place: Place, len_bytes: u64) -> JobMemory {
         let arena = Arc::clone(&self.landing[place.arena as usize]);
         // A direct read of a file's last sector may write up to the next multiple of the alignment.
         let reach_bytes = len_bytes.next_multiple_of(self.plan.machine().direct_align_bytes);
         let end_bytes = (place.offset_bytes + reach_bytes).min(arena.len_bytes());
-        let len = (end_bytes - place.offset_bytes) as usize;
-        assert!(len as u64 >= len_bytes, "the plan's reads land inside their arenas");
-        let start = arena.host_ptr().expect("reads in place are planned only for memory of the host");
+        let reach_bytes = end_bytes - place.offset_bytes;
+        assert!(reach_bytes >= len_bytes, "the plan's reads land inside their arenas");
+        let (base, start) = (arena.address(), arena.host_ptr());
+        let owner: Arc<dyn Any + Send + Sync> = arena;
+        let Some(start) = start else {
+            // SAFETY: as below; arenas that storage reads into were allocated past the device's streams, which have queued
+            // nothing on them but operations, and the gate keeps reads behind those.
+            let landing = unsafe { DeviceLanding::new(base, place.offset_bytes, reach_bytes, owner) };
+            return JobMemory::Device(landing);
+        };
         // SAFETY: the offset is inside the arena, as just checked.
         let start = unsafe { start.add(place.offset_bytes as usize) };
-        let owner: Arc<dyn Any + Send + Sync> = arena;
         // SAFETY: arenas are initialized and kept alive by `owner`; the plan's reads are disjoint in the
         // arena, each is taken once, and a tensor is emitted only after the last read that covers it.
-        unsafe { Landing::new(start, len, owner) }
+        JobMemory::InPlace(unsafe { Landing::new(start, reach_bytes as usize, owner) })
     }
 
     fn peek(&self) -> Option<u32> {

@@ -19,7 +19,7 @@ pub struct Report {
     pub gb_per_s: f64,
     /// Where the tensors are.
     pub device: String,
-    /// Who read: `mmap`, `pread`, `io-uring`, `pread+io-uring`, `memory`.
+    /// Who read: `mmap`, `pread`, `io-uring`, `cufile`, `hipfile`, `memory`; several with a `+` between them.
     pub engine: String,
     /// `mapped` or `private`.
     pub handover: &'static str,
@@ -35,6 +35,8 @@ pub struct Report {
     pub bytes_ahead: u64,
     /// Bytes that landed in the tensors' own memory at once.
     pub bytes_in_place: u64,
+    /// Bytes that storage wrote straight into a device's memory, past the host.
+    pub bytes_direct_storage: u64,
     /// The most staging memory that was in use.
     pub peak_staging_bytes: u64,
     /// Host memory the load took: the result where it is on the host, and the staging buffers that were in use.
@@ -69,7 +71,8 @@ impl Report {
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 #[non_exhaustive]
 pub struct Phases {
-    /// Asking what the page cache holds and how files can be read, and finding the device.
+    /// Asking what the page cache holds and how files can be read, and finding the device. With direct storage, opening the device and
+    /// the library, and trying the files, too.
     pub probe_seconds: f64,
     /// Planning.
     pub plan_seconds: f64,
@@ -90,6 +93,8 @@ pub struct Phases {
     pub pin_seconds: f64,
     /// Loading kernels, before the first copy; 0 where nothing is dequantized, and about 0 when an earlier load left them.
     pub module_seconds: f64,
+    /// Opening direct storage and trying every file, within `probe_seconds`; 0 where it is not asked for.
+    pub direct_storage_seconds: f64,
     /// How much of the context, the allocation and the pinning passed while reads landed: from their beginning to the
     /// last that landed before the device was ready. A ring that is full waits, and hides nothing more.
     pub hidden_seconds: f64,

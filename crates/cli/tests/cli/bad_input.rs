@@ -101,6 +101,8 @@ fn a_command_line_that_cannot_be_read_exits_with_2() {
         &["load", tiny_llama(), "--staging", "lots"],
         &["load", tiny_llama(), "--threads", "0"],
         &["load", tiny_llama(), "--in-place", "maybe"],
+        &["load", tiny_llama(), "--gds", "maybe"],
+        &["load", tiny_llama(), "--device", "host", "--gds", "required"],
         &["verify", tiny_llama()],
         &["verify", tiny_llama(), "--manifest", "a", "--write-manifest", "b"],
         &["convert", tiny_llama()],

@@ -120,7 +120,10 @@ fn doctor_states_facts() {
     let keys =
         ["kernel", "cores", "memory_bytes", "page_bytes", "huge_pages", "io_uring", "cachestat", "folders"];
     assert_keys(&value, &keys);
-    assert_keys(&value, &["locked_memory_limit_bytes", "open_files_limit", "drivers", "devices", "advice"]);
+    assert_keys(
+        &value,
+        &["locked_memory_limit_bytes", "open_files_limit", "drivers", "devices", "direct_storage", "advice"],
+    );
     assert!(value["io_uring"]["works"].is_boolean());
     for (number, name) in ["cuda", "rocm"].into_iter().enumerate() {
         let driver = &value["drivers"][number];

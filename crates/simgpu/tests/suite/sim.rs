@@ -101,6 +101,9 @@ fn library() -> &'static Library {
 /// Cargo puts a package's dynamic library beside its tests. `cargo build` puts a link one folder up, which
 /// `cargo test` does not renew: an older library may be behind it.
 pub(crate) fn library_path() -> PathBuf {
+    if let Some(path) = std::env::var_os("SIMGPU_LIBRARY") {
+        return path.into(); // A process of its own, over a changed copy.
+    }
     let test = std::env::current_exe().unwrap();
     let deps = test.parent().unwrap();
     let names = [deps.join("libsimgpu.so"), deps.parent().unwrap().join("libsimgpu.so")];

@@ -38,7 +38,7 @@ use crate::cancel::Cancel;
 use crate::error::{Error, ErrorKind, Result};
 use crate::link::{Direction, Link};
 use crate::model::{Inner, Model, Source};
-use crate::options::{Handover, LoadOptions};
+use crate::options::{Handover, LoadOptions, Preference};
 use crate::vendors::Vendor;
 use crate::{default_device, devices, handover};
 use figures::Meter;
@@ -325,7 +325,12 @@ impl<'b> Session<'b> {
     }
 
     fn how(&self) -> String {
-        format!("all tensors onto {}", self.device)
+        let how = match self.load.direct_storage {
+            Preference::Off => "",
+            Preference::Preferred => ", by direct storage what is cold",
+            Preference::Required => ", by direct storage",
+        };
+        format!("all tensors onto {}{how}", self.device)
     }
 
     /// Loads once before anything else has opened the device: cold, if the files can be, as most first loads are.

@@ -94,8 +94,14 @@ fn unescape(name: &str) -> String {
         .fold(name.to_owned(), |name, (escaped, plain)| name.replace(escaped, plain))
 }
 
-/// Reads directly: the file itself, or of a folder a nameless one, or where none can be made, the first that is there.
 fn direct_align(path: &Path) -> Result<u64, String> {
+    let file = sample(path)?;
+    let direct = file.probe_direct().map_err(ToString::to_string)?;
+    Ok(direct.align_bytes)
+}
+
+/// Opens a file to try reads on: the file itself, or of a folder a nameless one, or where none can be made, the first that is there.
+pub(super) fn sample(path: &Path) -> Result<OpenFile, String> {
     let nameless = nameless_file(path);
     let path = match &nameless {
         _ if path.is_file() => path.to_owned(),
@@ -103,9 +109,7 @@ fn direct_align(path: &Path) -> Result<u64, String> {
         Some(file) => format!("/proc/self/fd/{}", file.as_raw_fd()).into(),
         None => first_file(path).ok_or("it cannot be written to, and holds no file to try")?,
     };
-    let file = OpenFile::open(&path).map_err(|error| error.to_string())?;
-    let direct = file.probe_direct().map_err(ToString::to_string)?;
-    Ok(direct.align_bytes)
+    OpenFile::open(&path).map_err(|error| error.to_string())
 }
 
 /// A page in a file that vanishes when it is closed.

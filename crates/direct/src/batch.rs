@@ -1,0 +1,236 @@
+//! The batch form: one thread submits reads by the dozen and asks which are done.
+
+use std::collections::VecDeque;
+use std::ffi::{c_uint, c_void};
+use std::ptr;
+
+use tensorhaul_io::{Counts, Done, Feed, Job, Next, ReadCause, ReadError, Sink};
+
+use crate::engine::{Direct, cause, landing};
+use crate::library::Library;
+use crate::sys::{self, BatchEvent, BatchHandle, BatchRead};
+
+/// Reads the feed's jobs in batches; the error is what stood in the way of the first.
+pub(crate) fn run(direct: &Direct, entries: u32, feed: &dyn Feed, sink: &dyn Sink) -> Result<Counts, String> {
+    let batch = Batch::set_up(&direct.library, entries)?;
+    let slots = (0..entries).map(|_| None).collect();
+    let run = Run { direct, batch, sink, slots, again: VecDeque::new(), counts: Counts::default() };
+    Ok(run.run(feed))
+}
+
+/// A job that is being read, and how much of it is there.
+struct Active {
+    job: Job,
+    have: u64,
+    asked: u64,
+}
+
+struct Run<'r> {
+    direct: &'r Direct,
+    batch: Batch<'r>,
+    sink: &'r dyn Sink,
+    /// Jobs in flight, by the number their reads carry.
+    slots: Vec<Option<Active>>,
+    /// Jobs that came back with less than was asked for.
+    again: VecDeque<Active>,
+    counts: Counts,
+}
+
+impl Run<'_> {
+    fn run(mut self, feed: &dyn Feed) -> Counts {
+        let mut is_done = false;
+        loop {
+            let reads = self.gather(feed, &mut is_done);
+            if !reads.is_empty()
+                && let Err(why) = self.submit(reads)
+            {
+                self.lose(&why);
+                return self.counts;
+            }
+            if self.in_flight() == 0 {
+                if is_done {
+                    return self.counts;
+                }
+                continue; // Everything gathered was answered at once.
+            }
+            match self.batch.wait(self.slots.len()) {
+                Ok(events) => events.into_iter().for_each(|event| self.take(event)),
+                Err(why) => {
+                    self.lose(&why);
+                    return self.counts;
+                }
+            }
+        }
+    }
+
+    fn in_flight(&self) -> usize {
+        self.slots.iter().flatten().count()
+    }
+
+    /// Fills free slots, waiting for a job only when nothing is in flight.
+    fn gather(&mut self, feed: &dyn Feed, is_done: &mut bool) -> Vec<BatchRead> {
+        let mut reads = Vec::new();
+        while let Some(slot) = self.slots.iter().position(Option::is_none) {
+            let active = match self.again.pop_front() {
+                Some(active) => active,
+                None if *is_done => break,
+                None => match feed.next(self.in_flight() == 0) {
+                    Next::Job(job) => {
+                        self.counts.requests += 1;
+                        Active { job, have: 0, asked: 0 }
+                    }
+                    Next::Busy => break,
+                    Next::Done => {
+                        *is_done = true;
+                        break;
+                    }
+                },
+            };
+            if let Some(read) = self.place(active, slot) {
+                reads.push(read);
+            }
+        }
+        reads
+    }
+
+    /// Puts a job's next piece into a slot; `None` when none is left, and the job is answered.
+    fn place(&mut self, mut active: Active, slot: usize) -> Option<BatchRead> {
+        let extent = active.job.extent;
+        let (base, offset_bytes) = {
+            let landing = landing(&active.job.memory);
+            (landing.base(), landing.offset_bytes() + active.have)
+        };
+        let at_bytes = extent.offset_bytes + active.have;
+        let file = self.direct.file(extent.file);
+        let piece = match self.direct.next_piece(extent, active.have) {
+            Some(piece) if piece.is_tail => {
+                self.counts.system_calls += 1;
+                let read = self.direct.read_tail(file, at_bytes, piece.len_bytes, base, offset_bytes);
+                self.answer(active.job, read);
+                return None;
+            }
+            Some(piece) => piece,
+            None => {
+                self.answer(active.job, Ok(()));
+                return None;
+            }
+        };
+        active.asked = piece.len_bytes;
+        self.slots[slot] = Some(active);
+        Some(BatchRead {
+            mode: sys::BATCH_MODE,
+            base: ptr::with_exposed_provenance_mut(base as usize),
+            file_offset: at_bytes as i64,
+            base_offset: offset_bytes as i64,
+            len: piece.len_bytes as usize,
+            handle: file.registered.handle(),
+            operation: sys::BATCH_READ,
+            cookie: ptr::without_provenance_mut(slot + 1),
+        })
+    }
+
+    fn submit(&mut self, mut reads: Vec<BatchRead>) -> Result<(), String> {
+        self.counts.system_calls += 1;
+        // SAFETY: files are registered; every range is a job's own, and the job stays in its slot until its event.
+        unsafe { self.batch.submit(&mut reads) }
+    }
+
+    fn take(&mut self, event: BatchEvent) {
+        let slot = event.cookie.addr().checked_sub(1).and_then(|slot| self.slots.get_mut(slot));
+        let Some(mut active) = slot.and_then(Option::take) else { return };
+        let at_bytes = active.job.extent.offset_bytes + active.have;
+        let read = match event.status {
+            sys::BATCH_COMPLETE => self.direct.library.read_result(event.result as isize).map_err(cause),
+            status => {
+                Err(ReadCause::Library(format!("a read in a batch ended with status {status:#x}").into()))
+            }
+        };
+        let next = match read {
+            Ok(0) => Err(ReadCause::End { at_bytes }),
+            Ok(read) => self.direct.resume_at(active.have + read.min(active.asked), active.have),
+            Err(cause) => Err(cause),
+        };
+        match next {
+            Ok(have) if have == active.job.extent.len_bytes => self.answer(active.job, Ok(())),
+            Ok(have) => {
+                active.have = have;
+                self.again.push_back(active);
+            }
+            Err(cause) => self.answer(active.job, Err(cause)),
+        }
+    }
+
+    fn answer(&self, job: Job, result: Result<(), ReadCause>) {
+        let Job { read, extent, memory, .. } = job;
+        self.sink.done(Done { read, memory, result: result.map_err(|cause| ReadError { extent, cause }) });
+    }
+
+    /// Gives up on a library that no longer answers. Storage may still write into the memory in flight, so that is leaked; the load
+    /// fails with the error.
+    fn lose(&mut self, why: &str) {
+        self.batch.cancel();
+        let waiting = std::mem::take(&mut self.again);
+        for active in waiting {
+            self.answer(active.job, Err(ReadCause::Library(why.into())));
+        }
+        for active in self.slots.iter_mut().filter_map(Option::take) {
+            let Job { read, extent, memory, .. } = active.job;
+            std::mem::forget(memory);
+            self.sink.lost(read, ReadError { extent, cause: ReadCause::Library(why.into()) });
+        }
+    }
+}
+
+/// A batch of the library's.
+struct Batch<'b> {
+    library: &'b Library,
+    handle: BatchHandle,
+}
+
+impl<'b> Batch<'b> {
+    fn set_up(library: &'b Library, entries: u32) -> Result<Batch<'b>, String> {
+        let set_up = library.table().batch_set_up.ok_or("the library has no batches")?;
+        let mut handle = ptr::null_mut::<c_void>();
+        // SAFETY: writes the handle.
+        let status = unsafe { set_up(&raw mut handle, entries) };
+        library.check("BatchIOSetUp", status).map_err(|error| error.to_string())?;
+        Ok(Batch { library, handle })
+    }
+
+    /// # Safety
+    /// Every read's file is registered, and its range of device memory nobody else touches until its event was taken.
+    unsafe fn submit(&self, reads: &mut [BatchRead]) -> Result<(), String> {
+        let submit = self.library.table().batch_submit.ok_or("the library has no batches")?;
+        // SAFETY: the caller's promise; the library copies the list.
+        let status = unsafe { submit(self.handle, reads.len() as c_uint, reads.as_mut_ptr(), 0) };
+        self.library.check("BatchIOSubmit", status).map_err(|error| error.to_string())
+    }
+
+    /// Waits for one read at least, and returns all that are done.
+    fn wait(&self, entries: usize) -> Result<Vec<BatchEvent>, String> {
+        let wait = self.library.table().batch_status.ok_or("the library has no batches")?;
+        let mut events = vec![BatchEvent { cookie: ptr::null_mut(), status: 0, result: 0 }; entries];
+        let mut count = entries as c_uint;
+        // SAFETY: room for `count` events; without a time it waits.
+        let status = unsafe { wait(self.handle, 1, &raw mut count, events.as_mut_ptr(), ptr::null_mut()) };
+        self.library.check("BatchIOGetStatus", status).map_err(|error| error.to_string())?;
+        events.truncate(count as usize);
+        Ok(events)
+    }
+
+    fn cancel(&self) {
+        if let Some(cancel) = self.library.table().batch_cancel {
+            // SAFETY: the batch is alive. Whether it worked or not, the memory in flight is given up.
+            let _ = unsafe { cancel(self.handle) };
+        }
+    }
+}
+
+impl Drop for Batch<'_> {
+    fn drop(&mut self) {
+        if let Some(destroy) = self.library.table().batch_destroy {
+            // SAFETY: set up above, and not used again.
+            unsafe { destroy(self.handle) };
+        }
+    }
+}

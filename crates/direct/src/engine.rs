@@ -1,0 +1,280 @@
+//! The engine: jobs whose memory is a device's, read by storage itself.
+
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+
+use tensorhaul_device::{Allocation, Device, STORAGE_ALIGN_BYTES};
+use tensorhaul_io::{
+    Counts, DeviceLanding, Done, Engine, Feed, Job, JobMemory, Next, OpenFile, ReadCause, ReadError, Sink,
+};
+use tensorhaul_plan::Extent;
+
+use crate::batch;
+use crate::library::{Library, ReadFailed, RegisteredBuffer};
+use crate::probe::DirectFile;
+use crate::refusal::CallFailed;
+use crate::tail::Tail;
+use crate::vendor::Vendor;
+
+/// How many reads are in flight, and by which calls.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum DirectMode {
+    /// Threads, each with one read in flight that it waits for.
+    Threads {
+        /// How many; at least one.
+        count: u32,
+    },
+    /// One thread that submits reads in batches, where the library has them; else threads.
+    Batch {
+        /// Reads in flight at once; at least one.
+        entries: u32,
+    },
+}
+
+impl Default for DirectMode {
+    /// 8 threads: with reads of 16 MiB, 128 MiB in flight, as much as `io_uring` keeps. Not measured on hardware yet.
+    fn default() -> DirectMode {
+        DirectMode::Threads { count: 8 }
+    }
+}
+
+/// Reads with cuFile or hipFile, straight into device memory.
+pub struct Direct {
+    // Dropped in this order: buffers and files are deregistered before the library may close.
+    pub(crate) buffers: Vec<Buffer>,
+    files: Arc<[Option<DirectFile>]>,
+    pub(crate) library: Arc<Library>,
+    device: Arc<dyn Device>,
+    mode: DirectMode,
+}
+
+/// An allocation that reads go to.
+pub(crate) struct Buffer {
+    /// Before the allocation, which may be freed with this value.
+    _registered: Option<RegisteredBuffer>,
+    pub(crate) allocation: Arc<dyn Allocation>,
+}
+
+/// Allocations that the library did not register: reads into them make a stop in memory of its own.
+#[derive(Debug)]
+pub struct Unregistered {
+    /// How many.
+    pub count: usize,
+    /// What it said of the first.
+    pub error: CallFailed,
+}
+
+impl Direct {
+    /// Reads these files, by their numbers, into these allocations. Each allocation is registered once; one that the library refuses is read into all
+    /// the same, which is slower and told.
+    pub fn new(
+        device: &Arc<dyn Device>,
+        library: &Arc<Library>,
+        files: Arc<[Option<DirectFile>]>,
+        allocations: Vec<Arc<dyn Allocation>>,
+        mode: DirectMode,
+    ) -> (Direct, Option<Unregistered>) {
+        let mut unregistered: Option<Unregistered> = None;
+        let mut buffers = Vec::with_capacity(allocations.len());
+        let mut register = || {
+            for allocation in &allocations {
+                // SAFETY: the device is current; `Buffer` keeps the allocation until after it is deregistered.
+                let registered =
+                    unsafe { RegisteredBuffer::new(library, allocation.address(), allocation.len_bytes()) };
+                let registered = registered.map_err(|error| match &mut unregistered {
+                    Some(unregistered) => unregistered.count += 1,
+                    None => unregistered = Some(Unregistered { count: 1, error }),
+                });
+                buffers.push(Buffer { _registered: registered.ok(), allocation: Arc::clone(allocation) });
+            }
+        };
+        // A device that cannot be made current fails the first read, which says so.
+        let _ = device.enter(&mut register);
+        let (device, library) = (Arc::clone(device), Arc::clone(library));
+        (Direct { buffers, files, library, device, mode }, unregistered)
+    }
+
+    /// Returns the calls it reads with.
+    pub fn mode(&self) -> DirectMode {
+        match self.mode {
+            DirectMode::Batch { .. } if !self.library.has_batches() => DirectMode::default(),
+            mode => mode,
+        }
+    }
+
+    /// Reads jobs one after another on the calling thread, inside the device.
+    fn work(&self, feed: &dyn Feed, sink: &dyn Sink) -> Counts {
+        let mut counts = Counts::default();
+        let inside = self.device.enter(&mut || {
+            while let Next::Job(job) = feed.next(true) {
+                sink.done(self.read(job, &mut counts));
+            }
+        });
+        if let Err(error) = inside {
+            self.answer_all(feed, sink, &error.to_string());
+        }
+        counts
+    }
+
+    /// Answers every job with what stands in the way of all.
+    fn answer_all(&self, feed: &dyn Feed, sink: &dyn Sink, why: &str) {
+        while let Next::Job(Job { read, extent, memory, .. }) = feed.next(true) {
+            let cause = ReadCause::Library(why.into());
+            sink.done(Done { read, memory, result: Err(ReadError { extent, cause }) });
+        }
+    }
+
+    fn read(&self, job: Job, counts: &mut Counts) -> Done {
+        let Job { read, extent, memory, .. } = job;
+        counts.requests += 1;
+        let result = self.fill(extent, landing(&memory), counts);
+        Done { read, memory, result: result.map_err(|cause| ReadError { extent, cause }) }
+    }
+
+    /// Reads until the extent is complete, in as many calls as the library makes of it: one, as a rule.
+    fn fill(&self, extent: Extent, landing: &DeviceLanding, counts: &mut Counts) -> Result<(), ReadCause> {
+        let file = self.file(extent.file);
+        let mut have = 0;
+        while let Some(piece) = self.next_piece(extent, have) {
+            let (at_bytes, offset_bytes) = (extent.offset_bytes + have, landing.offset_bytes() + have);
+            if piece.is_tail {
+                self.read_tail(file, at_bytes, piece.len_bytes, landing.base(), offset_bytes)?;
+                counts.system_calls += 1;
+                have += piece.len_bytes;
+                continue;
+            }
+            counts.system_calls += 1;
+            let (handle, len) = (file.registered.handle(), piece.len_bytes as usize);
+            // SAFETY: the file is registered. The range is the job's own, inside its memory as `landing` checked, and of the device
+            // that is current.
+            let result = unsafe { self.library.read(handle, landing.base(), offset_bytes, at_bytes, len) };
+            match result {
+                Ok(0) => return Err(ReadCause::End { at_bytes }),
+                Ok(read) => have = self.resume_at(have + read.min(piece.len_bytes), have)?,
+                Err(ReadFailed::System(error)) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(cause(error)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns what to ask for next of an extent of which so much is there.
+    pub(crate) fn next_piece(&self, extent: Extent, have: u64) -> Option<Piece> {
+        let rest = extent.len_bytes - have;
+        let len_bytes = rest.min(CALL_LEN_BYTES_MAX);
+        let whole_pages = len_bytes - len_bytes % STORAGE_ALIGN_BYTES;
+        match self.library.vendor() {
+            _ if rest == 0 => None,
+            // cuFile brings the last, partial page through a page of its own.
+            Vendor::Nvidia => Some(Piece { len_bytes, is_tail: false }),
+            // The kernel's part of hipFile takes whole pages only.
+            Vendor::Amd if whole_pages == 0 => Some(Piece { len_bytes, is_tail: true }),
+            Vendor::Amd => Some(Piece { len_bytes: whole_pages, is_tail: false }),
+        }
+    }
+
+    /// Returns where to go on when a call brought less than was asked for: for hipFile, at a page, which may be read again.
+    pub(crate) fn resume_at(&self, end: u64, before: u64) -> Result<u64, ReadCause> {
+        let at = match self.library.vendor() {
+            Vendor::Nvidia => end,
+            Vendor::Amd => end - end % STORAGE_ALIGN_BYTES,
+        };
+        if at > before {
+            return Ok(at);
+        }
+        Err(ReadCause::Library(format!("{} bytes came, less than a page", end - before).into()))
+    }
+
+    pub(crate) fn read_tail(
+        &self,
+        file: &DirectFile,
+        at_bytes: u64,
+        len_bytes: u64,
+        base: u64,
+        offset_bytes: u64,
+    ) -> Result<(), ReadCause> {
+        let buffer = self.buffers.iter().find(|buffer| buffer.allocation.address() == base);
+        let target = &buffer.expect("reads go to the allocations the engine was made with").allocation;
+        let tail = Tail { device: &*self.device, file: self.open_file(file), target };
+        tail.read(at_bytes, len_bytes as usize, offset_bytes)
+    }
+
+    pub(crate) fn file(&self, number: u32) -> &DirectFile {
+        let file = self.files.get(number as usize).and_then(Option::as_ref);
+        file.expect("only files that direct storage takes are planned to be read by it")
+    }
+
+    fn open_file<'f>(&self, file: &'f DirectFile) -> &'f OpenFile {
+        &file.files[file.number as usize]
+    }
+
+    fn run_threads(&self, count: u32, feed: &dyn Feed, sink: &dyn Sink) -> Counts {
+        let total = Mutex::new(Counts::default());
+        let worker = || {
+            let counts = self.work(feed, sink);
+            *total.lock().unwrap_or_else(PoisonError::into_inner) += counts;
+        };
+        thread::scope(|scope| {
+            for number in 1..count {
+                let name = format!("tensorhaul-{}-{number}", self.name());
+                // A system that refuses a thread still has this one.
+                let _ = thread::Builder::new().name(name).spawn_scoped(scope, worker);
+            }
+            worker();
+        });
+        total.into_inner().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn run_batches(&self, entries: u32, feed: &dyn Feed, sink: &dyn Sink) -> Counts {
+        let mut result = Ok(Counts::default());
+        let inside = self.device.enter(&mut || result = batch::run(self, entries, feed, sink));
+        match inside.map_err(|error| error.to_string()).and(result) {
+            Ok(counts) => counts,
+            Err(why) => {
+                self.answer_all(feed, sink, &why);
+                Counts::default()
+            }
+        }
+    }
+}
+
+impl Engine for Direct {
+    fn name(&self) -> &'static str {
+        self.library.vendor().engine()
+    }
+
+    fn run(&self, feed: &dyn Feed, sink: &dyn Sink) -> Counts {
+        match self.mode() {
+            DirectMode::Threads { count } => self.run_threads(count, feed, sink),
+            DirectMode::Batch { entries } => self.run_batches(entries.max(1), feed, sink),
+        }
+    }
+}
+
+/// What one call is asked for.
+pub(crate) struct Piece {
+    pub(crate) len_bytes: u64,
+    /// Whether it is the last, partial page, which goes through the host.
+    pub(crate) is_tail: bool,
+}
+
+/// Returns where a job's bytes go.
+pub(crate) fn landing(memory: &JobMemory) -> &DeviceLanding {
+    match memory {
+        JobMemory::Device(landing) => landing,
+        _ => panic!("direct storage is given jobs whose memory is a device's"),
+    }
+}
+
+pub(crate) fn cause(error: ReadFailed) -> ReadCause {
+    match error {
+        ReadFailed::System(error) => ReadCause::Io(error),
+        ReadFailed::Call(error) => ReadCause::Library(error.into()),
+    }
+}
+
+/// The most that hipFile reads in one call, and the system in one of its own: `MAX_RW_COUNT` of Linux.
+const CALL_LEN_BYTES_MAX: u64 = 0x7fff_f000;
+const _: () = assert!(CALL_LEN_BYTES_MAX.is_multiple_of(STORAGE_ALIGN_BYTES));

@@ -1,0 +1,200 @@
+//! Everything that can stand in the way: a typed error where direct storage is required, a reason told where it is preferred.
+
+use tensorhaul::{Compatibility, DirectMode, ErrorKind, Model, Preference};
+
+use crate::{FILES, assert_same_bytes, checkpoint, evict_all, folder, machine, options, reasons};
+
+/// A machine, what is told of it, and for how many of the files.
+const OBSTACLES: &[(&str, &str, usize)] = &[
+    (
+        "fail=cuFileDriverOpen:1:5033",
+        "cuFileDriverOpen returned 5033 (the driver could not be set up); nvidia-fs",
+        FILES,
+    ),
+    ("direct=0", "cuFileDriverOpen returned 5001 (its kernel driver is not loaded); nvidia-fs", FILES),
+    ("direct_parameters=0", "cuFile may read through host memory instead (compatibility mode)", FILES),
+    ("direct_insists=1", "cuFile may read through host memory instead (compatibility mode)", FILES),
+    (
+        "fail=cuFileHandleRegister:2:5008",
+        "cuFileHandleRegister returned 5008 (not supported on this file)",
+        1,
+    ),
+    ("fail=cuFileRead:1:5", "a first direct read into the device: Input/output error", 1),
+    (
+        "fail=cuFileRead:3:5008",
+        "a first direct read into the device: cuFileRead returned 5008 (not supported on this file)",
+        1,
+    ),
+    ("fail=cuMemAlloc_v2:1:2", "a first direct read: cuda:0: 4096 bytes do not fit", FILES),
+];
+
+#[test]
+fn an_obstacle_is_told_and_the_rest_is_read_directly() {
+    let folder = folder();
+    checkpoint(folder.path());
+    for (config, why, files) in OBSTACLES {
+        // What a model has mapped to compare with stays in the page cache.
+        let model = Model::open(folder.path()).unwrap();
+        evict_all(folder.path());
+        let sim = machine(config);
+        let loaded = model.load(&options(Preference::Preferred)).unwrap();
+        assert_same_bytes(&model, &loaded);
+        let told = reasons(&loaded);
+        let begin = if *files == 1 { "1 file is read".to_owned() } else { format!("{files} files are read") };
+        assert!(
+            told.len() == 1 && told[0].starts_with(&begin) && told[0].contains(why),
+            "{config}: {told:?}"
+        );
+        assert_eq!(loaded.report.bytes_direct_storage > 0, *files < FILES, "{config}");
+        assert_eq!(sim.report().calls("storage_compatible_reads"), 0, "{config}");
+        drop(loaded);
+        sim.assert_clean(config);
+    }
+}
+
+#[test]
+fn an_obstacle_is_an_error_where_direct_storage_is_required() {
+    let folder = folder();
+    let model = Model::open(checkpoint(folder.path())).unwrap();
+    for (config, why, files) in OBSTACLES {
+        let sim = machine(config);
+        let error = model.load(&options(Preference::Required)).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::BadRequest, "{config}: {}", error.one_line());
+        assert_eq!(error.file().is_some(), *files == 1, "{config}");
+        let line = error.one_line();
+        assert!(line.contains("direct storage is required") && line.contains(why), "{config}: {line}");
+        for file in 0..FILES {
+            let named = line.contains(&format!("part-{file}.safetensors"));
+            assert!(named || *files == 1, "{config}: {line}");
+        }
+        sim.assert_clean(config);
+    }
+}
+
+#[test]
+fn a_read_that_fails_later_fails_the_load_with_file_and_code() {
+    let folder = folder();
+    let model = Model::open(checkpoint(folder.path())).unwrap();
+    let modes = [DirectMode::default(), DirectMode::Batch { entries: 4 }];
+    for (mode, call, first) in [(modes[0], "cuFileRead", FILES + 1), (modes[1], "cuFileBatchRead", 1)] {
+        for nth in [first, first + 1, first + 5] {
+            for (code, what) in
+                [(5, "Input/output error"), (5012, "cuFileRead returned 5012 (not an address")]
+            {
+                let sim = machine(&format!("fail={call}:{nth}:{code}"));
+                let error = model.load(&options(Preference::Required).direct_mode(mode)).unwrap_err();
+                assert_eq!(error.kind(), ErrorKind::Io);
+                assert!(error.file().is_some() && error.tensor().is_some() && error.bytes().is_some());
+                let line = error.one_line();
+                let is_told = line.contains(what) || (mode == modes[1] && line.contains("status 0x40"));
+                assert!(is_told, "{call} {nth}: {line}");
+                sim.assert_clean(&line);
+                sim.fail("");
+                let loaded = model.load(&options(Preference::Required).direct_mode(mode)).unwrap();
+                assert_same_bytes(&model, &loaded);
+                drop(loaded);
+                sim.assert_clean("the next load");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_batch_that_is_not_taken_fails_the_load() {
+    let folder = folder();
+    let model = Model::open(checkpoint(folder.path())).unwrap();
+    let batches = options(Preference::Required).direct_mode(DirectMode::Batch { entries: 4 });
+    for (fault, why) in [
+        ("cuFileBatchIOSetUp:1:5039", "cuFileBatchIOSetUp returned 5039"),
+        ("cuFileBatchIOSubmit:1:5035", "cuFileBatchIOSubmit returned 5035"),
+        ("cuFileBatchIOSubmit:2:5035", "cuFileBatchIOSubmit returned 5035"),
+        ("cuFileBatchIOGetStatus:1:5041", "cuFileBatchIOGetStatus returned 5041"),
+    ] {
+        let sim = machine(&format!("fail={fault}"));
+        let line = model.load(&batches).unwrap_err().one_line();
+        assert!(line.contains(why), "{fault}: {line}");
+        let happened = sim.report();
+        assert!(happened.violations.is_empty(), "{fault}: {:?}", happened.violations);
+        assert_eq!(happened.live["live.storage_batches"], 0, "{fault}");
+        assert_eq!(happened.live["live.storage_files"], 0, "{fault}");
+    }
+}
+
+#[test]
+fn memory_that_is_not_registered_is_read_into_all_the_same_and_told() {
+    let folder = folder();
+    let model = Model::open(checkpoint(folder.path())).unwrap();
+    let sim = machine("fail=cuFileBufRegister:1:5036");
+    let loaded = model.load(&options(Preference::Required)).unwrap();
+    assert_same_bytes(&model, &loaded);
+    let told = reasons(&loaded);
+    assert!(told.len() == 1 && told[0].starts_with("direct storage reads into 1 of"), "{told:?}");
+    assert!(
+        told[0].ends_with("cuFileBufRegister returned 5036 (device memory cannot be pinned)"),
+        "{told:?}"
+    );
+    drop(loaded);
+    sim.assert_clean("unregistered");
+}
+
+#[test]
+fn compatibility_mode_is_used_only_when_it_is_asked_for() {
+    let folder = folder();
+    let model = Model::open(checkpoint(folder.path())).unwrap();
+    let sim = machine("direct=0");
+    let allowed = options(Preference::Required).direct_compatibility(Compatibility::Allowed);
+    let loaded = model.load(&allowed).unwrap();
+    assert_same_bytes(&model, &loaded);
+    assert!(sim.report().calls("storage_compatible_reads") > 0);
+    drop(loaded);
+    // It is a setting of the process: who does not want it is told so, until the library was let go.
+    let line = model.load(&options(Preference::Required)).unwrap_err().one_line();
+    assert!(line.contains("an earlier load of this process allowed it"), "{line}");
+    sim.assert_clean("compatibility");
+}
+
+#[test]
+fn a_file_in_memory_is_not_read_by_storage() {
+    let folder = tempfile::tempdir_in("/dev/shm").unwrap();
+    let model = Model::open(checkpoint(folder.path())).unwrap();
+    let sim = machine("");
+    let line = model.load(&options(Preference::Required)).unwrap_err().one_line();
+    assert!(line.contains("tmpfs keeps its files in memory"), "{line}");
+    let loaded = model.load(&options(Preference::Preferred)).unwrap();
+    assert_same_bytes(&model, &loaded);
+    assert_eq!(reasons(&loaded).len(), 1);
+    drop(loaded);
+    assert_eq!(sim.report().calls("cuFileHandleRegister"), 0);
+    sim.assert_clean("tmpfs");
+}
+
+#[test]
+fn a_file_that_was_truncated_is_an_error_that_names_it() {
+    let folder = folder();
+    let model = Model::open(checkpoint(folder.path())).unwrap();
+    let file = std::fs::File::options().write(true).open(folder.path().join("part-0.safetensors")).unwrap();
+    file.set_len(1 << 20).unwrap();
+    for mode in [DirectMode::default(), DirectMode::Batch { entries: 4 }] {
+        let sim = machine("");
+        let error = model.load(&options(Preference::Required).direct_mode(mode)).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Malformed, "{}", error.one_line());
+        assert!(error.one_line().contains("it was longer when it was opened"), "{}", error.one_line());
+        sim.assert_clean("truncated");
+    }
+}
+
+#[test]
+fn it_is_never_opened_without_a_device() {
+    let folder = folder();
+    let model = Model::open(checkpoint(folder.path())).unwrap();
+    let sim = machine("devices=0");
+    for preference in [Preference::Required, Preference::Preferred] {
+        assert_eq!(model.load(&options(preference)).unwrap_err().kind(), ErrorKind::Device);
+    }
+    sim.fail("");
+    assert_eq!(sim.report().calls("cuFileDriverOpen"), 0);
+    let on_host = options(Preference::Required).request(tensorhaul::Request::all());
+    let line = model.load(&on_host).unwrap_err().one_line();
+    assert!(line.contains("direct storage is required, and reads into devices"), "{line}");
+    sim.assert_clean("no device");
+}

@@ -1,0 +1,101 @@
+//! What is decided once a process: libraries that are missing, old, or told by the environment.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use tensorhaul::{DirectMode, Model, Preference};
+use tensorhaul_direct::{CUFILE_LIBRARY_VARIABLE, HIPFILE_LIBRARY_VARIABLE};
+
+use crate::sim::library_path;
+use crate::{assert_same_bytes, checkpoint, folder, machine, options, reasons};
+
+/// Runs an ignored test of this binary in a process of its own, and returns what it printed behind `probe: `.
+fn run(test: &str, variables: &[(&str, &Path)]) -> String {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", test, "--nocapture", "--ignored"]);
+    let output = command.envs(variables.iter().copied()).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
+    let lines: Vec<_> = text.lines().filter_map(|line| Some(line.split_once("probe: ")?.1)).collect();
+    assert!(!lines.is_empty(), "{text}");
+    lines.join("\n")
+}
+
+#[test]
+#[ignore = "run by the tests below, with another environment"]
+fn load_in_a_process_of_its_own() {
+    let folder = folder();
+    let model = Model::open(checkpoint(folder.path())).unwrap();
+    let sim = machine("");
+    let mode = DirectMode::Batch { entries: 8 };
+    match model.load(&options(Preference::Required).direct_mode(mode)) {
+        Err(error) => println!("probe: {}", error.one_line()),
+        Ok(loaded) => {
+            assert_same_bytes(&model, &loaded);
+            println!("probe: {}", loaded.report.engine);
+            reasons(&loaded).iter().for_each(|reason| println!("probe: {reason}"));
+        }
+    }
+    sim.assert_clean("a load");
+}
+
+#[test]
+fn a_library_that_is_missing_is_named_with_what_was_tried() {
+    let nowhere = Path::new("/nowhere/libcufile.so.0");
+    let line = run("processes::load_in_a_process_of_its_own", &[(CUFILE_LIBRARY_VARIABLE, nowhere)]);
+    assert!(line.contains("cuFile: no driver library found (tried /nowhere/libcufile.so.0)"), "{line}");
+    let other = Path::new("libc.so.6");
+    let line = run("processes::load_in_a_process_of_its_own", &[(CUFILE_LIBRARY_VARIABLE, other)]);
+    assert!(line.contains("cuFile: libc.so.6 lacks cuFileDriverOpen"), "{line}");
+}
+
+#[test]
+fn a_library_without_what_is_optional_reads_on_threads_and_is_not_trusted_blindly() {
+    let folder = folder();
+    let test = "processes::load_in_a_process_of_its_own";
+    let with = |missing: &[&str]| {
+        let library = library_without(folder.path(), missing);
+        let variables = [tensorhaul_cuda::LIBRARY_VARIABLE, CUFILE_LIBRARY_VARIABLE, "SIMGPU_LIBRARY"];
+        run(test, &variables.map(|variable| (variable, &*library)))
+    };
+    let line = with(&["cuFileBatchIOSubmit"]);
+    assert!(
+        line.ends_with(
+            "cufile\ndirect storage reads on threads instead of in batches: the library has no batches"
+        ),
+        "{line}"
+    );
+    // Told, though it cannot be asked.
+    assert!(with(&["cuFileGetParameterBool"]).ends_with("cufile"));
+    // Neither told nor asked: its properties say that it is allowed to fall back.
+    let line = with(&["cuFileGetParameterBool", "cuFileSetParameterBool"]);
+    assert!(line.contains("its configuration allows that, and it cannot be told otherwise"), "{line}");
+    let line = with(&["cuFileGetParameterBool", "cuFileSetParameterBool", "cuFileDriverGetProperties"]);
+    assert!(line.contains("it can neither be told nor asked"), "{line}");
+}
+
+#[test]
+fn hipfile_reads_where_the_environment_forbids_its_fallback() {
+    let test = "hipfile::whole_pages_are_read_by_storage_and_the_rest_by_the_host";
+    let library = library_path();
+    let variables =
+        [("HIPFILE_ALLOW_COMPAT_MODE", Path::new("false")), (HIPFILE_LIBRARY_VARIABLE, &*library)];
+    assert_eq!(run(test, &variables), "read");
+}
+
+/// Writes a copy of the simulator that lacks these functions: their names are overwritten, so that nobody finds them.
+fn library_without(folder: &Path, missing: &[&str]) -> PathBuf {
+    let mut bytes = std::fs::read(library_path()).unwrap();
+    for name in missing {
+        let name = format!("\0{name}\0").into_bytes();
+        let places: Vec<_> =
+            (0..bytes.len() - name.len()).filter(|at| bytes[*at..].starts_with(&name)).collect();
+        assert!(!places.is_empty());
+        for at in places {
+            bytes[at + 1] = b'X';
+        }
+    }
+    let path = folder.join(format!("libsim-without-{}.so", missing.len()));
+    std::fs::write(&path, bytes).unwrap();
+    path
+}

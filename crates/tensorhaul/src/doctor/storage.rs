@@ -1,0 +1,112 @@
+//! Whether storage reads straight into devices: the library, the kernel's part, and each folder.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use serde::Serialize;
+use tensorhaul_device::Device;
+use tensorhaul_direct::{Compatibility, Kernel, Library, Probe, Refusal, Vendor};
+use tensorhaul_plan::DeviceId;
+
+use super::folders::{Folder, sample};
+use super::{DeviceFact, Feature};
+use crate::devices as opened;
+use crate::error::Result;
+
+/// Direct storage into the devices of one vendor, tried with the first of them.
+#[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
+pub struct DirectStorageFact {
+    /// The device it was tried with.
+    pub device: String,
+    /// Whether the library opened, out of compatibility mode.
+    pub works: bool,
+    /// Whose library it is: `cuFile` or `hipFile`.
+    pub kind: &'static str,
+    /// The library's name or path.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub library: Option<String>,
+    /// Its version.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub version: Option<String>,
+    /// What the kernel says of its part.
+    pub kernel: String,
+    /// Why it does not work.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub why: Option<String>,
+    /// What would help.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub remedy: Option<String>,
+    /// Where checkpoints are read from, each tried with a first page.
+    pub folders: Vec<DirectFolder>,
+}
+
+/// Direct storage from one folder.
+#[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
+pub struct DirectFolder {
+    /// Its path.
+    pub path: String,
+    /// Whether it works.
+    #[serde(flatten)]
+    pub verdict: Feature,
+    /// What would help.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub remedy: Option<String>,
+}
+
+/// Tries the first working device of each vendor. Nothing is opened where there is none.
+pub(super) fn examine(devices: &[DeviceFact], folders: &[Folder]) -> Vec<DirectStorageFact> {
+    let working = devices.iter().filter(|device| device.works).filter_map(|device| device.name.parse().ok());
+    let mut facts: Vec<DirectStorageFact> = Vec::new();
+    for id in working {
+        let Some(vendor) = Vendor::of(id) else { continue };
+        if facts.iter().all(|fact| fact.kind != vendor.library()) {
+            facts.push(examine_one(id, vendor, folders));
+        }
+    }
+    facts
+}
+
+fn examine_one(id: DeviceId, vendor: Vendor, folders: &[Folder]) -> DirectStorageFact {
+    let mut fact = DirectStorageFact {
+        device: id.to_string(),
+        works: false,
+        kind: vendor.library(),
+        library: None,
+        version: None,
+        kernel: Kernel::examine().tell(vendor),
+        why: None,
+        remedy: None,
+        folders: Vec::new(),
+    };
+    let open = || -> Result<Arc<dyn Device>> { opened::find(id)?.open_apart() };
+    let device = match open() {
+        Ok(device) => device,
+        Err(error) => {
+            fact.why = Some(error.one_line());
+            return fact;
+        }
+    };
+    match Library::open(&*device, Compatibility::Refused) {
+        Ok(library) => {
+            (fact.works, fact.library, fact.version) = (true, Some(library.path()), library.version());
+            fact.folders = folders.iter().map(|folder| try_folder(&device, &library, folder)).collect();
+        }
+        Err(refusal) => (fact.why, fact.remedy) = (Some(refusal.to_string()), refusal.remedy()),
+    }
+    fact
+}
+
+fn try_folder(device: &Arc<dyn Device>, library: &Arc<Library>, folder: &Folder) -> DirectFolder {
+    let tried = sample(Path::new(&folder.path)).map_err(|why| (why, None)).and_then(|file| {
+        let told = |refusal: Refusal| (refusal.to_string(), refusal.remedy());
+        let probe = Probe::new(library, device).map_err(told)?;
+        probe.try_file(&Arc::from([file]), 0).map(drop).map_err(told)
+    });
+    let (verdict, remedy) = match tried {
+        Ok(()) => (Feature::new(Ok(())), None),
+        Err((why, remedy)) => (Feature::new(Err(why)), remedy),
+    };
+    DirectFolder { path: folder.path.clone(), verdict, remedy }
+}

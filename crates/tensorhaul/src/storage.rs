@@ -1,0 +1,221 @@
+//! Direct storage in a load: which files storage reads straight into the device, and why not the others.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tensorhaul_device::{Allocation, Device, STORAGE_ALIGN_BYTES};
+use tensorhaul_direct::{Direct, DirectFile, Library, Probe};
+use tensorhaul_io::Residency;
+use tensorhaul_plan::{DeviceId, InPlace, Place, Plan, Read, Route, plan::Target};
+
+use crate::error::{Error, Result};
+use crate::model::{Inner, Source};
+use crate::options::{LoadOptions, Preference};
+use crate::prepare::Prepared;
+use crate::probed::Probed;
+use crate::report::Fallback;
+
+/// Opening a library may take seconds, so it is kept as devices are.
+static KEPT: Mutex<Vec<Arc<Library>>> = Mutex::new(Vec::new());
+
+/// What storage can read into one load's device, once the device is open.
+pub(crate) struct Storage {
+    device: DeviceId,
+    library: Option<Arc<Library>>,
+    files: Arc<[Option<DirectFile>]>,
+    /// Files that are read otherwise, and why, ascending.
+    refused: Vec<(u32, String)>,
+}
+
+impl Storage {
+    /// Opens direct storage and tries every file, where the load wants that; `None` where it does not.
+    pub(crate) fn decide(
+        model: &Inner,
+        options: &LoadOptions,
+        device: &Arc<dyn Device>,
+        probed: &Probed,
+    ) -> Storage {
+        let count = model.checkpoint.files().len();
+        let mut storage =
+            Storage { device: device.id(), library: None, files: Arc::new([]), refused: Vec::new() };
+        let all = |why: &str| (0..count as u32).map(|file| (file, why.to_owned())).collect();
+        let files = match (&model.source, &options.allocator) {
+            (Source::Memory { .. }, _) => {
+                storage.refused = all("the files are bytes in memory");
+                return storage;
+            }
+            (_, Some(_)) => {
+                storage.refused = all("the result is in memory of the caller's allocator");
+                return storage;
+            }
+            (Source::Files(files), None) => files,
+        };
+        let opened =
+            open(&**device, options).and_then(|library| Ok((Probe::new(&library, device)?, library)));
+        let (probe, library) = match opened {
+            Ok(opened) => opened,
+            Err(refusal) => {
+                storage.refused = all(&refusal.to_string());
+                return storage;
+            }
+        };
+        let mut taken = Vec::with_capacity(count);
+        for file in 0..count as u32 {
+            let tried = match probed.residency.get(file as usize) {
+                Some(Residency::Hot) if options.direct_storage == Preference::Preferred => {
+                    Err(IS_HOT.to_owned())
+                }
+                _ => probe.try_file(files, file).map_err(|refusal| refusal.to_string()),
+            };
+            match tried {
+                Ok(file) => taken.push(Some(file)),
+                Err(why) => {
+                    taken.push(None);
+                    storage.refused.push((file, why));
+                }
+            }
+        }
+        (storage.library, storage.files) = (Some(library), taken.into());
+        storage
+    }
+
+    /// Returns the way into the device's memory for a plan, if any file has one.
+    pub(crate) fn route(&self) -> Option<Route> {
+        let files: Vec<bool> = self.files.iter().map(Option::is_some).collect();
+        files.contains(&true).then(|| Route { files: Some(files), ..route_for_all(self.device) })
+    }
+
+    /// Refuses a plan that reads a file otherwise, with the reason for each.
+    pub(crate) fn check_required(&self, plan: &Plan, model: &Inner) -> Result<()> {
+        let is_read = |file: u32| plan.reads().iter().any(|read| read.extent.file == file);
+        let refused: Vec<_> = self.refused.iter().filter(|(file, _)| is_read(*file)).collect();
+        let told = refused.iter().take(TOLD_MAX).map(|(file, why)| {
+            let path = model.file_path(*file as usize);
+            format!("{}: {why}", path.file_name().unwrap_or(path.as_os_str()).display())
+        });
+        let mut told = told.collect::<Vec<_>>().join("; ");
+        match refused.len() {
+            0 => return Ok(()),
+            count if count > TOLD_MAX => told += &format!("; and {} files more", count - TOLD_MAX),
+            _ => {}
+        }
+        let what = format!("direct storage is required, and cannot read {told}; without it the load works");
+        let error = Error::bad_request(what);
+        Err(match refused.as_slice() {
+            [(file, _)] => error.about_file(model.file_path(*file as usize)),
+            _ => error,
+        })
+    }
+
+    /// Returns what is read otherwise, and why, one line for each reason.
+    pub(crate) fn fallbacks(&self) -> Vec<Fallback> {
+        let mut reasons: Vec<(&str, u64)> = Vec::new();
+        for (_, why) in &self.refused {
+            match reasons.iter_mut().find(|(reason, _)| reason == why) {
+                Some((_, files)) => *files += 1,
+                None => reasons.push((why, 1)),
+            }
+        }
+        let told = reasons.into_iter().map(|(why, files)| {
+            let files = if files == 1 { "1 file is".to_owned() } else { format!("{files} files are") };
+            Fallback::new(format!("{files} read through the staging ring instead of by direct storage"), why)
+        });
+        told.collect()
+    }
+
+    /// Makes the engine that reads into the arenas of a plan; `None` when nothing is planned for it.
+    pub(crate) fn engine(
+        &self,
+        plan: &Plan,
+        prepared: &Prepared,
+        options: &LoadOptions,
+        fallbacks: &mut Vec<Fallback>,
+    ) -> Option<Direct> {
+        let library = self.library.as_ref()?;
+        let arenas = arenas_in_place(plan);
+        if !arenas.contains(&true) {
+            return None;
+        }
+        let allocations = prepared.arenas.iter().zip(&arenas).filter(|(_, is_read_into)| **is_read_into);
+        let allocations: Vec<Arc<dyn Allocation>> = allocations.map(|(arena, _)| Arc::clone(arena)).collect();
+        let (count, files) = (allocations.len(), Arc::clone(&self.files));
+        let (direct, unregistered) =
+            Direct::new(&prepared.device, library, files, allocations, options.direct_mode);
+        if let Some(unregistered) = unregistered {
+            let what = format!(
+                "direct storage reads into {} of {count} arenas through memory of its own",
+                unregistered.count
+            );
+            fallbacks.push(Fallback::new(what, unregistered.error));
+        }
+        if direct.mode() != options.direct_mode {
+            let what = "direct storage reads on threads instead of in batches";
+            fallbacks.push(Fallback::new(what, "the library has no batches"));
+        }
+        Some(direct)
+    }
+}
+
+/// The way into a device's memory for every file; what a load is planned with that requires direct storage.
+pub(crate) fn route_for_all(device: DeviceId) -> Route {
+    Route { device, files: None, read_len_bytes_max: READ_LEN_BYTES_MAX }
+}
+
+/// Adds a route to what a plan may read in place; returns the alignment that direct reads then need.
+pub(crate) fn add_route(in_place: &mut InPlace, route: Option<Route>, align_bytes: u64) -> u64 {
+    match route {
+        Some(route) => {
+            in_place.routes.push(route);
+            align_bytes.max(STORAGE_ALIGN_BYTES)
+        }
+        None => align_bytes,
+    }
+}
+
+/// Tells whether storage reads it straight into a device.
+pub(crate) fn is_by_storage(plan: &Plan, read: &Read) -> bool {
+    matches!(read.target, Target::InPlace(Place { arena, .. }) if plan.arenas()[arena as usize].device != DeviceId::Host)
+}
+
+/// Tells of each arena whether storage reads into it.
+pub(crate) fn arenas_in_place(plan: &Plan) -> Vec<bool> {
+    let mut arenas = vec![false; plan.arenas().len()];
+    for read in plan.reads().iter().filter(|read| is_by_storage(plan, read)) {
+        if let Target::InPlace(place) = read.target {
+            arenas[place.arena as usize] = true;
+        }
+    }
+    arenas
+}
+
+/// Opens the library of the device's vendor, and keeps it open.
+fn open(
+    device: &dyn Device,
+    options: &LoadOptions,
+) -> std::result::Result<Arc<Library>, tensorhaul_direct::Refusal> {
+    let library = Library::open(device, options.direct_compatibility)?;
+    let mut kept = lock();
+    if !kept.iter().any(|kept| Arc::ptr_eq(kept, &library)) {
+        kept.push(Arc::clone(&library));
+    }
+    Ok(library)
+}
+
+/// Lets go of the libraries that loads have kept open.
+pub(crate) fn release() {
+    let kept = std::mem::take(&mut *lock());
+    drop(kept); // Without the lock: closing may take its time.
+}
+
+/// A panic elsewhere leaves a list that is whole.
+fn lock() -> MutexGuard<'static, Vec<Arc<Library>>> {
+    KEPT.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Copying what is there takes a fifth of the time that reading past it takes.
+const IS_HOT: &str = "the page cache holds all of it, which is faster";
+
+/// What the libraries themselves read at once; 8 in flight are 128 MiB, as deep as `io_uring` goes.
+const READ_LEN_BYTES_MAX: u64 = 16 << 20;
+
+/// So many files are told of by name.
+const TOLD_MAX: usize = 4;
