@@ -102,7 +102,6 @@ fn a_command_line_that_cannot_be_read_exits_with_2() {
         &["load", tiny_llama(), "--threads", "0"],
         &["load", tiny_llama(), "--in-place", "maybe"],
         &["load", tiny_llama(), "--gds", "maybe"],
-        &["load", tiny_llama(), "--device", "host", "--gds", "required"],
         &["verify", tiny_llama()],
         &["verify", tiny_llama(), "--manifest", "a", "--write-manifest", "b"],
         &["convert", tiny_llama()],
@@ -123,4 +122,10 @@ fn stdout_is_empty_when_json_was_asked_for_and_something_is_wrong() {
         tensorhaul([command, "/no/such/model", "--json"]).error(1);
     }
     tensorhaul(["load", tiny_llama(), "--staging", "0", "--json"]).error(2);
+}
+
+#[test]
+fn direct_storage_that_is_required_of_the_host_exits_with_2() {
+    let line = tensorhaul(["load", tiny_llama(), "--device", "host", "--gds", "required"]).error(2);
+    assert!(line.contains("direct storage is required, and reads into devices"), "{line}");
 }
