@@ -16,6 +16,7 @@ mod faults;
 mod io_uring;
 mod laziness;
 mod memory;
+mod parallel;
 mod same_bytes;
 mod slices;
 mod streaming;

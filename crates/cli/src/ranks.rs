@@ -1,0 +1,157 @@
+//! Arguments that say whose part of a model is meant.
+
+use std::fs;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use tensorhaul::DeviceId;
+use tensorhaul::parallel::{Fuse, Parallel, Ranks, Rules, Unmatched};
+
+use crate::failure::Failure;
+use crate::output::printable;
+
+/// Whose part of a model is meant, and how models are cut.
+#[derive(Args)]
+#[command(next_help_heading = "Ranks")]
+pub(crate) struct Sharing {
+    /// Which of --tp-size equal shares of each matrix, from 0
+    #[arg(long, value_name = "RANK", requires = "tp_size")]
+    tp_rank: Option<u32>,
+
+    /// Ranks that share each matrix (tensor parallelism)
+    #[arg(long, value_name = "RANKS")]
+    tp_size: Option<u32>,
+
+    /// Load every tensor-parallel rank in this process, one on each of these devices
+    #[arg(long, value_name = "DEVICES", value_delimiter = ',', conflicts_with_all = ["tp_rank", "tp_size"])]
+    tp_devices: Vec<DeviceId>,
+
+    /// Which of --pp-size stages of layers, from 0
+    #[arg(long, value_name = "STAGE", requires = "pp_size")]
+    pp_stage: Option<u32>,
+
+    /// Stages that the layers are shared out to (pipeline parallelism)
+    #[arg(long, value_name = "STAGES")]
+    pp_size: Option<u32>,
+
+    /// These layers instead of a stage's, such as 0..16
+    #[arg(long, value_name = "FIRST..END", value_parser = parse_layers, conflicts_with_all = ["pp_stage", "pp_size"])]
+    layers: Option<Range<u64>>,
+
+    /// Which of --ep-size equal shares of the experts, from 0
+    #[arg(long, value_name = "RANK", requires = "ep_size")]
+    ep_rank: Option<u32>,
+
+    /// Ranks that share the experts (expert parallelism)
+    #[arg(long, value_name = "RANKS")]
+    ep_size: Option<u32>,
+
+    /// Keep each expert in one piece, though --tp-size cuts everything else
+    #[arg(long)]
+    whole_experts: bool,
+
+    /// Cut by the rules in this JSON file: a table like the built-in ones, or a plan in the words of Hugging Face transformers
+    /// [default: the rules of the architecture in config.json]
+    #[arg(long, value_name = "FILE")]
+    rules: Option<PathBuf>,
+
+    /// What becomes of a tensor that no rule names
+    #[arg(long, value_name = "WHAT", value_parser = unmatched())]
+    unmatched: Option<Unmatched>,
+
+    /// Make these tensors one: qkv, gate_up, experts, ..., or all that the rules have
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', num_args = 0.., default_missing_value = "all")]
+    fuse: Option<Vec<String>>,
+}
+
+impl Sharing {
+    /// Returns what to load of the model; `None` for all of it, under its own names.
+    pub(crate) fn parallel(&self) -> Result<Option<Parallel>, Failure> {
+        let is_asked = self.tp_size.is_some()
+            || !self.tp_devices.is_empty()
+            || self.pp_size.is_some()
+            || self.layers.is_some()
+            || self.ep_size.is_some()
+            || self.rules.is_some()
+            || self.fuse.is_some();
+        if !is_asked {
+            return Ok(None);
+        }
+        let mut parallel = if self.tp_devices.is_empty() {
+            Parallel::rank(self.of_tp(self.tp_rank.unwrap_or(0), self.tp_size.unwrap_or(1)))
+        } else {
+            let size = self.tp_devices.len() as u32; // Typed by hand.
+            let of_device = |(rank, device)| (self.of_tp(rank, size), device);
+            Parallel::on_devices((0..size).zip(self.tp_devices.iter().copied()).map(of_device))
+        };
+        if let Some(path) = &self.rules {
+            parallel = parallel.rules(read_rules(path)?);
+        }
+        if let Some(unmatched) = self.unmatched {
+            parallel = parallel.unmatched(unmatched);
+        }
+        let fuse = match self.fuse.as_deref() {
+            None => Fuse::No,
+            Some(names) if names.iter().any(|name| name == "all") || names.is_empty() => Fuse::All,
+            Some(names) => Fuse::Only(names.to_vec()),
+        };
+        Ok(Some(parallel.fuse(fuse)))
+    }
+
+    /// Returns every rank of the sizes given.
+    pub(crate) fn all_ranks(&self) -> Vec<Ranks> {
+        let (tp_size, ep_size) = (self.tp_size.unwrap_or(1), self.ep_size.unwrap_or(1));
+        let all = Ranks::all(tp_size, self.pp_size.unwrap_or(1), ep_size);
+        let complete = |ranks: Ranks| if self.whole_experts { ranks.whole_experts() } else { ranks };
+        all.map(complete).collect()
+    }
+
+    fn of_tp(&self, rank: u32, size: u32) -> Ranks {
+        let mut ranks = Ranks::alone().tp(rank, size);
+        ranks = match (&self.layers, self.pp_size) {
+            (Some(layers), _) => ranks.layers(layers.clone()),
+            (None, Some(size)) => ranks.pp(self.pp_stage.unwrap_or(0), size),
+            (None, None) => ranks,
+        };
+        if let Some(size) = self.ep_size {
+            ranks = ranks.ep(self.ep_rank.unwrap_or(0), size);
+        }
+        if self.whole_experts { ranks.whole_experts() } else { ranks }
+    }
+}
+
+fn read_rules(path: &Path) -> Result<Rules, Failure> {
+    let failed = |error: &dyn std::fmt::Display| {
+        Failure::of_input(format!("{}: {error}", printable(&path.to_string_lossy())))
+    };
+    let text = fs::read_to_string(path).map_err(|error| failed(&error))?;
+    Rules::parse(&text).map_err(|error| failed(&error))
+}
+
+/// Reads `FIRST..END`.
+fn parse_layers(text: &str) -> Result<Range<u64>, String> {
+    let range = text.split_once("..").and_then(|(first, end)| Some(first.parse().ok()?..end.parse().ok()?));
+    range.ok_or_else(|| "give the first layer and the one behind the last: 0..16".to_owned())
+}
+
+fn unmatched() -> impl TypedValueParser<Value = Unmatched> {
+    PossibleValuesParser::new(["refuse", "replicate"]).map(|name| match name.as_str() {
+        "replicate" => Unmatched::Replicate,
+        _ => Unmatched::Refuse,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn layers_are_read_as_a_range() {
+        assert_eq!(parse_layers("0..16"), Ok(0..16));
+        for text in ["", "3", "a..b", "1.."] {
+            assert!(parse_layers(text).is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,237 @@
+//! A rank's part of a model is what cutting the whole tensors gives, whoever reads it, as stored or dequantized; ranks together
+//! have everything.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use tensorhaul::convert::{ConvertOptions, convert};
+use tensorhaul::parallel::{Fuse, Parallel, Ranks, Rules, Unmatched};
+use tensorhaul::{
+    Dequantization, Dtype, EngineChoice, ErrorKind, Handover, LoadOptions, Loaded, Model, Preference,
+    Request, Select,
+};
+
+const TINY_LLAMA: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../examples/models/tiny-llama");
+
+/// A tensor as rows of bytes.
+#[derive(Clone, Debug, PartialEq)]
+struct Matrix {
+    dtype: Dtype,
+    shape: Vec<u64>,
+    bytes: Vec<u8>,
+}
+
+impl Matrix {
+    fn rows(&self, first: u64, end: u64) -> Matrix {
+        let row_len = self.bytes.len() / self.shape[0] as usize;
+        let mut shape = self.shape.clone();
+        shape[0] = end - first;
+        let bytes = self.bytes[first as usize * row_len..end as usize * row_len].to_vec();
+        Matrix { dtype: self.dtype, shape, bytes }
+    }
+
+    fn cols(&self, first: u64, end: u64) -> Matrix {
+        let [rows, cols] = self.shape[..] else { panic!("columns of {:?}", self.shape) };
+        let width = self.bytes.len() / (rows * cols) as usize;
+        let row = |row: u64| {
+            let begin = (row * cols) as usize * width;
+            self.bytes[begin + first as usize * width..begin + end as usize * width].to_vec()
+        };
+        let bytes = (0..rows).flat_map(row).collect();
+        Matrix { dtype: self.dtype, shape: vec![rows, end - first], bytes }
+    }
+
+    fn beneath(&self, other: &Matrix) -> Matrix {
+        let mut both = self.clone();
+        both.shape[0] += other.shape[0];
+        both.bytes.extend(&other.bytes);
+        both
+    }
+}
+
+fn matrices(loaded: &Loaded) -> BTreeMap<String, Matrix> {
+    let matrix = |tensor: &tensorhaul::Tensor| Matrix {
+        dtype: tensor.dtype(),
+        shape: tensor.shape().to_vec(),
+        bytes: tensor.bytes().unwrap().to_vec(),
+    };
+    loaded.tensors.iter().map(|(name, tensor)| (name.to_owned(), matrix(tensor))).collect()
+}
+
+fn options(dequantize: bool) -> LoadOptions {
+    let options = LoadOptions::default().handover(Handover::Private);
+    if dequantize { options.dequantize(Dequantization::to(Dtype::Bf16)) } else { options }
+}
+
+/// Cuts whole tensors as a Llama of 8 heads and 4 KV heads of 8 features is cut, without asking any rule.
+fn cut(whole: &BTreeMap<String, Matrix>, rank: u64, size: u64) -> BTreeMap<String, Matrix> {
+    let share = |len: u64| (len / size * rank, len / size * (rank + 1));
+    let cut = |(name, matrix): (&String, &Matrix)| {
+        let has = |part: &str| name.contains(part);
+        let is_scale = name.ends_with("weight_scale") || name.ends_with("weight_scale_inv");
+        let rows = matrix.shape.first().copied().unwrap_or(1);
+        let part = if has("norm") || is_scale {
+            matrix.clone()
+        } else if has("k_proj") || has("v_proj") {
+            let (ranks_of_a_head, heads) = (size.div_ceil(4), 4u64.div_ceil(size));
+            let first = rank / ranks_of_a_head * heads;
+            matrix.rows(first * 8, (first + heads) * 8)
+        } else if has("o_proj") || has("down_proj") {
+            let (first, end) = share(matrix.shape[1]);
+            matrix.cols(first, end)
+        } else if has("embed_tokens") || has("lm_head") {
+            // 384 words, padded to a multiple of 64 for each rank.
+            let each = 384u64.next_multiple_of(64 * size) / size;
+            matrix.rows((each * rank).min(384), (each * (rank + 1)).min(384))
+        } else {
+            let (first, end) = share(rows);
+            matrix.rows(first, end)
+        };
+        (name.clone(), part)
+    };
+    whole.iter().map(cut).collect()
+}
+
+#[test]
+fn a_ranks_tensors_are_the_cuts_of_the_whole_ones() {
+    let model = Model::open(TINY_LLAMA).unwrap();
+    for dequantize in [false, true] {
+        let whole = matrices(&model.load(&options(dequantize)).unwrap());
+        for size in [1, 2, 4, 8] {
+            for rank in 0..size {
+                let expected = cut(&whole, rank.into(), size.into());
+                for engine in
+                    [EngineChoice::Auto, EngineChoice::Pread, EngineChoice::IoUring, EngineChoice::Mmap]
+                {
+                    for in_place in [Preference::Preferred, Preference::Off] {
+                        let options =
+                            options(dequantize).engine(engine).in_place(in_place).staging_bytes(64 << 10);
+                        let options = options.parallel(Parallel::rank(Ranks::alone().tp(rank, size)));
+                        let loaded = model.load(&options).unwrap();
+                        let found = matrices(&loaded);
+                        assert_eq!(
+                            found.keys().collect::<Vec<_>>(),
+                            expected.keys().collect::<Vec<_>>(),
+                            "rank {rank} of {size}"
+                        );
+                        for (name, matrix) in &found {
+                            assert!(*matrix == expected[name], "{name}, rank {rank} of {size}, {options:?}");
+                        }
+                        let report = &loaded.report;
+                        assert!(report.peak_staging_bytes <= report.promised.peak_staging_bytes);
+                        assert!(report.peak_host_bytes <= report.promised.peak_host_bytes);
+                        assert_eq!(report.promised.payload_bytes, report.bytes);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn fused_tensors_are_their_members_one_beneath_the_other() {
+    let model = Model::open(TINY_LLAMA).unwrap();
+    let whole = matrices(&model.load(&options(true)).unwrap());
+    for rank in 0..4 {
+        let parts = cut(&whole, rank.into(), 4);
+        let parallel = Parallel::rank(Ranks::alone().tp(rank, 4)).fuse(Fuse::All);
+        let found = matrices(&model.load(&options(true).parallel(parallel)).unwrap());
+        for layer in 0..2 {
+            let part = |name: &str| &parts[&format!("model.layers.{layer}.{name}.weight")];
+            let fused = |name: &str| &found[&format!("model.layers.{layer}.{name}.weight")];
+            let qkv =
+                part("self_attn.q_proj").beneath(part("self_attn.k_proj")).beneath(part("self_attn.v_proj"));
+            assert_eq!(*fused("self_attn.qkv_proj"), qkv);
+            assert_eq!(*fused("mlp.gate_up_proj"), part("mlp.gate_proj").beneath(part("mlp.up_proj")));
+            assert!(!found.contains_key(&format!("model.layers.{layer}.self_attn.q_proj.weight")));
+        }
+        // Fused tensors are chosen by their own names.
+        let mut request = Request::of(Select::Globs(vec!["*.qkv_proj.*".to_owned()]));
+        request.over_read_max = 4.0;
+        let parallel = Parallel::rank(Ranks::alone().tp(rank, 4)).fuse(Fuse::Only(vec!["qkv".to_owned()]));
+        let some = matrices(&model.load(&options(true).parallel(parallel).request(request)).unwrap());
+        assert_eq!(some.len(), 2);
+        assert!(some.iter().all(|(name, matrix)| found[name] == *matrix));
+    }
+}
+
+#[test]
+fn stages_have_their_layers_and_the_ends_of_the_model() {
+    let model = Model::open(TINY_LLAMA).unwrap();
+    let whole = matrices(&model.load(&options(false)).unwrap());
+    let mut have = BTreeMap::new();
+    for stage in 0..2 {
+        let parallel = Parallel::rank(Ranks::alone().pp(stage, 2));
+        let found = matrices(&model.load(&options(false).parallel(parallel)).unwrap());
+        assert_eq!(found.contains_key("model.embed_tokens.weight"), stage == 0);
+        assert_eq!(found.contains_key("lm_head.weight"), stage == 1);
+        have.extend(found);
+    }
+    assert!(have == whole);
+}
+
+#[test]
+fn copies_of_ranks_load_back_as_what_the_ranks_load() {
+    let model = Model::open(TINY_LLAMA).unwrap();
+    let out = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    for (rank, dequantize, fuse) in
+        [(0, None, Fuse::No), (1, Some(Dtype::F32), Fuse::All), (3, None, Fuse::No)]
+    {
+        let parallel = Parallel::rank(Ranks::alone().tp(rank, 4)).fuse(fuse);
+        let mut load = LoadOptions::default().handover(Handover::Private).parallel(parallel.clone());
+        let mut options = ConvertOptions::default().parallel(parallel);
+        if let Some(dtype) = dequantize {
+            load = load.dequantize(Dequantization::to(dtype).fold());
+            options = options.dequantize(dtype);
+        }
+        let folder = out.path().join(rank.to_string());
+        let report = convert(&model, &folder, &options).unwrap();
+        let copy = Model::open(&folder).unwrap();
+        let found = matrices(&copy.load(&LoadOptions::default()).unwrap());
+        assert!(found == matrices(&model.load(&load).unwrap()), "rank {rank}");
+        assert_eq!(report.tensors, found.len() as u64);
+        let metadata = copy.checkpoint().files()[0].header().metadata();
+        let ranks =
+            metadata.iter().find(|(key, _)| *key == "tensorhaul.ranks").map(|(_, value)| value.to_owned());
+        assert_eq!(ranks, Some(format!("tp {rank}/4, pp 0/1, ep 0/1")));
+    }
+}
+
+#[test]
+fn plans_of_all_ranks_read_no_more_than_there_is() {
+    let model = Model::open(TINY_LLAMA).unwrap();
+    let plans = model.plan_ranks(&options(false), Ranks::all(4, 1, 1)).unwrap();
+    assert_eq!(plans.len(), 4);
+    for plan in &plans {
+        assert!(plan.promised.read_bytes >= plan.promised.payload_bytes);
+    }
+    let summary = model.describe_rank(&options(false), &Ranks::alone().tp(3, 4)).unwrap();
+    assert!(summary.text.contains("row"), "{}", summary.text);
+    assert_eq!(summary.padding.len(), 2, "{:?}", summary.padding);
+}
+
+#[test]
+fn what_cannot_be_shared_is_refused_before_the_first_read() {
+    let model = Model::open(TINY_LLAMA).unwrap();
+    let error = |parallel: Parallel| model.load(&options(false).parallel(parallel)).unwrap_err();
+    for (parallel, kind, words) in [
+        (Parallel::rank(Ranks::alone().tp(4, 4)), ErrorKind::BadRequest, "4 is outside its group of 4"),
+        (Parallel::rank(Ranks::alone().tp(0, 0)), ErrorKind::BadRequest, "a group of 0 has no ranks"),
+        (Parallel::rank(Ranks::alone().tp(0, 3)), ErrorKind::BadRequest, "3"),
+        (Parallel::rank(Ranks::alone().pp(0, 3)), ErrorKind::BadRequest, "2"),
+        (Parallel::rank(Ranks::alone()).fuse(Fuse::Only(vec!["kv".into()])), ErrorKind::BadRequest, "kv"),
+    ] {
+        let error = error(parallel);
+        assert_eq!(error.kind(), kind, "{error}");
+        assert!(error.one_line().contains(words), "{}", error.one_line());
+    }
+    let only_attention = Rules::parse(r#"{"layers.*.self_attn.q_proj": "colwise"}"#).unwrap();
+    let parallel = Parallel::rank(Ranks::alone().tp(0, 2)).rules(only_attention);
+    let strict = parallel.clone().unmatched(Unmatched::Refuse);
+    assert!(error(strict).one_line().contains("model.layers.0.self_attn.k_proj.weight"));
+    assert!(model.load(&options(false).parallel(parallel)).is_ok(), "transformers replicates the rest");
+    let mapped =
+        LoadOptions::default().handover(Handover::Mapped).parallel(Parallel::rank(Ranks::alone().tp(0, 2)));
+    assert_eq!(model.load(&mapped).unwrap_err().kind(), ErrorKind::BadRequest);
+    assert!(Path::new(TINY_LLAMA).exists());
+}
