@@ -27,7 +27,7 @@ use std::time::Duration;
 
 use comfy_table::{CellAlignment, Table, presets};
 use serde::Deserialize;
-use tensorhaul::{DeviceId, EngineChoice, Faults, LoadOptions, Model, Request};
+use tensorhaul::{DeviceId, DeviceMap, EngineChoice, Faults, LoadOptions, Model, Request, TensorRef};
 use tensorhaul_benches::cache::Cache;
 use tensorhaul_benches::checkpoint::{Checkpoint, Shape};
 use tensorhaul_benches::simulator;
@@ -37,6 +37,8 @@ use tensorhaul_benches::statistics::{least, median};
 struct Row {
     name: &'static str,
     storage: Storage,
+    /// How many devices share the checkpoint, neighbours together, each behind a link of its own.
+    device_count: u32,
     /// Speed of the simulated link; 0 is no limit.
     link_mb_per_s: u64,
     context_millis: u64,
@@ -69,6 +71,7 @@ const ROWS: &[Row] = &[
     Row {
         name: "page cache to a link of 400 MB/s",
         storage: Storage::PageCache,
+        device_count: 1,
         link_mb_per_s: 400,
         context_millis: 0,
         slowest: Slowest::Link,
@@ -77,6 +80,7 @@ const ROWS: &[Row] = &[
     Row {
         name: "page cache to a link of 800 MB/s",
         storage: Storage::PageCache,
+        device_count: 1,
         link_mb_per_s: 800,
         context_millis: 0,
         slowest: Slowest::Link,
@@ -85,6 +89,7 @@ const ROWS: &[Row] = &[
     Row {
         name: "slow reads to a link of 800 MB/s",
         storage: Storage::Slow,
+        device_count: 1,
         link_mb_per_s: 800,
         context_millis: 0,
         slowest: Slowest::Reads,
@@ -93,6 +98,7 @@ const ROWS: &[Row] = &[
     Row {
         name: "slow reads beside a context of 300 ms",
         storage: Storage::Slow,
+        device_count: 1,
         link_mb_per_s: 800,
         context_millis: 300,
         slowest: Slowest::Reads,
@@ -101,9 +107,28 @@ const ROWS: &[Row] = &[
     Row {
         name: "page cache beside a context of 300 ms",
         storage: Storage::PageCache,
+        device_count: 1,
         link_mb_per_s: 800,
         context_millis: 300,
         slowest: Slowest::ContextThenLink,
+        asked: 1.05,
+    },
+    Row {
+        name: "page cache to 2 devices, links of 200 MB/s",
+        storage: Storage::PageCache,
+        device_count: 2,
+        link_mb_per_s: 200,
+        context_millis: 0,
+        slowest: Slowest::Link,
+        asked: 1.05,
+    },
+    Row {
+        name: "page cache to 4 devices, links of 100 MB/s",
+        storage: Storage::PageCache,
+        device_count: 4,
+        link_mb_per_s: 100,
+        context_millis: 0,
+        slowest: Slowest::Link,
         asked: 1.05,
     },
 ];
@@ -175,6 +200,21 @@ struct Report {
     bytes: u64,
     bytes_ahead: u64,
     phases: Phases,
+    /// Only of several.
+    #[serde(default)]
+    devices: Vec<DeviceBytes>,
+}
+
+#[derive(Deserialize)]
+struct DeviceBytes {
+    bytes: u64,
+}
+
+impl Report {
+    /// Returns the bytes that the fullest device's link has to carry.
+    fn link_bytes(&self) -> u64 {
+        self.devices.iter().map(|device| device.bytes).max().unwrap_or(self.bytes)
+    }
 }
 
 #[derive(Deserialize)]
@@ -187,7 +227,7 @@ impl Row {
     fn run(&self, checkpoint: &Checkpoint) -> Result<Run, Box<dyn Error>> {
         let report = self.load(checkpoint, self.link_mb_per_s, self.context_millis)?;
         assert_eq!(report.bytes, checkpoint.payload_bytes, "{}", self.name);
-        let link_seconds = report.bytes as f64 / (self.link_mb_per_s as f64 * 1e6);
+        let link_seconds = report.link_bytes() as f64 / (self.link_mb_per_s as f64 * 1e6);
         let slowest_seconds = match self.slowest {
             Slowest::Link => link_seconds,
             Slowest::Reads => self.load(checkpoint, 0, 0)?.seconds.max(self.context_millis as f64 / 1e3),
@@ -204,11 +244,13 @@ impl Row {
         context_millis: u64,
     ) -> Result<Report, Box<dyn Error>> {
         let machine = format!(
-            "memory=8000000000;poison=0;link_mb_per_s={link_mb_per_s};slow=cuDevicePrimaryCtxRetain:{context_millis}"
+            "devices={};memory=8000000000;poison=0;link_mb_per_s={link_mb_per_s};slow=cuDevicePrimaryCtxRetain:{context_millis}",
+            self.device_count
         );
         let mut command = Command::new(env::current_exe()?);
         command.env("SIMGPU", machine).env("TENSORHAUL_CUDA_LIBRARY", simulator::library()?);
         command.env(FOLDER_VARIABLE, &checkpoint.folder);
+        command.env(DEVICES_VARIABLE, self.device_count.to_string());
         if self.storage == Storage::Slow {
             command.env(SLOW_VARIABLE, "1");
         }
@@ -230,8 +272,22 @@ fn load(folder: &Path) -> Result<(), Box<dyn Error>> {
         // One thread, so that the same seed makes the same reads wait as long whenever it runs.
         Some(_) => (slow(folder)?, options.engine(EngineChoice::Pread).threads(1)),
     };
+    let device_count = env::var(DEVICES_VARIABLE)?.parse()?;
+    let options = if device_count > 1 { options.device_map(shared(&model, device_count)?) } else { options };
     println!("{}", serde_json::to_string(&model.load(&options)?.report)?);
     Ok(())
+}
+
+/// Shares tensors out among devices by their place in the files, about as many bytes to each.
+fn shared(model: &Model, device_count: u32) -> Result<DeviceMap, Box<dyn Error>> {
+    let len_bytes: u64 = model.checkpoint().tensors().map(|tensor| tensor.info.len_bytes()).sum();
+    let mut before = 0;
+    let entry = |tensor: TensorRef<'_>| {
+        let ordinal = before * u64::from(device_count) / len_bytes.max(1);
+        before += tensor.info.len_bytes();
+        (tensor.info.name.to_owned(), vec![DeviceId::Cuda(ordinal as u32)])
+    };
+    Ok(DeviceMap::new(model.checkpoint().tensors().map(entry))?)
 }
 
 /// Opens a folder's files as bytes in memory, each read of which waits.
@@ -252,5 +308,7 @@ fn slow(folder: &Path) -> Result<Model, Box<dyn Error>> {
 
 /// Set for a process of one run: the folder to load.
 const FOLDER_VARIABLE: &str = "TENSORHAUL_BENCH_OVERLAP_FOLDER";
+/// How many devices share it.
+const DEVICES_VARIABLE: &str = "TENSORHAUL_BENCH_OVERLAP_DEVICES";
 /// Set where storage is [`Storage::Slow`].
 const SLOW_VARIABLE: &str = "TENSORHAUL_BENCH_OVERLAP_SLOW";

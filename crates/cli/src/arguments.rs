@@ -1,8 +1,14 @@
 //! Arguments that several commands have, and how they are read.
 
+use std::path::PathBuf;
+
 use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
-use tensorhaul::{Dequantization, DeviceId, Dtype, EngineChoice, LoadOptions, Preference, Request, Select};
+use tensorhaul::{
+    Dequantization, DeviceId, Dtype, EngineChoice, LoadOptions, Model, Preference, Request, Select,
+};
+
+use crate::failure::Failure;
 
 /// What to load, onto what, through how much memory.
 #[derive(Args)]
@@ -14,6 +20,15 @@ pub(crate) struct Selection {
     #[command(flatten)]
     placement: Placement,
 
+    /// Which tensors go to which devices: a JSON file such as {"model.layers.0": 0, "lm_head": ["cuda:0", "cuda:1"], "": "cpu"}, or `auto` for
+    /// whole layers by what is free. Numbers are of the vendor of --device
+    #[arg(long, value_name = "FILE|auto")]
+    device_map: Option<PathBuf>,
+
+    /// The devices of `--device-map auto` [default: all of the vendor of --device]
+    #[arg(long, value_name = "DEVICES", value_delimiter = ',', requires = "device_map", value_parser = parse_named_device)]
+    devices: Vec<DeviceId>,
+
     #[command(flatten)]
     dequantizing: Dequantizing,
 
@@ -23,23 +38,32 @@ pub(crate) struct Selection {
 }
 
 impl Selection {
-    pub(crate) fn options(&self) -> LoadOptions {
+    pub(crate) fn options(&self, model: &Model) -> Result<LoadOptions, Failure> {
         let select = match self.tensors.as_slice() {
             [] => Select::All,
             globs => Select::Globs(globs.to_vec()),
         };
         let mut request = Request::of(select);
         request.device = self.placement.device.named().unwrap_or_else(tensorhaul::default_device);
+        let device = request.device;
         let mut options = self.placement.options().request(request);
         if let Some(dequantization) = self.dequantizing.dequantization() {
             options = options.dequantize(dequantization);
         }
-        match self.transient {
-            Some(transient_bytes) => options.transient_bytes(transient_bytes),
-            None => options,
+        if let Some(transient_bytes) = self.transient {
+            options = options.transient_bytes(transient_bytes);
         }
+        let map = match &self.device_map {
+            None => return Ok(options),
+            Some(auto) if auto.as_os_str() == "auto" => model.device_map(&options, &self.devices)?,
+            Some(_) if !self.devices.is_empty() => return Err(Failure::of_request(DEVICES_WITHOUT_AUTO)),
+            Some(file) => tensorhaul::read_device_map(file, device)?,
+        };
+        Ok(options.device_map(map))
     }
 }
+
+const DEVICES_WITHOUT_AUTO: &str = "--devices is for --device-map auto; a file names devices itself";
 
 /// Which quantized tensors become numbers.
 #[derive(Args)]
@@ -145,8 +169,12 @@ impl Device {
 pub(crate) fn parse_device(text: &str) -> Result<Device, String> {
     match text {
         "auto" => Ok(Device::Auto),
-        _ => text.parse().map(Device::Named).map_err(|error: tensorhaul::UnknownDevice| error.to_string()),
+        _ => parse_named_device(text).map(Device::Named),
     }
+}
+
+fn parse_named_device(text: &str) -> Result<DeviceId, String> {
+    text.parse().map_err(|error: tensorhaul::UnknownDevice| error.to_string())
 }
 
 /// Reads a number of bytes: plain, or with a unit of 1000 (`kB`, `MB`, `GB`, `TB`) or 1024 (`KiB` to `TiB`).

@@ -35,6 +35,11 @@ impl Failure {
         Failure { line: Some(line), code: INPUT }
     }
 
+    /// The command line asks for what cannot be.
+    pub(crate) fn of_request(line: &str) -> Failure {
+        Failure { line: Some(line.to_owned()), code: COMMAND_LINE }
+    }
+
     /// The machine refuses something.
     pub(crate) fn of_machine(line: String) -> Failure {
         Failure { line: Some(line), code: MACHINE }

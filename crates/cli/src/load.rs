@@ -22,6 +22,8 @@ use crate::progress::Bar;
   tensorhaul load model --tensor '*.q_proj.*' --tensor '*.k_proj.*' --checksum
   tensorhaul load model-GPTQ-Int4 --device cuda:0 --dequantize bf16
   tensorhaul load model --device cuda:0 --gds required
+  tensorhaul load model --device-map auto
+  tensorhaul load model --device-map map.json --device cuda:0
   tensorhaul load model --json | jq '.gb_per_s, .fallbacks'")]
 pub(crate) struct Load {
     /// A .safetensors file, a folder, an index json, or an org/name in the Hugging Face cache
@@ -51,7 +53,7 @@ impl Load {
     pub(crate) fn run(&self) -> Outcome {
         let model = Model::open(&self.path)?;
         let bar = Bar::new();
-        let mut options = self.selection.options().engine(self.engine).checksums(self.checksum);
+        let mut options = self.selection.options(&model)?.engine(self.engine).checksums(self.checksum);
         // The figures are of every byte in memory, not of a mapping that stands.
         options = options.resident(true).on_progress(bar.follow());
         if let Some(threads) = self.threads {
@@ -116,6 +118,18 @@ impl Load {
                 seconds(phases.hidden_seconds),
                 bytes(report.bytes_ahead),
                 seconds(phases.first_copy_seconds)
+            );
+        }
+        for device in &report.devices {
+            let _ = writeln!(
+                text,
+                "  {:<9} {}, {} ({} from other devices); {} of its memory, staging {}",
+                device.device,
+                count(device.tensors, "tensor"),
+                bytes(device.bytes),
+                bytes(device.bytes_from_peers),
+                bytes(device.target_bytes + device.transient_bytes),
+                bytes(device.peak_staging_bytes)
             );
         }
         for fallback in &report.fallbacks {

@@ -18,6 +18,7 @@ use crate::output::{print, print_json, printable};
   tensorhaul plan examples/models/tiny-llama
   tensorhaul plan model --tensor 'model.layers.0.*' --staging 16MiB
   tensorhaul plan model-AWQ --dequantize bf16
+  tensorhaul plan model --device-map auto --devices cuda:0,cuda:1
   tensorhaul plan model --json | jq .promised")]
 pub(crate) struct PlanLoad {
     /// A .safetensors file, a folder, an index json, or an org/name in the Hugging Face cache
@@ -33,7 +34,8 @@ pub(crate) struct PlanLoad {
 
 impl PlanLoad {
     pub(crate) fn run(&self) -> Outcome {
-        let plan = Model::open(&self.path)?.plan(&self.selection.options())?;
+        let model = Model::open(&self.path)?;
+        let plan = model.plan(&self.selection.options(&model)?)?;
         if self.json {
             return print_json(&plan);
         }

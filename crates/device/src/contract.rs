@@ -52,13 +52,13 @@ pub trait Device: Send + Sync {
     /// [`DeviceError`] when the device could not be made current; `act` then does not run.
     fn enter(&self, act: &mut dyn FnMut()) -> Result<(), DeviceError>;
 
-    /// Allocates host memory from which [`Device::copy`] runs asynchronously (pinned memory).
+    /// Allocates host memory from which [`Device::copy`] runs asynchronously (pinned memory), for every device of the driver.
     ///
     /// # Errors
     /// [`DeviceError::OutOfHostMemory`].
     fn staging_memory(&self, len_bytes: usize) -> Result<Box<dyn StagingMemory>, DeviceError>;
 
-    /// Pins host memory where it is, also while storage writes to it, until what is returned is dropped.
+    /// Pins host memory where it is, for every device of the driver, also while storage writes to it, until what is returned is dropped.
     ///
     /// `None` when the driver pins no memory but its own: [`staging_memory`](Device::staging_memory) then gives that,
     /// and [`fallbacks`](Device::fallbacks) says why.
@@ -73,8 +73,8 @@ pub trait Device: Send + Sync {
     /// [`DeviceError`] when the copy could not be queued; it then never runs.
     ///
     /// # Safety
-    /// - `source` lies in memory of this device's [`staging_memory`](Device::staging_memory), or that it has
-    ///   [pinned](Device::pin), and is neither written nor freed before an event recorded after the copy is complete.
+    /// - `source` lies in [`staging_memory`](Device::staging_memory) of this device or of another of the same driver, or in
+    ///   memory that one of them has [pinned](Device::pin), and is neither written nor freed before an event recorded after the copy is complete.
     /// - `target_offset_bytes + source.len()` is within `target`, which is an allocation of this device; nobody
     ///   else reads or writes that range before that event.
     unsafe fn copy(
@@ -419,6 +419,23 @@ pub enum DeviceError {
         /// The system's answer.
         source: io::Error,
     },
+}
+
+impl DeviceError {
+    /// Returns the device at fault; `None` where it is the host's memory.
+    pub fn device(&self) -> Option<DeviceId> {
+        match self {
+            DeviceError::OutOfMemory { device, .. }
+            | DeviceError::TooSmall { device, .. }
+            | DeviceError::Unavailable { device, .. }
+            | DeviceError::NoKernels { device, .. }
+            | DeviceError::NotCompiled { device, .. }
+            | DeviceError::Driver { device, .. }
+            | DeviceError::Query { device, .. }
+            | DeviceError::Unreachable { device, .. } => Some(*device),
+            DeviceError::OutOfHostMemory { .. } => None,
+        }
+    }
 }
 
 impl fmt::Display for DeviceError {

@@ -1,7 +1,7 @@
 //! The caller's wish to stop.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tensorhaul_stage::Ring;
 
@@ -14,7 +14,7 @@ pub(crate) struct Cancel {
 #[derive(Debug, Default)]
 struct Shared {
     cancelled: AtomicBool,
-    ring: Mutex<Option<Ring>>,
+    rings: Mutex<Vec<Ring>>,
 }
 
 impl Cancel {
@@ -24,25 +24,27 @@ impl Cancel {
 
     pub(crate) fn cancel(&self) {
         self.shared.cancelled.store(true, Ordering::Release);
-        if let Some(ring) = &*self.shared.ring.lock().unwrap_or_else(PoisonError::into_inner) {
-            ring.close();
-        }
+        self.rings().iter().for_each(Ring::close);
     }
 
     pub(crate) fn is_cancelled(&self) -> bool {
         self.shared.cancelled.load(Ordering::Acquire)
     }
 
-    /// Forgets the ring: the load is over, or takes another.
+    /// Forgets the rings: the load is over, or takes others.
     pub(crate) fn lets_go(&self) {
-        *self.shared.ring.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        self.rings().clear();
     }
 
     /// Closes this ring too when the load is cancelled.
     pub(crate) fn closes(&self, ring: &Ring) {
-        *self.shared.ring.lock().unwrap_or_else(PoisonError::into_inner) = Some(ring.clone());
+        self.rings().push(ring.clone());
         if self.is_cancelled() {
             ring.close();
         }
+    }
+
+    fn rings(&self) -> MutexGuard<'_, Vec<Ring>> {
+        self.shared.rings.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

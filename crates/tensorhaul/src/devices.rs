@@ -1,8 +1,10 @@
 //! Devices that loads use, and the staging rings they leave for the next load.
 
 use std::collections::BTreeMap;
+use std::mem;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
 
 use tensorhaul_device::gpu::{self, Driver};
 use tensorhaul_device::host::Host;
@@ -10,10 +12,9 @@ use tensorhaul_device::{Allocation, Capabilities, Device, DeviceError, Stream};
 use tensorhaul_plan::DeviceId;
 use tensorhaul_stage::{HostMemory, Layout, Pinned, Ring};
 
-use crate::cancel::Cancel;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::storage;
-use crate::vendors::VENDORS;
+use crate::vendors::{VENDORS, Vendor};
 
 /// A device and the ring that the last load on it left.
 struct Kept {
@@ -38,7 +39,7 @@ static PINNING_WAS_REFUSED: AtomicBool = AtomicBool::new(false);
 /// way and tensors handed over are not touched; the next load opens and pins anew.
 pub fn release_devices() {
     storage::release(); // Before the contexts that it has to do with.
-    let kept = std::mem::take(&mut *lock());
+    let kept = mem::take(&mut *lock());
     // Dropped without the lock: a driver may take its time.
     drop(kept.into_values().filter(Kept::is_ours).collect::<Vec<_>>());
 }
@@ -112,6 +113,20 @@ pub(crate) fn find(id: DeviceId) -> Result<Found> {
     }
 }
 
+/// Finds the devices of a load. Accelerators of different vendors are refused: what one's driver pins, the other's cannot copy from.
+pub(crate) fn find_all(ids: &[DeviceId]) -> Result<Vec<Found>> {
+    let vendor = |id: &DeviceId| mem::discriminant(id);
+    let mut accelerators = ids.iter().filter(|id| **id != DeviceId::Host);
+    if let Some(first) = accelerators.next()
+        && let Some(other) = accelerators.find(|id| vendor(id) != vendor(first))
+    {
+        let what = format!("{first} and {other} are of different vendors; one load is for one, and the host");
+        return Err(Error::bad_request(what));
+    }
+    // The first call loads and initializes the driver, the others take microseconds.
+    ids.iter().map(|id| find(*id)).collect()
+}
+
 impl Found {
     /// Opens the device, unless it is open, and keeps it for the next load.
     pub(crate) fn open(self) -> Result<Arc<dyn Device>> {
@@ -122,7 +137,7 @@ impl Found {
         let kept = Kept { device: Arc::clone(&device), ring: None, process: std::process::id() };
         let before = lock().insert(device.id(), kept);
         // What a parent of this process kept is not this process's to free.
-        std::mem::forget(before.filter(|before| !before.is_ours()));
+        mem::forget(before.filter(|before| !before.is_ours()));
         Ok(device)
     }
 
@@ -165,6 +180,34 @@ impl Found {
             Found::Described(found) => Some(found.total_bytes()),
         }
     }
+}
+
+/// Returns every device of a device's vendor; of the host, itself.
+pub(crate) fn of_vendor(id: DeviceId) -> Result<Vec<DeviceId>> {
+    let Some(vendor) = Vendor::of(id) else { return Ok(vec![DeviceId::Host]) };
+    let unavailable = |why| DeviceError::Unavailable { device: id, why };
+    let driver = (vendor.driver)().map_err(unavailable)?;
+    let count = driver.device_count().map_err(|error| DeviceError::Driver { device: id, error })?;
+    Ok((0..count).map(|ordinal| driver.device_id(ordinal)).collect())
+}
+
+/// Returns devices, open for work, opened beside each other.
+pub(crate) fn open_all(ids: &[DeviceId]) -> Result<Vec<Arc<dyn Device>>> {
+    let found = find_all(ids)?;
+    thread::scope(|scope| {
+        let opening: Vec<_> = found.into_iter().map(|found| scope.spawn(|| found.open())).collect();
+        let opened =
+            opening.into_iter().map(|thread| thread.join().expect("opening a device does not panic"));
+        opened.collect()
+    })
+}
+
+/// Tells which devices (the source first) copy to which others directly.
+pub(crate) fn peers(opened: &[Arc<dyn Device>]) -> Vec<(DeviceId, DeviceId)> {
+    let ids = || opened.iter().map(|device| device.id());
+    let pairs = opened.iter().flat_map(|target| ids().map(move |source| (source, target)));
+    let others = pairs.filter(|(source, target)| *source != target.id() && target.can_reach(*source));
+    others.map(|(source, target)| (source, target.id())).collect()
 }
 
 /// Returns a device, open for work.
@@ -213,8 +256,7 @@ pub(crate) fn drivers_own_ring(device: &dyn Device, layout: Layout) -> Result<Ri
 }
 
 /// Keeps a ring for the next load on its device, if it came back whole from one that went well.
-pub(crate) fn keep(device: &dyn Device, ring: Ring, cancel: &Cancel) {
-    cancel.lets_go(); // A cancellation from now on is not of this ring's load.
+pub(crate) fn keep(device: &dyn Device, ring: Ring) {
     if ring.is_whole()
         && !ring.is_closed()
         && let Some(kept) = lock().get_mut(&device.id())
@@ -223,10 +265,14 @@ pub(crate) fn keep(device: &dyn Device, ring: Ring, cancel: &Cancel) {
     }
 }
 
-/// Forgets a device that failed: the next load opens it anew.
-pub(crate) fn forget(id: DeviceId) {
-    let kept = lock().remove(&id);
-    drop(kept);
+/// Forgets the device that failed, if one did: the next load opens it anew.
+pub(crate) fn forget_failed(error: &Error) {
+    if error.kind() == ErrorKind::Device
+        && let Some(id) = error.device()
+    {
+        let kept = lock().remove(&id);
+        drop(kept);
+    }
 }
 
 /// Copies a range of device memory to the host, through pinned memory of a few MiB.
@@ -248,7 +294,7 @@ pub(crate) fn read_back(
         let copied = || device.record(Stream::Copy).and_then(|queued| device.wait(&queued));
         if let Err(error) = copied() {
             if copied().is_err() {
-                std::mem::forget(memory); // The device may still write to it.
+                mem::forget(memory); // The device may still write to it.
             }
             return Err(error.into());
         }

@@ -10,7 +10,7 @@ use tensorhaul_device::DeviceError;
 use tensorhaul_io::file::OpenCause;
 use tensorhaul_io::{OpenError, ReadCause, ReadError};
 use tensorhaul_plan::checkpoint::CheckpointError;
-use tensorhaul_plan::{HeaderError, IndexError, PlanError};
+use tensorhaul_plan::{DeviceId, DeviceMapError, HeaderError, IndexError, PlanError};
 use tensorhaul_stage::LayoutError;
 
 /// Why a call failed.
@@ -131,6 +131,11 @@ impl Error {
         self.0.tensor.as_deref()
     }
 
+    /// Returns the device at fault.
+    pub fn device(&self) -> Option<DeviceId> {
+        self.0.what.downcast_ref().and_then(DeviceError::device)
+    }
+
     /// Returns the bytes of the file at fault, counted from its start.
     pub fn bytes(&self) -> Option<Range<u64>> {
         self.0.bytes.clone()
@@ -207,6 +212,16 @@ impl From<PlanError> for Error {
         let mut wrapped = Error::new(kind, error);
         wrapped.0.tensor = tensor;
         wrapped
+    }
+}
+
+impl From<DeviceMapError> for Error {
+    fn from(error: DeviceMapError) -> Error {
+        let kind = match error {
+            DeviceMapError::DoesNotFit { .. } => ErrorKind::OutOfMemory,
+            _ => ErrorKind::BadRequest,
+        };
+        Error::new(kind, error)
     }
 }
 

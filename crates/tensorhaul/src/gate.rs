@@ -9,9 +9,12 @@ use crate::cancel::Cancel;
 /// Knows which operations of a plan are out of the way.
 ///
 /// A read asks before it takes a staging buffer, so that none is held by one that waits: the operation it waits for may need that
-/// buffer for sources of its own. The plan's order makes sure that the oldest operation never waits.
+/// buffer for sources of its own. The plan's order makes sure that the oldest operation never waits. Operations of one device do not
+/// stand in the way of another's reads.
 #[derive(Debug)]
 pub(crate) struct Gate {
+    /// For each operation, the number of its device.
+    device_of: Vec<usize>,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -19,8 +22,8 @@ pub(crate) struct Gate {
 #[derive(Debug)]
 struct State {
     is_past: Vec<bool>,
-    /// The number of operations at the front that are all past.
-    prefix: u32,
+    /// For each device, the first of its operations that is not past; the number of all operations where all of its are.
+    next: Vec<usize>,
     is_closed: bool,
 }
 
@@ -36,17 +39,23 @@ pub(crate) enum Passage {
 }
 
 impl Gate {
-    pub(crate) fn new(operation_count: usize) -> Gate {
-        let state = State { is_past: vec![false; operation_count], prefix: 0, is_closed: false };
-        Gate { state: Mutex::new(state), changed: Condvar::new() }
+    /// Takes the number of each operation's device.
+    pub(crate) fn new(device_of: &[usize]) -> Gate {
+        let count = device_of.iter().max().map_or(0, |device| device + 1);
+        let is_past = vec![false; device_of.len()];
+        let first = |device| device_of.iter().position(|other| *other == device).unwrap_or(device_of.len());
+        let state = State { is_past, next: (0..count).map(first).collect(), is_closed: false };
+        Gate { device_of: device_of.to_vec(), state: Mutex::new(state), changed: Condvar::new() }
     }
 
     /// Notes that an operation is out of the way.
     pub(crate) fn pass(&self, operation: u32) {
+        let device = self.device_of[operation as usize];
         let mut state = self.lock();
         state.is_past[operation as usize] = true;
-        let further = state.is_past[state.prefix as usize..].iter().take_while(|past| **past).count();
-        state.prefix += further as u32;
+        let is_in_the_way = |number: &usize| self.device_of[*number] == device && !state.is_past[*number];
+        let next = (state.next[device]..self.device_of.len()).find(is_in_the_way);
+        state.next[device] = next.unwrap_or(self.device_of.len());
         self.changed.notify_all();
     }
 
@@ -56,17 +65,19 @@ impl Gate {
         self.changed.notify_all();
     }
 
-    /// Tells whether a read may begin that waits for these operations; with `wait`, when it may or the load is over.
+    /// Tells whether a read may begin that waits for these operations, as far as they are of the first one's device; with `wait`, when it may or
+    /// the load is over.
     pub(crate) fn passage(&self, after: &Range<u32>, wait: bool, cancel: &Cancel) -> Passage {
         if after.is_empty() {
             return Passage::Free;
         }
+        let device = self.device_of[after.start as usize];
         let mut state = self.lock();
         loop {
             if state.is_closed || cancel.is_cancelled() {
                 return Passage::Closed;
             }
-            if after.end <= state.prefix {
+            if after.end as usize <= state.next[device] {
                 return Passage::Free;
             }
             if !wait {
@@ -91,7 +102,7 @@ mod tests {
 
     #[test]
     fn a_read_passes_when_every_older_operation_is_past() {
-        let (gate, cancel) = (Gate::new(3), Cancel::new());
+        let (gate, cancel) = (Gate::new(&[0; 3]), Cancel::new());
         assert_eq!(gate.passage(&(0..0), true, &cancel), Passage::Free);
         assert_eq!(gate.passage(&(1..2), false, &cancel), Passage::Blocked);
         gate.pass(1);
@@ -102,14 +113,34 @@ mod tests {
     }
 
     #[test]
+    fn a_read_does_not_wait_for_another_device() {
+        let (gate, cancel) = (Gate::new(&[0, 1, 0, 1]), Cancel::new());
+        gate.pass(1);
+        assert_eq!(
+            gate.passage(&(1..2), false, &cancel),
+            Passage::Free,
+            "the other device's first is not past"
+        );
+        assert_eq!(gate.passage(&(0..1), false, &cancel), Passage::Blocked);
+        gate.pass(0);
+        assert_eq!(gate.passage(&(0..1), false, &cancel), Passage::Free);
+        assert_eq!(gate.passage(&(1..4), false, &cancel), Passage::Blocked, "its own third is not past");
+        gate.pass(3);
+        assert_eq!(gate.passage(&(1..4), false, &cancel), Passage::Free);
+        assert_eq!(gate.passage(&(0..3), false, &cancel), Passage::Blocked);
+        gate.pass(2);
+        assert_eq!(gate.passage(&(0..4), false, &cancel), Passage::Free);
+    }
+
+    #[test]
     fn who_waits_is_let_go_when_the_load_ends() {
-        let (gate, cancel) = (Gate::new(1), Cancel::new());
+        let (gate, cancel) = (Gate::new(&[0]), Cancel::new());
         std::thread::scope(|scope| {
             let waiting = scope.spawn(|| gate.passage(&(0..1), true, &cancel));
             gate.close();
             assert_eq!(waiting.join().unwrap(), Passage::Closed);
         });
-        let gate = Gate::new(1);
+        let gate = Gate::new(&[0]);
         std::thread::scope(|scope| {
             let waiting = scope.spawn(|| gate.passage(&(0..1), true, &cancel));
             cancel.cancel();

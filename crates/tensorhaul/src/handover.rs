@@ -23,8 +23,8 @@ pub(crate) struct Ready<'r> {
     pub(crate) id: TensorId,
     /// What it is called in the result.
     pub(crate) name: &'r str,
-    /// Whether an operation made it, so that its name is not the stored tensor's.
-    pub(crate) is_made: bool,
+    /// Whether that is not the stored tensor's name.
+    pub(crate) is_renamed: bool,
     pub(crate) tensor: Tensor,
 }
 
@@ -42,8 +42,9 @@ pub(crate) fn run(
     cancel: &Cancel,
     emit: &mut Emit<'_>,
 ) -> Result<Report> {
-    staging_layout(options)?;
-    if options.direct_storage == Preference::Required && options.request.device == DeviceId::Host {
+    staging_layout(options, 1)?;
+    let is_on_host = options.request.device == DeviceId::Host && options.request.device_map.is_none();
+    if options.direct_storage == Preference::Required && is_on_host {
         let what = "direct storage is required, and reads into devices; onto the host, reads land in place without it";
         return Err(Error::bad_request(what));
     }
@@ -55,16 +56,27 @@ pub(crate) fn run(
     }
 }
 
-/// Returns the buffers that the caller's staging budget gives.
-pub(crate) fn staging_layout(options: &LoadOptions) -> Result<Layout> {
+/// Returns the buffers that the caller's staging budget gives each of so many devices.
+pub(crate) fn staging_layout(options: &LoadOptions, device_count: usize) -> Result<Layout> {
     let budget_bytes = usize::try_from(options.staging_bytes).unwrap_or(usize::MAX);
-    Ok(Layout::new(budget_bytes, STAGING_ALIGN_BYTES)?)
+    match Layout::new(budget_bytes / device_count, STAGING_ALIGN_BYTES) {
+        Ok(layout) => Ok(layout),
+        Err(error) if device_count == 1 => Err(error.into()),
+        Err(error) => {
+            let needed_bytes = error.needed_bytes * device_count;
+            let what = format!(
+                "a staging budget of {budget_bytes} bytes holds no buffer for each of {device_count} devices; the smallest is {needed_bytes} bytes"
+            );
+            Err(Error::bad_request(what))
+        }
+    }
 }
 
 /// Decides between the two hand-overs, or says which two options contradict each other.
 fn is_mapped(model: &Inner, options: &LoadOptions) -> Result<bool> {
     let request = &options.request;
     let obstacle = match (options.engine, &model.source) {
+        _ if request.device_map.is_some() => Some("a device map says where they go"),
         _ if request.device != DeviceId::Host => Some("the device is not the host"),
         _ if !options.targets.is_empty() || options.allocator.is_some() => Some("memory is given for them"),
         _ if options.dequantization.is_some() => Some("they are dequantized"),

@@ -17,74 +17,117 @@ use crate::options::{EngineChoice, LoadOptions};
 use crate::pipeline::Lane;
 use crate::probed::Temperatures;
 use crate::report::Fallback;
+use crate::shares::Shares;
 
-/// Chooses who reads what; threads stay on the processors given, if there are any.
-pub(crate) fn lanes(
-    model: &Inner,
-    options: &LoadOptions,
-    plan: &Plan,
-    temperatures: &Temperatures,
-    ring: Option<&Ring>,
-    storage: Option<Direct>,
-    near_processors: &[u32],
-    fallbacks: &mut Vec<Fallback>,
-) -> Result<Vec<Lane>> {
-    let cores = thread::available_parallelism().map_or(1, |cores| cores.get() as u32);
-    let copiers = options.thread_count.unwrap_or(cores.min(COPY_THREADS_MAX));
-    let all = || temperatures.reads_by_host().collect::<Vec<_>>();
-    let files = match &model.source {
-        Source::Memory { files, faults } => {
-            let engine = Memory::new(files.clone(), copiers, faults.clone());
-            return Ok(vec![Lane { engine: Box::new(engine), reads: all() }]);
-        }
-        Source::Files(files) => files,
-    };
-    let (cached, direct) = (temperatures.reads(Access::Cached), temperatures.reads(Access::Direct));
-    let mut lanes: Vec<Lane> = Vec::new();
-    let mut add = |engine: Box<dyn Engine>, reads: Vec<u32>| {
-        if !reads.is_empty() {
-            lanes.push(Lane { engine, reads });
-        }
-    };
-    let pread = |threads: u32, reads: &[u32]| {
-        let engine = Pread::new(Arc::clone(files), threads.min(reads.len() as u32));
-        Box::new(engine.near(near_processors.to_vec()))
-    };
-    match options.engine {
-        EngineChoice::Mmap => {
-            let mapped = Mmap::new(Arc::clone(files), copiers);
-            let mapped = mapped
-                .map_err(|(file, error)| Error::io("mapping it", files[file as usize].path(), error))?;
-            add(Box::new(mapped), all());
-        }
-        EngineChoice::IoUring => match uring(files, options, ring, fallbacks) {
-            Some(uring) => {
-                // A ring of requests has no use for reads of many short pieces.
-                let of_pieces = |read: &u32| plan.reads()[*read as usize].stride.is_some();
-                let (of_pieces, whole): (Vec<_>, Vec<_>) = all().into_iter().partition(of_pieces);
-                add(pread(copiers, &of_pieces), of_pieces);
-                add(uring, whole);
-            }
-            None => {
-                add(pread(copiers, &cached), cached);
-                add(pread(DIRECT_THREADS, &direct), direct);
-            }
-        },
-        EngineChoice::Auto if !direct.is_empty() => {
-            let uring = uring(files, options, ring, fallbacks);
-            add(pread(copiers, &cached), cached);
-            add(uring.unwrap_or_else(|| pread(DIRECT_THREADS, &direct)), direct);
-        }
-        EngineChoice::Auto | EngineChoice::Pread => {
-            add(pread(copiers, &cached), cached);
-            add(pread(DIRECT_THREADS, &direct), direct);
-        }
-    }
-    if let Some(storage) = storage {
-        lanes.push(Lane { engine: Box::new(storage), reads: temperatures.reads_by_storage() });
-    }
-    Ok(lanes)
+/// What lanes are made for.
+pub(crate) struct Reading<'r> {
+    pub(crate) model: &'r Inner,
+    pub(crate) options: &'r LoadOptions,
+    pub(crate) plan: &'r Plan,
+    pub(crate) temperatures: &'r Temperatures,
+    pub(crate) shares: &'r Shares,
+    /// For each device, the processors near it, if some are nearer than others.
+    pub(crate) near_processors: &'r [Vec<u32>],
 }
+
+impl Reading<'_> {
+    /// Chooses who reads what for each device, through its ring; threads stay on the processors near it.
+    /// What storage reads straight into a device is its engine's of `direct_storage`.
+    pub(crate) fn lanes(
+        &self,
+        rings: &[Option<Ring>],
+        direct_storage: Vec<(usize, Direct)>,
+        fallbacks: &mut Vec<Fallback>,
+    ) -> Result<Vec<Lane>> {
+        let mut lanes = Vec::new();
+        for (device, ring) in rings.iter().enumerate() {
+            for (engine, reads) in self.of_device(device, ring.as_ref(), fallbacks)? {
+                lanes.push(Lane { device, engine, reads });
+            }
+        }
+        for (device, engine) in direct_storage {
+            let reads = self.temperatures.reads_by_storage();
+            let reads = reads.filter(|read| self.shares.of_read(*read) == device).collect();
+            lanes.push(Lane { device, engine: Box::new(engine), reads });
+        }
+        Ok(lanes)
+    }
+
+    fn of_device(
+        &self,
+        device: usize,
+        ring: Option<&Ring>,
+        fallbacks: &mut Vec<Fallback>,
+    ) -> Result<Engines> {
+        let Reading { model, options, plan, temperatures, shares, near_processors } = *self;
+        let cores = thread::available_parallelism().map_or(1, |cores| cores.get() as u32);
+        let share = |threads: u32| threads.div_ceil(shares.reading_count() as u32);
+        let copiers = share(options.thread_count.unwrap_or(cores.min(COPY_THREADS_MAX)));
+        let direct_threads = share(DIRECT_THREADS);
+        let reads = |access| {
+            let reads = temperatures.reads(access);
+            reads.filter(|read| shares.of_read(*read) == device).collect::<Vec<_>>()
+        };
+        let all = || {
+            let all = temperatures.reads_by_host();
+            all.filter(|read| shares.of_read(*read) == device).collect::<Vec<_>>()
+        };
+        let files = match &model.source {
+            Source::Memory { files, faults } => {
+                let engine = Memory::new(files.clone(), copiers, faults.clone());
+                return Ok(vec![(Box::new(engine), all())]);
+            }
+            Source::Files(files) => files,
+        };
+        let (cached, direct) = (reads(Access::Cached), reads(Access::Direct));
+        let mut engines: Engines = Vec::new();
+        let mut add = |engine: Box<dyn Engine>, reads: Vec<u32>| {
+            if !reads.is_empty() {
+                engines.push((engine, reads));
+            }
+        };
+        let pread = |threads: u32, reads: &[u32]| {
+            let engine = Pread::new(Arc::clone(files), threads.min(reads.len() as u32));
+            Box::new(engine.near(near_processors[device].clone()))
+        };
+        match options.engine {
+            EngineChoice::Mmap => {
+                let mapped = Mmap::new(Arc::clone(files), copiers);
+                let mapped = mapped
+                    .map_err(|(file, error)| Error::io("mapping it", files[file as usize].path(), error))?;
+                add(Box::new(mapped), all());
+            }
+            EngineChoice::IoUring if shares.devices().len() > 1 && cached.is_empty() && direct.is_empty() => {
+            }
+            EngineChoice::IoUring => match uring(files, options, ring, fallbacks) {
+                Some(uring) => {
+                    // A ring of requests has no use for reads of many short pieces.
+                    let of_pieces = |read: &u32| plan.reads()[*read as usize].stride.is_some();
+                    let (of_pieces, whole): (Vec<_>, Vec<_>) = all().into_iter().partition(of_pieces);
+                    add(pread(copiers, &of_pieces), of_pieces);
+                    add(uring, whole);
+                }
+                None => {
+                    add(pread(copiers, &cached), cached);
+                    add(pread(direct_threads, &direct), direct);
+                }
+            },
+            EngineChoice::Auto if !direct.is_empty() => {
+                let uring = uring(files, options, ring, fallbacks);
+                add(pread(copiers, &cached), cached);
+                add(uring.unwrap_or_else(|| pread(direct_threads, &direct)), direct);
+            }
+            EngineChoice::Auto | EngineChoice::Pread => {
+                add(pread(copiers, &cached), cached);
+                add(pread(direct_threads, &direct), direct);
+            }
+        }
+        Ok(engines)
+    }
+}
+
+/// Engines, each with the reads it does.
+type Engines = Vec<(Box<dyn Engine>, Vec<u32>)>;
 
 /// Sets up `io_uring`, or reports why the system has none.
 #[cfg(feature = "io-uring")]
@@ -104,15 +147,15 @@ fn uring(
         Ok(uring) => {
             let registered = uring.registered();
             if let Err(error) = &registered.files {
-                fallbacks.push(Fallback::new("io_uring looks descriptors up for each request", error));
+                tell(fallbacks, Fallback::new("io_uring looks descriptors up for each request", error));
             }
             if let Some(Err(refused)) = &registered.buffers {
-                fallbacks.push(Fallback::new("io_uring pins staging buffers for each request", refused));
+                tell(fallbacks, Fallback::new("io_uring pins staging buffers for each request", refused));
             }
             Some(Box::new(uring))
         }
         Err(error) => {
-            fallbacks.push(Fallback::new("pread threads read instead of io_uring", error));
+            tell(fallbacks, Fallback::new("pread threads read instead of io_uring", error));
             None
         }
     }
@@ -125,14 +168,19 @@ fn uring(
     _ring: Option<&Ring>,
     fallbacks: &mut Vec<Fallback>,
 ) -> Option<Box<dyn Engine>> {
-    fallbacks.push(Fallback::new(
-        "pread threads read instead of io_uring",
-        "this build is without the io-uring feature",
-    ));
+    let why = "this build is without the io-uring feature";
+    tell(fallbacks, Fallback::new("pread threads read instead of io_uring", why));
     None
 }
 
-/// A core copies 4 to 10 GB/s out of the page cache, so 16 pass what the memory of a socket sustains.
+/// Adds what the lanes of every device may have to tell once.
+fn tell(fallbacks: &mut Vec<Fallback>, fallback: Fallback) {
+    if !fallbacks.contains(&fallback) {
+        fallbacks.push(fallback);
+    }
+}
+
+/// A core copies 4 to 10 GB/s out of the page cache, so 16 pass what the memory of a socket sustains. Several devices share them.
 const COPY_THREADS_MAX: u32 = 16;
 
 /// Threads are queue depth: 16 direct reads in flight kept every disk measured busy (ARCHITECTURE.md).

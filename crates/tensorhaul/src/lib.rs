@@ -36,6 +36,7 @@ pub mod dlpack;
 pub mod doctor;
 mod error;
 mod external;
+mod fan_out;
 mod gate;
 mod handover;
 mod lanes;
@@ -44,6 +45,7 @@ mod loaded;
 mod locate;
 pub mod manifest;
 mod mapped;
+mod mapping;
 mod model;
 mod operations;
 mod options;
@@ -61,6 +63,7 @@ mod report;
 pub mod save;
 #[cfg(feature = "conformance")]
 pub mod selftest;
+mod shares;
 mod sidecar;
 mod storage;
 mod stream;
@@ -75,13 +78,14 @@ pub use devices::{default_device, release_devices};
 pub use error::{Error, ErrorKind, Result};
 pub use external::{Allocator, ExternalMemory};
 pub use loaded::{IntoIter, Loaded, Tensors};
+pub use mapping::read_device_map;
 pub use model::Model;
 pub use options::{EngineChoice, Handover, LoadOptions, Preference, STAGING_BYTES_DEFAULT};
 pub use pinned::PinnedAllocator;
 pub use progress::Progress;
 pub use quantized::Dequantization;
 pub use raw::{MemoryOwner, RawTensor};
-pub use report::{Fallback, Phases, Report};
+pub use report::{DeviceReport, Fallback, Phases, Report};
 pub use stream::TensorStream;
 pub use tensor::{Element, Tensor};
 
@@ -92,6 +96,6 @@ pub use tensorhaul_direct::{Compatibility, DirectMode};
 pub use tensorhaul_io::memory::{FailsAt, Faults};
 pub use tensorhaul_plan::placement::UnknownDevice;
 pub use tensorhaul_plan::{
-    Checkpoint, DeviceId, Dtype, DtypeKind, File, Plan, Promised, Request, Select, Slice, TensorId,
-    TensorInfo, TensorRef, quant,
+    Checkpoint, DeviceId, DeviceMap, DeviceMapError, Dtype, DtypeKind, File, Plan, Promised, Request, Select,
+    Slice, TensorId, TensorInfo, TensorRef, quant,
 };

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use tensorhaul_plan::{Checkpoint, TensorId};
+use tensorhaul_plan::{Checkpoint, DeviceId, TensorId};
 
 use crate::handover::Ready;
 use crate::report::Report;
@@ -18,28 +18,33 @@ pub struct Loaded {
     pub report: Report,
 }
 
-/// Tensors by name, in the order of the checkpoint's files and their bytes.
+/// Tensors by name, in the order of the checkpoint's files and their bytes. One that a device map sends to several devices is there
+/// once for each.
 #[derive(Clone, Debug)]
 pub struct Tensors {
     checkpoint: Arc<Checkpoint>,
-    /// Ascending by id; at one id, the stored tensor first.
+    /// Ascending by id, name and device; at one id, the stored tensor first.
     entries: Vec<Entry>,
-    /// Those that were made, by name.
-    made: HashMap<Arc<str>, usize>,
+    /// Those with names of their own, by name; the first of each.
+    renamed: HashMap<Arc<str>, usize>,
 }
 
 /// A tensor and what it is called.
 #[derive(Clone, Debug)]
 pub(crate) struct Entry {
     id: TensorId,
-    /// Of one that was made; a stored one's name is the checkpoint's.
+    /// Of one that was made or put together; a stored one's name is the checkpoint's.
     name: Option<Arc<str>>,
     tensor: Tensor,
 }
 
 impl Entry {
     pub(crate) fn new(ready: Ready<'_>) -> Entry {
-        Entry { id: ready.id, name: ready.is_made.then(|| ready.name.into()), tensor: ready.tensor }
+        Entry { id: ready.id, name: ready.is_renamed.then(|| ready.name.into()), tensor: ready.tensor }
+    }
+
+    fn key(&self) -> (TensorId, &Option<Arc<str>>, DeviceId) {
+        (self.id, &self.name, self.tensor.device())
     }
 
     fn name<'e>(&'e self, checkpoint: &'e Checkpoint) -> &'e str {
@@ -52,22 +57,34 @@ impl Entry {
 
 impl Tensors {
     pub(crate) fn new(checkpoint: Arc<Checkpoint>, mut entries: Vec<Entry>) -> Tensors {
-        entries.sort_by_key(|entry| (entry.id, entry.name.is_some()));
+        entries.sort_by(|a, b| a.key().cmp(&b.key()));
         let named =
             entries.iter().enumerate().filter_map(|(index, entry)| Some((entry.name.clone()?, index)));
-        let made = named.collect();
-        Tensors { checkpoint, entries, made }
+        let renamed = named.rev().collect();
+        Tensors { checkpoint, entries, renamed }
     }
 
-    /// Returns the tensor of this name.
+    /// Returns the tensor of this name; of several, that on the first device (the host, then by ordinal).
     pub fn get(&self, name: &str) -> Option<&Tensor> {
-        if let Some(index) = self.made.get(name) {
-            return Some(&self.entries[*index].tensor);
-        }
-        let id = self.checkpoint.find(name)?.id;
-        let index = self.entries.partition_point(|entry| entry.id < id);
-        let entry = self.entries.get(index).filter(|entry| entry.id == id && entry.name.is_none())?;
-        Some(&entry.tensor)
+        self.all(name).next()
+    }
+
+    /// Returns the tensor of this name on a device.
+    pub fn get_on(&self, name: &str, device: DeviceId) -> Option<&Tensor> {
+        self.all(name).find(|tensor| tensor.device() == device)
+    }
+
+    /// Walks the tensors of this name, one for each device that it is on, ascending.
+    pub fn all(&self, name: &str) -> impl Iterator<Item = &Tensor> {
+        let stored = || {
+            let id = self.checkpoint.find(name)?.id;
+            let index = self.entries.partition_point(|entry| entry.id < id);
+            self.entries.get(index).filter(|entry| entry.id == id && entry.name.is_none()).map(|_| index)
+        };
+        let first = self.renamed.get(name).copied().or_else(stored);
+        let entries = first.map_or(&[][..], |first| &self.entries[first..]);
+        let is_same = move |entry: &&Entry| (entry.id, &entry.name) == (entries[0].id, &entries[0].name);
+        entries.iter().take_while(is_same).map(|entry| &entry.tensor)
     }
 
     /// Returns the number of tensors.

@@ -59,7 +59,7 @@ pub(crate) fn run(
                 let stored = model.checkpoint.tensor(*id);
                 let tensor = mapped(stored, &map);
                 hashing.add(stored.info.name, &tensor);
-                emit(Ready { id: stored.id, name: stored.info.name, is_made: false, tensor });
+                emit(Ready { id: stored.id, name: stored.info.name, is_renamed: false, tensor });
             }
             next = run.last;
         }

@@ -11,7 +11,9 @@ use tensorhaul_io::OpenFile;
 use tensorhaul_io::memory::Faults;
 use tensorhaul_plan::header::{LEN_PREFIX_BYTES, header_len_bytes};
 use tensorhaul_plan::quant::Quantization;
-use tensorhaul_plan::{Checkpoint, File, Header, Index, IndexError, Plan, Request, Select, Slice, TensorRef};
+use tensorhaul_plan::{
+    Checkpoint, DeviceId, DeviceMap, File, Header, Index, IndexError, Plan, Request, Select, Slice, TensorRef,
+};
 
 use crate::cancel::Cancel;
 use crate::error::{Error, ErrorKind, Result};
@@ -20,7 +22,7 @@ use crate::locate::{Located, locate};
 use crate::options::{Handover, LoadOptions};
 use crate::stream::TensorStream;
 use crate::tensor::{Storage, Tensor};
-use crate::{handover, private};
+use crate::{handover, mapping, private};
 
 /// An opened checkpoint. Clones are handles of the same one.
 ///
@@ -142,6 +144,17 @@ impl Model {
     /// As [`load`](Model::load) before its first read.
     pub fn plan(&self, options: &LoadOptions) -> Result<Plan> {
         private::plan(&self.inner, options)
+    }
+
+    /// Makes a device map for a load by what is free on devices: layers whole and in their order, neighbours on the same device, each device filled in
+    /// proportion. See [`DeviceMap::auto`] for what else is where. Opens the devices. Without any given it is for all of the vendor of the
+    /// request's own.
+    ///
+    /// # Errors
+    /// [`ErrorKind::OutOfMemory`] when the layers do not fit, with the numbers; else as [`plan`](Model::plan), and
+    /// [`ErrorKind::Device`] when a device does not tell what is free.
+    pub fn device_map(&self, options: &LoadOptions, devices: &[DeviceId]) -> Result<DeviceMap> {
+        mapping::auto(&self.inner, options, devices)
     }
 
     /// Loads tensors and waits for all of them.

@@ -9,11 +9,12 @@ use tensorhaul_device::{Dequantize, Device, DeviceError, Event, Location, Operat
 use tensorhaul_plan::Plan;
 
 use crate::prepare::Prepared;
+use crate::shares::Shares;
 
 /// The operations of one transfer.
 pub(crate) struct Operations {
-    /// Operations and the events behind them, oldest first: one stream works them off in this order.
-    running: VecDeque<(u32, Arc<Event>)>,
+    /// For each device, operations and the events behind them, oldest first: one stream works them off in this order.
+    running: Vec<VecDeque<(u32, Arc<Event>)>>,
     /// For each operation, the point behind it, until the copy stream was told to wait for it.
     unordered: Vec<Option<Arc<Event>>>,
 }
@@ -21,18 +22,20 @@ pub(crate) struct Operations {
 type Over = Result<(), DeviceError>;
 
 impl Operations {
-    pub(crate) fn new(count: usize) -> Operations {
-        Operations { running: VecDeque::new(), unordered: (0..count).map(|_| None).collect() }
+    pub(crate) fn new(shares: &Shares) -> Operations {
+        let running = shares.devices().iter().map(|_| VecDeque::new()).collect();
+        Operations { running, unordered: shares.operations().iter().map(|_| None).collect() }
     }
 
     /// Tells whether none is under way.
     pub(crate) fn are_over(&self) -> bool {
-        self.running.is_empty()
+        self.running.iter().all(VecDeque::is_empty)
     }
 
     /// Queues an operation whose sources have all arrived.
-    pub(crate) fn start(&mut self, number: u32, plan: &Plan, prepared: &Prepared) -> Over {
-        let Prepared { device, arenas, .. } = prepared;
+    pub(crate) fn start(&mut self, number: u32, plan: &Plan, shares: &Shares, prepared: &Prepared) -> Over {
+        let (at, arenas) = (shares.of_operation(number), &prepared.arenas);
+        let device = &prepared.devices[at].device;
         let operation = &plan.operations()[number as usize];
         let dtype = plan.tensors()[operation.tensor as usize].dtype;
         let location = |place: tensorhaul_plan::Place| Location {
@@ -64,14 +67,21 @@ impl Operations {
                 return Err(error);
             }
         };
-        self.running.push_back((number, Arc::clone(&over)));
+        self.running[at].push_back((number, Arc::clone(&over)));
         self.unordered[number as usize] = Some(over);
         Ok(())
     }
 
-    /// Makes copies from now on wait for these operations, whose sources lie where the copies land. All have been started.
-    pub(crate) fn order_copies(&mut self, after: &Range<u32>, device: &dyn Device) -> Over {
-        for number in after.clone() {
+    /// Makes copies to a device wait from now on for those of these operations that are of it: their sources lie where the copies land. All have
+    /// been started.
+    pub(crate) fn order_copies(
+        &mut self,
+        after: &Range<u32>,
+        shares: &Shares,
+        at: usize,
+        device: &dyn Device,
+    ) -> Over {
+        for number in after.clone().filter(|number| shares.of_operation(*number) == at) {
             if let Some(event) = self.unordered[number as usize].take() {
                 device.order(Stream::Copy, &event)?;
             }
@@ -79,20 +89,20 @@ impl Operations {
         Ok(())
     }
 
-    /// Takes the oldest operation out, if it is over, with whether it went well.
-    pub(crate) fn next_over(&mut self, device: &dyn Device) -> Option<(u32, Over)> {
-        let (_, event) = self.running.front()?;
+    /// Takes a device's oldest operation out, if it is over, with whether it went well.
+    pub(crate) fn next_over(&mut self, at: usize, device: &dyn Device) -> Option<(u32, Over)> {
+        let (_, event) = self.running[at].front()?;
         let over = match device.is_complete(event) {
             Ok(false) => return None,
             Ok(true) => Ok(()),
             Err(error) => Err(error),
         };
-        self.running.pop_front().map(|(number, _)| (number, over))
+        self.running[at].pop_front().map(|(number, _)| (number, over))
     }
 
-    /// Waits for the oldest operation, if there is one.
-    pub(crate) fn wait_for_next(&mut self, device: &dyn Device) -> Option<(u32, Over)> {
-        let (number, event) = self.running.pop_front()?;
+    /// Waits for a device's oldest operation, if there is one.
+    pub(crate) fn wait_for_next(&mut self, at: usize, device: &dyn Device) -> Option<(u32, Over)> {
+        let (number, event) = self.running[at].pop_front()?;
         Some((number, device.wait(&event)))
     }
 }

@@ -5,7 +5,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use tensorhaul_direct::{Compatibility, DirectMode};
-use tensorhaul_plan::Request;
+use tensorhaul_plan::{DeviceId, DeviceMap, Request};
 
 use crate::error::Error;
 use crate::external::{Allocator, ExternalMemory};
@@ -40,7 +40,8 @@ pub struct LoadOptions {
     pub(crate) parallel: Option<Parallel>,
     pub(crate) targets: Vec<(String, ExternalMemory)>,
     pub(crate) allocator: Option<Arc<dyn Allocator>>,
-    pub(crate) stream: Option<u64>,
+    /// Streams of the caller's; `None` is the request's own device.
+    pub(crate) streams: Vec<(Option<DeviceId>, u64)>,
     pub(crate) progress: Option<Arc<dyn Fn(Progress) + Send + Sync>>,
 }
 
@@ -65,7 +66,7 @@ impl Default for LoadOptions {
             parallel: None,
             targets: Vec::new(),
             allocator: None,
-            stream: None,
+            streams: Vec::new(),
             progress: None,
         }
     }
@@ -75,6 +76,13 @@ impl LoadOptions {
     /// What to load, and onto which device. Default: every tensor, whole, in host memory.
     pub fn request(self, request: Request) -> Self {
         LoadOptions { request, ..self }
+    }
+
+    /// Which tensors go to which devices; instead of the request's one device. Every tensor to be loaded must have an entry, and every
+    /// entry a tensor. [`Model::device_map`](crate::Model::device_map) makes one by what is free. Makes the load private.
+    pub fn device_map(mut self, map: DeviceMap) -> Self {
+        self.request.device_map = Some(Arc::new(map));
+        self
     }
 
     /// What host tensors are made of. Default: [`Handover::Auto`].
@@ -88,8 +96,8 @@ impl LoadOptions {
     }
 
     /// The most host memory between storage and device, in bytes. Default: 256 MiB, enough to keep a
-    /// disk of 20 GB/s busy for 12 ms. Only what a load needs is taken; reads in place take none. The
-    /// least is 4096.
+    /// disk of 20 GB/s busy for 12 ms. Only what a load needs is taken; reads in place take none. Several devices share it equally.
+    /// The least is 4096 for each device.
     pub fn staging_bytes(self, staging_bytes: u64) -> Self {
         LoadOptions { staging_bytes, ..self }
     }
@@ -149,7 +157,7 @@ impl LoadOptions {
         LoadOptions { dequantization: Some(dequantization), ..self }
     }
 
-    /// The most device memory, in bytes, for packed tensors that wait to be dequantized; free again when the load is over. Default:
+    /// The most memory of each device, in bytes, for packed tensors that wait to be dequantized; free again when the load is over. Default:
     /// 256 MiB, or what the largest tensor needs. A smaller limit than that refuses the load.
     pub fn transient_bytes(self, transient_bytes: u64) -> Self {
         LoadOptions { transient_bytes: Some(transient_bytes), ..self }
@@ -162,7 +170,8 @@ impl LoadOptions {
     }
 
     /// Memory of the caller's own for one tensor, exactly as long as the tensor's bytes (a mismatch is an error
-    /// before the first read). May be given for any number of tensors. Makes the load private.
+    /// before the first read). May be given for any number of tensors, and for one that goes to several devices once for each. Makes the load
+    /// private.
     pub fn target(mut self, tensor: impl Into<String>, memory: ExternalMemory) -> Self {
         self.targets.push((tensor.into(), memory));
         self
@@ -184,8 +193,29 @@ impl LoadOptions {
     ///
     /// # Safety
     /// The handle is a stream of the device the load is for, and outlives the load and every tensor of it.
-    pub unsafe fn stream(self, stream: u64) -> Self {
-        LoadOptions { stream: Some(stream), ..self }
+    pub unsafe fn stream(mut self, stream: u64) -> Self {
+        self.streams.retain(|(device, _)| device.is_some());
+        self.streams.push((None, stream));
+        self
+    }
+
+    /// As [`stream`](LoadOptions::stream), for one of the devices of a load onto several.
+    ///
+    /// # Safety
+    /// The handle is a stream of this device, and outlives the load and every tensor of it.
+    pub unsafe fn stream_on(mut self, device: DeviceId, stream: u64) -> Self {
+        self.streams.retain(|(other, _)| *other != Some(device));
+        self.streams.push((Some(device), stream));
+        self
+    }
+
+    /// Returns the caller's stream of a device.
+    pub(crate) fn stream_of(&self, device: DeviceId) -> Option<u64> {
+        let mut streams = self.streams.iter();
+        let of = |wanted: Option<DeviceId>| move |(device, _): &&(Option<DeviceId>, u64)| *device == wanted;
+        let named = streams.clone().find(of(Some(device)));
+        let own = || streams.find(of(None)).filter(|_| device == self.request.device);
+        named.or_else(own).map(|(_, stream)| *stream)
     }
 
     /// Called from the loading thread after every read, with totals so far; keep it short.

@@ -1,7 +1,7 @@
-//! The transfer: engines fill memory, the device takes it, tensors become ready. The only place that
+//! The transfer: engines fill memory, devices take it, tensors become ready. The only place that
 //! sees a staging buffer and a device's event together.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::sync::atomic::AtomicUsize;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -15,19 +15,23 @@ use tensorhaul_stage::{Copying, Filled, Ring};
 
 use crate::cancel::Cancel;
 use crate::checksum::{self, Hashing};
+use crate::devices;
 use crate::error::{Error, Result};
+use crate::fan_out::FanOut;
 use crate::gate::Gate;
 use crate::handover::{Emit, Ready};
 use crate::model::Inner;
 use crate::operations::Operations;
 use crate::options::LoadOptions;
-use crate::prepare::{Prepared, Preparing};
+use crate::prepare::{Prepared, PreparedDevice, Preparing};
 use crate::progress::Progress;
 use crate::queue::Queue;
+use crate::shares::Shares;
 use crate::tensor::{Storage, Tensor};
 
-/// An engine and the reads it does, in order.
+/// An engine and the reads it does, in order, all for one device.
 pub(crate) struct Lane {
+    pub(crate) device: usize,
     pub(crate) engine: Box<dyn Engine>,
     pub(crate) reads: Vec<u32>,
 }
@@ -36,7 +40,9 @@ pub(crate) struct Lane {
 pub(crate) struct Transfer<'t> {
     pub(crate) model: &'t Inner,
     pub(crate) plan: &'t Plan,
-    pub(crate) ring: Option<Ring>,
+    pub(crate) shares: &'t Shares,
+    /// For each device, its own, if anything is staged for it.
+    pub(crate) rings: &'t [Option<Ring>],
     pub(crate) options: &'t LoadOptions,
     pub(crate) cancel: &'t Cancel,
 }
@@ -45,9 +51,9 @@ pub(crate) struct Transfer<'t> {
 pub(crate) enum Ended {
     /// Every byte is in place.
     Complete(Transferred, Prepared),
-    /// The device refused to pin the ring that lanes were reading into. They were stopped, and what they had read
+    /// A device refused to pin the ring that its lanes were reading into. All lanes were stopped, and what they had read
     /// was let go; no tensor was emitted.
-    Refused(Prepared, Dropped),
+    Refused(Vec<PreparedDevice>, Dropped),
 }
 
 /// What lanes read in vain.
@@ -68,7 +74,7 @@ pub(crate) struct Transferred {
     pub(crate) checksums: Option<BTreeMap<String, String>>,
 }
 
-/// What had landed when the device was ready for it.
+/// What had landed when the devices were ready for it.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Ahead {
     pub(crate) bytes: u64,
@@ -78,7 +84,7 @@ pub(crate) struct Ahead {
 impl Transfer<'_> {
     /// Runs every lane to its end, and emits each tensor when its last byte is in place.
     ///
-    /// Where the device is prepared beside the reads, filled buffers wait in the channel, which the ring bounds.
+    /// Where devices are prepared beside the reads, filled buffers wait in the channel, which the rings bound.
     ///
     /// On error the lanes stop at their next read, what is in flight is waited for, and the first error
     /// is returned: when this returns, no thread, kernel or device touches the transfer's memory.
@@ -89,21 +95,21 @@ impl Transfer<'_> {
         preparing: Preparing<'_>,
         emit: &mut Emit<'_>,
     ) -> Result<Ended> {
-        let landing = match &preparing {
-            Preparing::Done(prepared) => prepared.arenas.clone(),
-            Preparing::Beside(_) => Vec::new(),
-        };
+        let mut landing = vec![None; self.plan.arenas().len()];
+        for (arena, memory) in preparing.done.iter().flat_map(|device| &device.arenas) {
+            landing[*arena as usize] = Some(Arc::clone(memory));
+        }
         let mut ended = None;
         let checksums = checksum::with_pool(self.options.checksums, |hashing| {
             let (sender, messages) = mpsc::channel();
             let landed = Mutex::new(Landed::default());
-            let gate = Gate::new(self.plan.operations().len());
+            let gate = Gate::new(self.shares.operations());
             thread::scope(|scope| {
                 let _guard = StopLanes(self.cancel);
                 for lane in lanes {
                     let answers = Answers { sender: sender.clone(), plan: self.plan, landed: &landed };
                     let (reads, next) = (&*lane.reads, AtomicUsize::new(0));
-                    let (plan, ring, cancel) = (self.plan, self.ring.as_ref(), self.cancel);
+                    let (plan, ring, cancel) = (self.plan, self.rings[lane.device].as_ref(), self.cancel);
                     let queue =
                         Queue { plan, access, reads, next, landing: &landing, ring, gate: &gate, cancel };
                     let run = move || {
@@ -128,7 +134,7 @@ impl Transfer<'_> {
         Ok(ended)
     }
 
-    /// Makes the device ready, then takes what the lanes have read meanwhile, and the rest.
+    /// Makes the devices ready, then takes what the lanes have read meanwhile, and the rest.
     fn take(
         &self,
         messages: &Receiver<Message>,
@@ -138,18 +144,20 @@ impl Transfer<'_> {
         hashing: &Hashing,
         emit: &mut Emit<'_>,
     ) -> Result<Ended> {
-        let (prepared, ahead) = match preparing {
-            Preparing::Done(prepared) => (prepared, Ahead::default()),
-            Preparing::Beside(prepare) => match prepare() {
-                Ok(prepared) => (prepared, lock(landed).ahead),
+        let Preparing { done: mut prepared, beside } = preparing;
+        let mut ahead = Ahead::default();
+        if let Some(prepare) = beside {
+            match prepare() {
+                Ok(others) => prepared.extend(others),
                 Err(error) => {
                     self.cancel.cancel(); // The lanes stop; what they have read is dropped with the channel.
                     return Err(error);
                 }
-            },
-        };
-        if let Some(ring) = self.ring.as_ref().filter(|_| prepared.pinned.is_none()) {
-            ring.close();
+            }
+            ahead = lock(landed).ahead;
+        }
+        if prepared.iter().any(|device| device.pinned.is_none() && self.rings[device.number].is_some()) {
+            self.rings.iter().flatten().for_each(Ring::close);
             gate.close();
             let mut counts = Counts::default();
             for message in messages {
@@ -160,6 +168,7 @@ impl Transfer<'_> {
             let dropped = Dropped { bytes: lock(landed).ahead.bytes, counts };
             return Ok(Ended::Refused(prepared, dropped));
         }
+        let prepared = Prepared::new(prepared);
         let mut arrivals = Arrivals::new(self, &prepared, gate, hashing, emit);
         arrivals.take_all(messages);
         let transferred = Transferred {
@@ -246,13 +255,24 @@ struct Arrivals<'a, 'e> {
     missing: Vec<u32>,
     /// Reads that each operation still waits for.
     missing_sources: Vec<u32>,
-    /// Buffers that the device is copying from, oldest first.
-    copying: VecDeque<(Event, Copying, u32)>,
+    /// For each device, the buffers of its ring that are being copied from, oldest first.
+    copying: Vec<VecDeque<Copies>>,
     operations: Operations,
+    fan_out: FanOut,
+    /// Whether each tensor is on an earlier device, too; its checksum is computed there. Empty on a single device.
+    is_repeated: Vec<bool>,
     failed: Option<Error>,
     counts: Counts,
     first_copy: Option<Instant>,
     progress: Progress,
+}
+
+/// Copies out of one buffer, to one device or several.
+struct Copies {
+    /// What marks their end on each device that they are not known to be over on.
+    ends: Vec<(usize, Event)>,
+    buffer: Copying,
+    read: u32,
 }
 
 impl<'a, 'e> Arrivals<'a, 'e> {
@@ -263,7 +283,7 @@ impl<'a, 'e> Arrivals<'a, 'e> {
         hashing: &'a Hashing,
         emit: &'a mut Emit<'e>,
     ) -> Arrivals<'a, 'e> {
-        let plan = transfer.plan;
+        let (plan, shares) = (transfer.plan, transfer.shares);
         let progress = Progress {
             total_bytes: plan.promised().read_bytes,
             total_tensors: plan.tensors().len() as u64,
@@ -276,9 +296,11 @@ impl<'a, 'e> Arrivals<'a, 'e> {
             hashing,
             emit,
             missing: plan.tensors().iter().map(|tensor| tensor.read_count + tensor.operation_count).collect(),
+            is_repeated: repeated(plan, shares),
             missing_sources: plan.operations().iter().map(|operation| operation.read_count).collect(),
-            copying: VecDeque::new(),
-            operations: Operations::new(plan.operations().len()),
+            copying: shares.devices().iter().map(|_| VecDeque::new()).collect(),
+            operations: Operations::new(shares),
+            fan_out: FanOut::new(plan, shares),
             failed: None,
             counts: Counts::default(),
             first_copy: None,
@@ -289,8 +311,8 @@ impl<'a, 'e> Arrivals<'a, 'e> {
     fn take_all(&mut self, messages: &Receiver<Message>) {
         // What has no bytes to wait for.
         for tensor in 0..self.missing.len() {
-            if self.missing[tensor] == 0 {
-                self.ready(tensor);
+            if self.missing[tensor] == 0 && self.transfer.plan.tensors()[tensor].copy_of.is_none() {
+                self.whole(tensor);
             }
         }
         for number in 0..self.missing_sources.len() as u32 {
@@ -299,7 +321,7 @@ impl<'a, 'e> Arrivals<'a, 'e> {
             }
         }
         loop {
-            let message = if self.copying.is_empty() && self.operations.are_over() {
+            let message = if self.is_idle() {
                 messages.recv().map_err(|_| RecvTimeoutError::Disconnected)
             } else {
                 messages.recv_timeout(EVENT_POLL)
@@ -313,8 +335,15 @@ impl<'a, 'e> Arrivals<'a, 'e> {
             }
             self.take_copied();
             self.take_made();
+            self.take_fanned_out();
         }
         self.drain();
+    }
+
+    /// Tells whether nothing is under way on any device.
+    fn is_idle(&self) -> bool {
+        let is_copied = self.copying.iter().all(VecDeque::is_empty);
+        is_copied && self.operations.are_over() && self.fan_out.is_over()
     }
 
     fn result(self) -> Result<()> {
@@ -347,19 +376,33 @@ impl<'a, 'e> Arrivals<'a, 'e> {
         if self.failed.is_some() {
             return; // The load has failed; the buffer goes back, and nobody needs its bytes.
         }
-        let pinned = self.prepared.pinned.as_ref().expect("a ring that is not pinned was refused above");
-        let buffer = filled.copying(pinned);
-        match self.queue_copies(read, &buffer) {
-            Ok(event) => self.copying.push_back((event, buffer, read)),
-            Err(error) => {
-                self.give_back(buffer);
-                self.fail(error.into());
+        let Transfer { plan, shares, .. } = *self.transfer;
+        let owner = shares.of_read(read);
+        let pinned = self.prepared.devices[owner].pinned.as_ref();
+        let buffer = filled.copying(pinned.expect("a ring that is not pinned was refused above"));
+        let fed = shares.fed_by(plan, &plan.reads()[read as usize]);
+        let mut ends = Vec::with_capacity(fed.len());
+        for at in &fed {
+            match self.queue_copies(read, &buffer, *at) {
+                Ok(event) => ends.push((*at, event)),
+                Err(error) => {
+                    self.give_back(buffer, &fed);
+                    return self.fail(error.into());
+                }
             }
         }
+        self.copying[owner].push_back(Copies { ends, buffer, read });
     }
 
-    fn queue_copies(&mut self, read: u32, buffer: &Copying) -> std::result::Result<Event, DeviceError> {
-        let (plan, Prepared { device, arenas, .. }) = (self.transfer.plan, self.prepared);
+    /// Queues the copies out of a buffer that go to one device.
+    fn queue_copies(
+        &mut self,
+        read: u32,
+        buffer: &Copying,
+        at: usize,
+    ) -> std::result::Result<Event, DeviceError> {
+        let Transfer { plan, shares, .. } = *self.transfer;
+        let (device, arenas) = (&self.prepared.devices[at].device, &self.prepared.arenas);
         let target = |copy: &Copy| &arenas[copy.target.arena as usize];
         let piece = |copy: &Copy| Piece {
             source_offset_bytes: copy.source_offset_bytes as usize,
@@ -368,13 +411,13 @@ impl<'a, 'e> Arrivals<'a, 'e> {
             target_offset_bytes: copy.target.offset_bytes,
         };
         let read = &plan.reads()[read as usize];
-        self.operations.order_copies(&read.after, &**device)?;
-        let (single, strided): (Vec<_>, Vec<_>) =
-            plan.copies(read).iter().partition(|copy| copy.steps.is_once());
+        self.operations.order_copies(&read.after, shares, at, &**device)?;
+        let copies = plan.copies(read).iter().filter(|copy| shares.of_arena(copy.target.arena) == at);
+        let (single, strided): (Vec<_>, Vec<_>) = copies.partition(|copy| copy.steps.is_once());
         let pieces: Vec<_> = single.into_iter().map(piece).collect();
-        // SAFETY: the buffer is of this device's staging memory, and goes back to the ring only when an event recorded
-        // after the copies is complete; the plan's copies are disjoint and inside their arenas, and a tensor is
-        // emitted only after the last of them.
+        // SAFETY: the buffer is of staging memory that one of the load's devices has pinned, which all are of one driver but the host, and goes back to
+        // the ring only when on every device it feeds an event recorded after the copies is complete; the plan's copies are disjoint and
+        // inside their arenas, and a tensor is emitted only after the last of them.
         unsafe { device.copy_pieces(buffer.bytes(), &pieces, Stream::Copy)? };
         for copy in strided {
             let source = &buffer.bytes()[copy.source_offset_bytes as usize..];
@@ -393,36 +436,49 @@ impl<'a, 'e> Arrivals<'a, 'e> {
 
     /// Gives buffers back whose copies are done.
     fn take_copied(&mut self) {
-        while let Some((event, _, _)) = self.copying.front() {
-            match self.prepared.device.is_complete(event) {
-                Ok(false) => return,
-                Ok(true) => {
-                    if let Some((_, buffer, read)) = self.copying.pop_front() {
+        for owner in 0..self.copying.len() {
+            while let Some(copies) = self.copying[owner].front_mut() {
+                let Some((at, event)) = copies.ends.last() else {
+                    if let Some(Copies { buffer, read, .. }) = self.copying[owner].pop_front() {
                         self.copied(buffer, read);
                     }
-                }
-                Err(error) => {
-                    if let Some((_, buffer, _)) = self.copying.pop_front() {
-                        self.give_back(buffer);
+                    continue;
+                };
+                match self.prepared.devices[*at].device.is_complete(event) {
+                    Ok(false) => break,
+                    Ok(true) => drop(copies.ends.pop()),
+                    Err(error) => {
+                        if let Some(copies) = self.copying[owner].pop_front() {
+                            self.abandon(copies);
+                        }
+                        self.fail(error.into());
                     }
-                    self.fail(error.into());
                 }
             }
         }
     }
 
-    /// Waits for every copy, and every operation.
+    /// Takes what is still under way until nothing is. A single device is waited for; of several none is, because another may be done before.
     fn drain(&mut self) {
-        while let Some((event, buffer, read)) = self.copying.pop_front() {
-            match self.prepared.device.wait(&event) {
-                Ok(()) => self.copied(buffer, read),
+        let [PreparedDevice { device, .. }] = &*self.prepared.devices else {
+            while !self.is_idle() {
+                self.take_copied();
+                self.take_made();
+                self.take_fanned_out();
+                thread::sleep(EVENT_POLL);
+            }
+            return;
+        };
+        while let Some(copies) = self.copying[0].pop_front() {
+            match copies.ends.iter().try_for_each(|(_, event)| device.wait(event)) {
+                Ok(()) => self.copied(copies.buffer, copies.read),
                 Err(error) => {
-                    self.give_back(buffer);
+                    self.abandon(copies);
                     self.fail(error.into());
                 }
             }
         }
-        while let Some((number, over)) = self.operations.wait_for_next(&*self.prepared.device) {
+        while let Some((number, over)) = self.operations.wait_for_next(0, &**device) {
             self.made(number, over);
         }
     }
@@ -433,14 +489,23 @@ impl<'a, 'e> Arrivals<'a, 'e> {
         self.arrived(read);
     }
 
-    /// Gives back a buffer whose copy or event failed: once the device has provably let go of it. When that
+    /// Gives back a buffer whose copies failed on one of the devices that they are not over on.
+    fn abandon(&self, copies: Copies) {
+        let fed: Vec<_> = copies.ends.iter().map(|(at, _)| *at).collect();
+        self.give_back(copies.buffer, &fed);
+    }
+
+    /// Gives back a buffer whose copy or event failed: once the devices have provably let go of it. When that
     /// cannot be proven, the buffer is leaked, never reused.
-    fn give_back(&self, buffer: Copying) {
-        let device = &self.prepared.device;
-        let drained = device.record(Stream::Copy).and_then(|event| device.wait(&event));
-        match drained {
-            Ok(()) => buffer.copied(),
-            Err(_) => drop(buffer),
+    fn give_back(&self, buffer: Copying, fed: &[usize]) {
+        let is_drained = |at: &usize| {
+            let device = &self.prepared.devices[*at].device;
+            device.record(Stream::Copy).and_then(|event| device.wait(&event)).is_ok()
+        };
+        // Each is drained, also behind one that is not.
+        match fed.iter().filter(|at| !is_drained(at)).count() {
+            0 => buffer.copied(),
+            _ => drop(buffer),
         }
     }
 
@@ -468,7 +533,7 @@ impl<'a, 'e> Arrivals<'a, 'e> {
     fn came(&mut self, tensor: usize) {
         self.missing[tensor] -= 1;
         if self.missing[tensor] == 0 {
-            self.ready(tensor);
+            self.whole(tensor);
         }
     }
 
@@ -482,9 +547,10 @@ impl<'a, 'e> Arrivals<'a, 'e> {
         if self.failed.is_some() || self.transfer.cancel.is_cancelled() {
             return;
         }
-        match self.operations.start(number, self.transfer.plan, self.prepared) {
+        let Transfer { plan, shares, .. } = *self.transfer;
+        match self.operations.start(number, plan, shares, self.prepared) {
             // Where reads land in the sources' own memory, nothing but the end of the operation keeps them apart.
-            Ok(()) if self.transfer.plan.promised().in_place_bytes == 0 => self.gate.pass(number),
+            Ok(()) if !shares.lands(shares.of_operation(number)) => self.gate.pass(number),
             Ok(()) => {}
             Err(error) => self.fail(error.into()),
         }
@@ -492,8 +558,10 @@ impl<'a, 'e> Arrivals<'a, 'e> {
 
     /// Takes what operations have made meanwhile.
     fn take_made(&mut self) {
-        while let Some((number, over)) = self.operations.next_over(&*self.prepared.device) {
-            self.made(number, over);
+        for (at, prepared) in self.prepared.devices.iter().enumerate() {
+            while let Some((number, over)) = self.operations.next_over(at, &*prepared.device) {
+                self.made(number, over);
+            }
         }
     }
 
@@ -507,14 +575,66 @@ impl<'a, 'e> Arrivals<'a, 'e> {
         }
     }
 
+    /// Every byte of a tensor is in place: it goes on to other devices, where there are copies of it, and is handed over behind that.
+    fn whole(&mut self, tensor: usize) {
+        let copies = self.fan_out.take_copies_of(tensor as u32);
+        let mut is_kept = false;
+        for copy in copies {
+            if self.failed.is_some() || self.transfer.cancel.is_cancelled() {
+                return;
+            }
+            let Transfer { plan, shares, .. } = *self.transfer;
+            if plan.tensors()[copy as usize].len_bytes == 0 {
+                self.whole(copy as usize); // There is nothing to copy.
+                continue;
+            }
+            match self.fan_out.start(copy, plan, shares, self.prepared) {
+                Ok(()) => is_kept = true,
+                Err(error) => return self.fail(error.into()),
+            }
+        }
+        if !is_kept {
+            self.ready(tensor);
+        }
+    }
+
+    /// Takes the tensors that were copied from device to device meanwhile.
+    fn take_fanned_out(&mut self) {
+        for (at, prepared) in self.prepared.devices.iter().enumerate() {
+            while let Some((tensor, over)) = self.fan_out.next_over(at, &*prepared.device) {
+                self.fanned_out(tensor, over);
+            }
+        }
+    }
+
+    fn fanned_out(&mut self, tensor: u32, over: std::result::Result<(), DeviceError>) {
+        let Transfer { plan, shares, .. } = *self.transfer;
+        let copy = &plan.tensors()[tensor as usize];
+        let source = copy.copy_of.expect("only copies are copied");
+        match over {
+            Ok(()) => {
+                self.whole(tensor as usize);
+                if self.fan_out.is_last_of(source) {
+                    self.ready(source as usize);
+                }
+            }
+            Err(error) => {
+                let device = &self.prepared.devices[shares.of_arena(copy.place.arena)].device;
+                self.fan_out.let_go(source, plan, &**device, self.prepared);
+                self.fail(error.into());
+            }
+        }
+    }
+
     fn ready(&mut self, tensor: usize) {
         if self.failed.is_some() || self.transfer.cancel.is_cancelled() {
             return;
         }
-        let (plan, Prepared { device, arenas, .. }) = (self.transfer.plan, self.prepared);
+        let plan = self.transfer.plan;
         let placed = &plan.tensors()[tensor];
-        let arena = Arc::clone(&arenas[placed.place.arena as usize]);
-        let storage = Storage::Arena(device.id(), arena);
+        let is_repeated = self.is_repeated.get(tensor).copied().unwrap_or(false);
+        let arena = Arc::clone(&self.prepared.arenas[placed.place.arena as usize]);
+        let storage = Storage::Arena(plan.device(placed), arena);
         let tensor = Tensor::new(
             placed.dtype,
             plan.shape(placed),
@@ -524,8 +644,10 @@ impl<'a, 'e> Arrivals<'a, 'e> {
         );
         self.progress.ready_tensors += 1;
         let name = plan.name(placed);
-        self.hashing.add(name, &tensor);
-        (self.emit)(Ready { id: placed.id, name, is_made: placed.is_made(), tensor });
+        if !is_repeated {
+            self.hashing.add(name, &tensor);
+        }
+        (self.emit)(Ready { id: placed.id, name, is_renamed: placed.name.is_some(), tensor });
     }
 
     fn read_failed(&mut self, read: u32, error: ReadError) {
@@ -551,10 +673,20 @@ impl<'a, 'e> Arrivals<'a, 'e> {
 
     /// Keeps the first error and stops the lanes.
     fn fail(&mut self, error: Error) {
+        devices::forget_failed(&error);
         self.failed.get_or_insert(error);
         self.transfer.cancel.cancel();
         self.gate.close();
     }
+}
+
+/// Finds the tensors that are on an earlier device, too, which comes first in a plan.
+fn repeated(plan: &Plan, shares: &Shares) -> Vec<bool> {
+    if shares.devices().len() == 1 {
+        return Vec::new();
+    }
+    let mut seen = HashSet::new();
+    plan.tensors().iter().map(|tensor| !seen.insert(plan.name(tensor))).collect()
 }
 
 /// How long a filled buffer may wait for its device to be asked again; a copy of 4 MiB takes 80 us on PCIe 5.

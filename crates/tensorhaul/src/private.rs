@@ -1,36 +1,48 @@
 //! The private hand-over: tensors in memory of their own, read by engines.
 
-use std::thread;
+use std::thread::{self, Scope};
 use std::time::Instant;
 
-use tensorhaul_device::Device;
+use tensorhaul_direct::Direct;
 use tensorhaul_io::Counts;
 use tensorhaul_plan::{DeviceId, External, InPlace, Machine, Plan, Request, Route, Select};
 use tensorhaul_stage::Ring;
 
 use crate::cancel::Cancel;
 use crate::devices;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 use crate::handover::{Emit, staging_layout};
-use crate::lanes::lanes;
+use crate::lanes::Reading;
+use crate::mapping;
 use crate::model::Inner;
 use crate::options::{LoadOptions, Preference};
 use crate::parallel;
 use crate::pipeline::{Dropped, Ended, Lane, Transfer, Transferred};
-use crate::prepare::{self, Opening, Prepared, Preparing, timed};
+use crate::prepare::{self, Preparation, Prepared, PreparedDevice, Preparing, Side, timed};
 use crate::probed::{Probed, Temperatures};
 use crate::quantized;
-use crate::report::{Fallback, Phases, Report};
+use crate::report::{DeviceReport, Fallback, Phases, Report};
+use crate::shares::Shares;
 use crate::storage::{self, Storage};
 
 /// Plans a private load and does nothing else.
 pub(crate) fn plan(model: &Inner, options: &LoadOptions) -> Result<Plan> {
+    let request = request(model, options)?;
+    mapping::check(model, &request)?;
     let probed = Probed::new(model, options);
-    // An accelerator is not opened to make a plan: what storage can write into its memory is not known.
-    let device = options.request.device;
-    let route = (options.direct_storage == Preference::Required).then(|| storage::route_for_all(device));
-    let machine = machine(options, device == DeviceId::Host, &probed, route)?;
-    Ok(Plan::new(&model.checkpoint, &request(model, options)?, &machine)?)
+    let ids = mapping::devices(&request);
+    // Accelerators are opened to make a plan only where it matters which reach each other; what storage can write into their memory
+    // is not known.
+    let peers = match mapping::replicates(&request) {
+        true => devices::open_all(&ids).map_or(Vec::new(), |opened| devices::peers(&opened)),
+        false => Vec::new(),
+    };
+    let is_required = options.direct_storage == Preference::Required;
+    let accelerators = ids.iter().filter(|id| is_required && **id != DeviceId::Host);
+    let routes = accelerators.map(|id| storage::route_for_all(*id)).collect();
+    let able: Vec<_> = ids.iter().map(|id| (*id, *id == DeviceId::Host)).collect();
+    let machine = machine(options, &able, peers, &probed, routes)?;
+    Ok(Plan::new(&model.checkpoint, &request, &machine)?)
 }
 
 /// Loads; forgets a device that failed, so that the next load opens it anew.
@@ -40,71 +52,67 @@ pub(crate) fn run(
     cancel: &Cancel,
     emit: &mut Emit<'_>,
 ) -> Result<Report> {
-    let result = attempt(model, options, cancel, emit);
-    if result.as_ref().is_err_and(|error| error.kind() == ErrorKind::Device) {
-        devices::forget(options.request.device);
-    }
-    result
+    attempt(model, options, cancel, emit).inspect_err(devices::forget_failed)
 }
 
-/// Finds the device beside the probe; then plans and reads, beside the device's opening.
+/// Finds the devices beside the probe; then plans and reads, beside the devices' opening.
 ///
 /// What can be refused without a context is refused before the first read. What needs one is refused when it is there, and
 /// the lanes stop. Either way the context is waited for, because a driver's call cannot be interrupted.
 fn attempt(model: &Inner, options: &LoadOptions, cancel: &Cancel, emit: &mut Emit<'_>) -> Result<Report> {
     let start = Instant::now();
     let request = request(model, options)?;
+    mapping::check(model, &request)?;
+    let ids = mapping::devices(&request);
     let (mut probed, (found, driver_seconds)) = thread::scope(|scope| {
-        let finding = scope.spawn(|| timed(|| devices::find(options.request.device)));
+        let finding = scope.spawn(|| timed(|| devices::find_all(&ids)));
         let probed = Probed::new(model, options);
         (probed, finding.join().expect("finding a device does not panic"))
     });
-    let found = found?;
-    let (able, total_bytes) = (found.capabilities().in_place, found.total_bytes());
-    let near_processors = found.near_processors();
+    let sides: Vec<_> = ids.iter().zip(found?).map(|(id, found)| Side::new(*id, found)).collect();
     thread::scope(|scope| {
-        let mut opening = Opening::start(found, scope);
-        let (mut storage, mut direct_storage_seconds) = (None, 0.0);
-        if options.direct_storage != Preference::Off && options.request.device != DeviceId::Host {
-            let (device, context_seconds) = opening.wait()?;
-            let decide = || Storage::decide(model, options, &device, &probed);
-            let (decided, seconds) = timed(decide);
-            (storage, direct_storage_seconds) = (Some(decided), seconds);
-            opening = Opening::Done(device, context_seconds);
-        }
-        let route = storage.as_ref().and_then(Storage::route);
-        let machine = machine(options, able, &probed, route)?;
+        let (mut sides, peers) = before_the_plan(sides, &request, options, scope)?;
+        let (storages, direct_storage_seconds) = timed(|| storages(model, options, &sides, &probed));
+        let able: Vec<_> = sides.iter().map(|side| (side.id, side.is_able)).collect();
+        let routes = storages.iter().filter_map(Storage::route).collect();
+        let machine = machine(options, &able, peers, &probed, routes)?;
         let probed_at = Instant::now();
 
         let plan = Plan::new(&model.checkpoint, &request, &machine)?;
-        if let Some(storage) = storage.as_ref().filter(|_| options.direct_storage == Preference::Required) {
-            storage.check_required(&plan, model)?;
+        if options.direct_storage == Preference::Required {
+            storages.iter().try_for_each(|storage| storage.check_required(&plan, model))?;
         }
-        prepare::check_external(&plan, options)?;
+        prepare::check_external(&plan, &request, options)?;
         quantized::check_group_indices(model, &plan)?;
-        if let Some(total_bytes) = total_bytes {
-            prepare::check_total(&plan, options, total_bytes)?;
-        }
-        opening.check_memory(&plan, options)?;
+        let shares = match *ids {
+            [device] => Shares::of_one(device, &plan),
+            _ => Shares::new(&plan),
+        };
+        // A map may name more devices than the tensors asked for go to.
+        sides.retain(|side| shares.devices().contains(&side.id));
+        sides.iter().try_for_each(|side| side.check_memory(&plan, options))?;
+        let sides: Vec<_> = sides.into_iter().map(|side| side.open(scope)).collect();
         let planned_at = Instant::now();
 
         let temperatures = Temperatures::new(model, &plan, &probed);
         let mut fallbacks = std::mem::take(&mut probed.fallbacks);
-        fallbacks.extend(storage.iter().flat_map(Storage::fallbacks));
+        fallbacks.extend(storages.iter().flat_map(Storage::fallbacks));
         if options.dequantization.is_some() {
             fallbacks.extend(quantized::warnings(model)?);
         }
+        let device_count = ids.len();
         let load = Load {
             model,
             plan: &plan,
+            shares: &shares,
             temperatures: &temperatures,
-            storage: storage.as_ref(),
-            near_processors,
+            storages: &storages,
             options,
+            device_count,
             cancel,
         };
-        let Read { ring, prepared, started_at, done, engine, fallbacks } =
-            load.read(opening, fallbacks, emit)?;
+        let Read { rings, prepared, started_at, done, engine, fallbacks } =
+            load.read(sides, fallbacks, emit)?;
         model.check_unchanged(plan.reads().iter().map(|read| read.extent.file))?;
 
         let since = |later: Option<Instant>, earlier: Instant| {
@@ -112,11 +120,11 @@ fn attempt(model: &Inner, options: &LoadOptions, cancel: &Cancel, emit: &mut Emi
         };
         let first_byte_at = done.first_byte.unwrap_or(started_at);
         let promised = *plan.promised();
-        let peak_staging_bytes = ring.as_ref().map_or(0, Ring::peak_bytes);
+        let peak_staging_bytes = rings.iter().flatten().map(Ring::peak_bytes).sum();
         let report = Report {
             bytes: promised.payload_bytes,
             tensors: plan.tensors().len() as u64,
-            device: options.request.device.to_string(),
+            device: shares.devices().iter().map(DeviceId::to_string).collect::<Vec<_>>().join(", "),
             engine,
             handover: "private",
             resident: true,
@@ -142,33 +150,74 @@ fn attempt(model: &Inner, options: &LoadOptions, cancel: &Cancel, emit: &mut Emi
                 direct_storage_seconds,
                 hidden_seconds: since(done.ahead.last_byte, started_at).min(prepared.seconds()),
                 first_copy_seconds: since(done.first_copy, first_byte_at),
-                ..prepared.phases
+                ..prepared.phases()
+            },
+            devices: match request.device_map.is_some() || ids.len() > 1 {
+                true => device_reports(&plan, &shares, &prepared, &rings),
+                false => Vec::new(),
             },
             fallbacks,
             checksums: done.checksums,
             ..Report::of((done.finished - start).as_secs_f64(), promised.payload_bytes)
         };
-        if let Some(ring) = ring {
-            devices::keep(&*prepared.device, ring, cancel);
+        cancel.lets_go(); // A cancellation from now on is not of these rings' load.
+        for (ring, PreparedDevice { device, .. }) in rings.into_iter().zip(&prepared.devices) {
+            ring.into_iter().for_each(|ring| devices::keep(&**device, ring));
         }
         Ok(report)
     })
+}
+
+/// Which devices copy to which directly, the source first.
+type Peers = Vec<(DeviceId, DeviceId)>;
+
+/// Opens devices as far as it is good to do before there is a plan: a single one begins now, several when the plan says which of them tensors go
+/// to. Where tensors go to several, all are waited for, because only then they tell which of them reach each other; where direct storage is
+/// wanted, because only then files can be tried.
+fn before_the_plan<'scope>(
+    sides: Vec<Side<'scope>>,
+    request: &Request,
+    options: &LoadOptions,
+    scope: &'scope Scope<'scope, '_>,
+) -> Result<(Vec<Side<'scope>>, Peers)> {
+    let is_waited_for = mapping::replicates(request) || options.direct_storage != Preference::Off;
+    if sides.len() > 1 && !is_waited_for {
+        return Ok((sides, Vec::new()));
+    }
+    let sides: Vec<_> = sides.into_iter().map(|side| side.open(scope)).collect();
+    if !is_waited_for {
+        return Ok((sides, Vec::new()));
+    }
+    let sides = sides.into_iter().map(Side::opened).collect::<Result<Vec<_>>>()?;
+    let opened: Vec<_> = sides.iter().filter_map(Side::device).cloned().collect();
+    Ok((sides, devices::peers(&opened)))
+}
+
+/// Tries every file on every accelerator, where the load wants direct storage.
+fn storages(model: &Inner, options: &LoadOptions, sides: &[Side<'_>], probed: &Probed) -> Vec<Storage> {
+    if options.direct_storage == Preference::Off {
+        return Vec::new();
+    }
+    let accelerators = sides.iter().filter_map(Side::device).filter(|device| device.id() != DeviceId::Host);
+    accelerators.map(|device| Storage::decide(model, options, device, probed)).collect()
 }
 
 /// A load that is planned.
 struct Load<'l> {
     model: &'l Inner,
     plan: &'l Plan,
+    shares: &'l Shares,
     temperatures: &'l Temperatures,
-    storage: Option<&'l Storage>,
-    near_processors: Vec<u32>,
+    storages: &'l [Storage],
     options: &'l LoadOptions,
+    /// Among how many the staging budget is shared, which may be more than the plan uses.
+    device_count: usize,
     cancel: &'l Cancel,
 }
 
 /// What reading left.
 struct Read {
-    ring: Option<Ring>,
+    rings: Vec<Option<Ring>>,
     prepared: Prepared,
     /// When the lanes started.
     started_at: Instant,
@@ -178,77 +227,98 @@ struct Read {
 }
 
 impl Load<'_> {
-    /// Reads beside the device's preparation, or after it where reads cannot begin without.
+    /// Reads beside the devices' preparation, or after it where reads cannot begin without.
     ///
-    /// When the device refuses to pin the ring, everything is read once more, through a ring of its driver's own.
-    fn read(&self, opening: Opening<'_>, mut fallbacks: Vec<Fallback>, emit: &mut Emit<'_>) -> Result<Read> {
-        let Load { model, plan, options, cancel, .. } = *self;
-        let mut ring = ring(plan, options)?;
+    /// When a device refuses to pin its ring, everything is read once more, through rings of the driver's own.
+    fn read(&self, sides: Vec<Side<'_>>, mut fallbacks: Vec<Fallback>, emit: &mut Emit<'_>) -> Result<Read> {
+        let Load { model, plan, shares, temperatures, options, device_count, cancel, .. } = *self;
+        let near_processors: Vec<_> = sides.iter().map(|side| side.near_processors.clone()).collect();
+        let reading =
+            Reading { model, options, plan, temperatures, shares, near_processors: &near_processors };
+        let numbers = 0..sides.len();
+        let mut rings = numbers
+            .map(|device| ring(plan, shares, device, options, device_count))
+            .collect::<Result<Vec<_>>>()?;
         let mut dropped = Counts::default();
-        let needs_arenas = plan.promised().in_place_bytes > 0;
-        let needs_pin = devices::pinning_was_refused(options.request.device)
-            && ring.as_ref().is_some_and(|ring| ring.pinned().is_none());
-        let prepare = {
-            let ring = ring.clone();
-            move || prepare::prepare(plan, options, cancel, ring.as_ref(), opening)
-        };
-        let mut preparing = if needs_arenas || needs_pin {
-            Preparing::Done(prepare()?)
-        } else {
-            Preparing::Beside(Box::new(prepare))
-        };
+        let mut preparing = self.preparing(sides, &rings)?;
         loop {
-            if let Preparing::Done(prepared) = &mut preparing
-                && let Some(refused) = ring.take_if(|_| prepared.pinned.is_none())
-            {
-                let layout = refused.layout();
-                cancel.lets_go();
-                drop(refused); // Before the other is taken: the budget is for one.
-                let own = devices::drivers_own_ring(&*prepared.device, layout)?;
-                prepared.pinned = own.pinned();
-                ring = Some(own);
+            if preparing.beside.is_none() {
+                self.replace_refused(&mut rings, &mut preparing.done)?;
             }
-            if let Some(ring) = &ring {
-                cancel.closes(ring);
-            }
+            rings.iter().flatten().for_each(|ring| cancel.closes(ring));
             let mut told = Vec::new();
-            let direct = match (&preparing, self.storage) {
-                (Preparing::Done(prepared), Some(storage)) => {
-                    storage.engine(plan, prepared, options, &mut told)
-                }
-                _ => None,
-            };
-            let lanes = lanes(
-                model,
-                options,
-                plan,
-                self.temperatures,
-                ring.as_ref(),
-                direct,
-                &self.near_processors,
-                &mut told,
-            )?;
+            let lanes = reading.lanes(&rings, self.engines(&preparing.done, &mut told), &mut told)?;
             let started_at = Instant::now();
-            let transfer = Transfer { model, plan, ring: ring.clone(), options, cancel };
-            match transfer.run(&lanes, &self.temperatures.access, preparing, emit)? {
+            let transfer = Transfer { model, plan, shares, rings: &rings, options, cancel };
+            match transfer.run(&lanes, &temperatures.access, preparing, emit)? {
                 Ended::Complete(mut done, prepared) => {
                     done.counts += dropped;
                     fallbacks.extend(told);
-                    fallbacks.extend(late_fallbacks(&done, &*prepared.device));
+                    fallbacks.extend(late_fallbacks(&done, &prepared));
                     let engine = engine_name(&lanes);
-                    return Ok(Read { ring, prepared, started_at, done, engine, fallbacks });
+                    return Ok(Read { rings, prepared, started_at, done, engine, fallbacks });
                 }
-                Ended::Refused(prepared, Dropped { bytes, counts }) => {
+                Ended::Refused(done, Dropped { bytes, counts }) => {
                     dropped = counts;
                     if bytes > 0 {
                         let what = format!("{bytes} bytes were read twice");
                         fallbacks
                             .push(Fallback::new(what, "the driver refused to pin the memory they were in"));
                     }
-                    preparing = Preparing::Done(prepared);
+                    preparing = Preparing { done, beside: None };
                 }
             }
         }
+    }
+
+    /// Makes the engines of direct storage, each with the number of the device it reads into.
+    fn engines(&self, prepared: &[PreparedDevice], told: &mut Vec<Fallback>) -> Vec<(usize, Direct)> {
+        let engine = |device: &PreparedDevice| {
+            let storage = self.storages.iter().find(|storage| storage.device() == device.device.id())?;
+            Some((device.number, storage.engine(self.plan, device, self.options, told)?))
+        };
+        prepared.iter().filter_map(engine).collect()
+    }
+
+    /// Makes those devices ready that reads cannot begin without: whose memory they land in, and whose driver has refused to pin before. The others
+    /// become so beside the reads.
+    fn preparing<'p>(&'p self, sides: Vec<Side<'p>>, rings: &[Option<Ring>]) -> Result<Preparing<'p>> {
+        let Load { plan, shares, options, cancel, .. } = *self;
+        let needs_pin = |side: &Side<'_>, ring: &Option<Ring>| {
+            devices::pinning_was_refused(side.id) && ring.as_ref().is_some_and(|ring| ring.pinned().is_none())
+        };
+        let sides = sides.into_iter().zip(rings).enumerate();
+        let (now, beside): (Vec<_>, Vec<_>) =
+            sides.partition(|(number, (side, ring))| shares.lands(*number) || needs_pin(side, ring));
+        let flat = |sides: Vec<(usize, (Side<'p>, &Option<Ring>))>| {
+            let sides = sides.into_iter();
+            sides.map(|(number, (side, ring))| (number, side, ring.clone())).collect::<Vec<_>>()
+        };
+        let (now, beside) = (flat(now), flat(beside));
+        let preparation = Preparation { plan, shares, options, cancel };
+        let done = preparation.prepare(now)?;
+        if beside.is_empty() {
+            return Ok(Preparing { done, beside: None });
+        }
+        Ok(Preparing { done, beside: Some(Box::new(move || preparation.prepare(beside))) })
+    }
+
+    /// Replaces rings that a device refused to pin, and those that were closed because of that, by memory of the driver's own.
+    fn replace_refused(&self, rings: &mut [Option<Ring>], prepared: &mut [PreparedDevice]) -> Result<()> {
+        for device in prepared {
+            let ring = &mut rings[device.number];
+            let Some(refused) = ring.take_if(|ring| device.pinned.is_none() || ring.is_closed()) else {
+                continue;
+            };
+            let layout = refused.layout();
+            self.cancel.lets_go();
+            device.pinned = None;
+            drop(refused); // Before the other is taken: the budget is for one.
+            let own = devices::drivers_own_ring(&*device.device, layout)?;
+            device.pinned = own.pinned();
+            *ring = Some(own);
+        }
+        Ok(())
     }
 }
 
@@ -272,38 +342,54 @@ pub(crate) fn request(model: &Inner, options: &LoadOptions) -> Result<Request> {
     Ok(request)
 }
 
-/// Describes the machine; `route` is the way of direct storage into the device's memory.
-fn machine(options: &LoadOptions, able: bool, probed: &Probed, route: Option<Route>) -> Result<Machine> {
-    let layout = staging_layout(options)?;
+/// Describes the machine to the planner: the devices of the load and whether storage can write into their memory, and the ways of direct storage.
+fn machine(
+    options: &LoadOptions,
+    able: &[(DeviceId, bool)],
+    peers: Peers,
+    probed: &Probed,
+    routes: Vec<Route>,
+) -> Result<Machine> {
+    let layout = staging_layout(options, able.len())?;
     let buffer_len_bytes = layout.buffer_len_bytes() as u64;
-    let mut in_place = match options.in_place {
-        Preference::Preferred | Preference::Required if able => InPlace::host(buffer_len_bytes),
-        Preference::Required if route.is_none() => {
-            return Err(Error::bad_request(format!(
-                "{}: storage cannot write into its memory",
-                options.request.device
-            )));
+    let has_route = |device: DeviceId| routes.iter().any(|route| route.device == device);
+    let unable = able.iter().find(|(device, is_able)| !is_able && !has_route(*device));
+    let mut in_place = match (options.in_place, unable) {
+        (Preference::Required, Some((device, _))) => {
+            let what = format!("{device}: storage cannot write into its memory");
+            return Err(Error::bad_request(what));
+        }
+        (Preference::Preferred | Preference::Required, _) if able.iter().any(|(_, is_able)| *is_able) => {
+            InPlace::host(buffer_len_bytes)
         }
         _ => InPlace::never(),
     };
-    let direct_align_bytes = storage::add_route(&mut in_place, route, probed.direct_align_bytes);
+    let direct_align_bytes = storage::add_routes(&mut in_place, routes, probed.direct_align_bytes);
     Ok(Machine {
         buffer_len_bytes,
-        buffer_count: layout.buffer_count(),
+        buffer_count: layout.buffer_count() * able.len() as u32,
         direct_align_bytes,
         in_place,
-        peers: Vec::new(),
+        peers,
     })
 }
 
-/// Takes a ring no larger than the plan's staged reads can use; none when nothing is staged.
-fn ring(plan: &Plan, options: &LoadOptions) -> Result<Option<Ring>> {
-    let staged = plan.staged();
+/// Takes a ring for a device, no larger than the reads staged for it can use; none when nothing is.
+fn ring(
+    plan: &Plan,
+    shares: &Shares,
+    device: usize,
+    options: &LoadOptions,
+    device_count: usize,
+) -> Result<Option<Ring>> {
+    let staged = shares.staged(device);
     if staged.reads == 0 {
         return Ok(None);
     }
-    let layout = staging_layout(options)?.at_most(staged.reads).for_reads_of(staged.read_len_bytes_max);
-    devices::ring(options.request.device, layout).map(Some)
+    let layout = staging_layout(options, device_count)?;
+    debug_assert!(staged.read_len_bytes_max <= plan.machine().buffer_len_bytes);
+    let layout = layout.at_most(staged.reads).for_reads_of(staged.read_len_bytes_max);
+    devices::ring(shares.devices()[device], layout).map(Some)
 }
 
 /// Counts the host memory that the load allocated for its result.
@@ -313,17 +399,66 @@ fn host_bytes(plan: &Plan, prepared: &Prepared) -> u64 {
     own.map(|(_, memory)| memory.len_bytes()).sum()
 }
 
+/// Tells what of a load was whose.
+fn device_reports(
+    plan: &Plan,
+    shares: &Shares,
+    prepared: &Prepared,
+    rings: &[Option<Ring>],
+) -> Vec<DeviceReport> {
+    let of_ring = |(id, ring): (&DeviceId, &Option<Ring>)| DeviceReport {
+        device: id.to_string(),
+        peak_staging_bytes: ring.as_ref().map_or(0, Ring::peak_bytes),
+        ..DeviceReport::default()
+    };
+    let mut reports: Vec<_> = shares.devices().iter().zip(rings).map(of_ring).collect();
+    for tensor in plan.tensors() {
+        let report = &mut reports[shares.of_arena(tensor.place.arena)];
+        report.tensors += 1;
+        report.bytes += tensor.len_bytes;
+        report.bytes_from_peers += tensor.copy_of.map_or(0, |_| tensor.len_bytes);
+    }
+    for (number, arena) in (0..).zip(plan.arenas()).filter(|(_, arena)| !arena.is_external) {
+        let report = &mut reports[shares.of_arena(number)];
+        let taken = if arena.is_scratch { &mut report.transient_bytes } else { &mut report.target_bytes };
+        *taken += arena.len_bytes;
+    }
+    for (number, read) in (0..).zip(plan.reads()) {
+        reports[shares.of_read(number)].reads += 1;
+        for copy in plan.copies(read) {
+            reports[shares.of_arena(copy.target.arena)].copies += 1;
+        }
+    }
+    for (report, PreparedDevice { phases, .. }) in reports.iter_mut().zip(&prepared.devices) {
+        report.context_seconds = phases.context_seconds;
+        report.allocate_seconds = phases.allocate_seconds;
+        report.pin_seconds = phases.pin_seconds;
+        report.module_seconds = phases.module_seconds;
+    }
+    reports
+}
+
 /// Names the engines that read, each once.
 fn engine_name(lanes: &[Lane]) -> String {
-    let mut names: Vec<_> = lanes.iter().map(|lane| lane.engine.name()).collect();
-    names.dedup();
+    let mut names: Vec<&str> = Vec::new();
+    for lane in lanes {
+        if !names.contains(&lane.engine.name()) {
+            names.push(lane.engine.name());
+        }
+    }
     if names.is_empty() { "none".to_owned() } else { names.join("+") }
 }
 
 /// What turned out while reading.
-fn late_fallbacks(done: &Transferred, device: &dyn Device) -> Vec<Fallback> {
-    let mut fallbacks: Vec<_> =
-        device.fallbacks().into_iter().map(|(what, why)| Fallback::new(what, why)).collect();
+fn late_fallbacks(done: &Transferred, prepared: &Prepared) -> Vec<Fallback> {
+    let mut fallbacks = Vec::new();
+    for PreparedDevice { device, .. } in &prepared.devices {
+        for (what, why) in device.fallbacks() {
+            let is_single = prepared.devices.len() == 1;
+            let what = if is_single { what } else { format!("{}: {what}", device.id()) };
+            fallbacks.push(Fallback::new(what, why));
+        }
+    }
     if done.counts.direct_refused > 0 {
         let what = format!("{} direct reads were done through the page cache", done.counts.direct_refused);
         fallbacks

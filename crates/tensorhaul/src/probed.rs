@@ -100,19 +100,19 @@ impl Temperatures {
         temperatures
     }
 
-    /// Returns the reads of one kind that the host does, in order.
-    pub(crate) fn reads(&self, access: Access) -> Vec<u32> {
-        self.reads_by_host().filter(|read| self.access[*read as usize] == access).collect()
+    /// Walks the reads of one kind that the host does, in order.
+    pub(crate) fn reads(&self, access: Access) -> impl Iterator<Item = u32> {
+        self.reads_by_host().filter(move |read| self.access[*read as usize] == access)
     }
 
-    /// Returns the reads that the host does, in order.
+    /// Walks the reads that the host does, in order.
     pub(crate) fn reads_by_host(&self) -> impl Iterator<Item = u32> {
         (0..self.access.len() as u32).filter(|read| !self.by_storage[*read as usize])
     }
 
-    /// Returns the reads that storage does, in order.
-    pub(crate) fn reads_by_storage(&self) -> Vec<u32> {
-        (0..self.access.len() as u32).filter(|read| self.by_storage[*read as usize]).collect()
+    /// Walks the reads that storage does, in order.
+    pub(crate) fn reads_by_storage(&self) -> impl Iterator<Item = u32> {
+        (0..self.access.len() as u32).filter(|read| self.by_storage[*read as usize])
     }
 }
 

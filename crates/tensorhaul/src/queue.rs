@@ -20,8 +20,8 @@ pub(crate) struct Queue<'q> {
     /// The lane's reads.
     pub(crate) reads: &'q [u32],
     pub(crate) next: AtomicUsize,
-    /// The arenas, when reads land in them.
-    pub(crate) landing: &'q [Arc<dyn Allocation>],
+    /// The arenas that reads land in.
+    pub(crate) landing: &'q [Option<Arc<dyn Allocation>>],
     pub(crate) ring: Option<&'q Ring>,
     pub(crate) gate: &'q Gate,
     pub(crate) cancel: &'q Cancel,
@@ -62,7 +62,8 @@ impl Feed for Queue<'_> {
 impl Queue<'_> {
     /// Returns a range of an arena for storage to write into.
     fn landing(&self, place: Place, len_bytes: u64) -> JobMemory {
-        let arena = Arc::clone(&self.landing[place.arena as usize]);
+        let arena = self.landing[place.arena as usize].clone();
+        let arena = arena.expect("devices that reads land in are prepared before the first read");
         // A direct read of a file's last sector may write up to the next multiple of the alignment.
         let reach_bytes = len_bytes.next_multiple_of(self.plan.machine().direct_align_bytes);
         let end_bytes = (place.offset_bytes + reach_bytes).min(arena.len_bytes());

@@ -17,7 +17,7 @@ pub struct Report {
     pub seconds: f64,
     /// `bytes` by `seconds`, in 1e9 bytes a second.
     pub gb_per_s: f64,
-    /// Where the tensors are.
+    /// Where the tensors are; devices of a device map with `, ` between them.
     pub device: String,
     /// Who read: `mmap`, `pread`, `io-uring`, `cufile`, `hipfile`, `memory`; several with a `+` between them.
     pub engine: String,
@@ -51,6 +51,9 @@ pub struct Report {
     pub system_calls: u64,
     /// Where the seconds went.
     pub phases: Phases,
+    /// What of it was whose, where a device map said where tensors go.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub devices: Vec<DeviceReport>,
     /// What could not be done as preferred, and why.
     pub fallbacks: Vec<Fallback>,
     /// xxh3-64 of every tensor's bytes, 16 hexadecimal digits, if asked for.
@@ -66,7 +69,7 @@ impl Report {
     }
 }
 
-/// Where the seconds of a load went. The first five follow each other and make up `seconds`; the next five are fixed
+/// Where the seconds of a load went; of several devices, which are made ready beside each other, the longest. The first five follow each other and make up `seconds`; the next five are fixed
 /// costs, which run beside them.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 #[non_exhaustive]
@@ -100,6 +103,38 @@ pub struct Phases {
     pub hidden_seconds: f64,
     /// From the first byte read to the first byte seen to be copied to the device; 0 when none was.
     pub first_copy_seconds: f64,
+}
+
+/// What a load did on one of its devices.
+#[derive(Clone, Debug, Default, Serialize)]
+#[non_exhaustive]
+pub struct DeviceReport {
+    /// Which device.
+    pub device: String,
+    /// Number of tensors handed over on it.
+    pub tensors: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// Those of them that came from another device instead of from storage.
+    pub bytes_from_peers: u64,
+    /// Memory that the load took of it: the result, rounding included.
+    pub target_bytes: u64,
+    /// Memory that it took for sources of operations, which is free again.
+    pub transient_bytes: u64,
+    /// Reads that were done for it; those that bring bytes for several devices are counted on the first.
+    pub reads: u64,
+    /// Copies out of staging buffers into its memory.
+    pub copies: u64,
+    /// The most memory of its own staging ring that was in use.
+    pub peak_staging_bytes: u64,
+    /// As in [`Phases`], of this device alone.
+    pub context_seconds: f64,
+    /// As above.
+    pub allocate_seconds: f64,
+    /// As above.
+    pub pin_seconds: f64,
+    /// As above.
+    pub module_seconds: f64,
 }
 
 /// Something that could not be done as preferred.

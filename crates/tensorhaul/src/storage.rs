@@ -10,7 +10,7 @@ use tensorhaul_plan::{DeviceId, InPlace, Place, Plan, Read, Route, plan::Target}
 use crate::error::{Error, Result};
 use crate::model::{Inner, Source};
 use crate::options::{LoadOptions, Preference};
-use crate::prepare::Prepared;
+use crate::prepare::PreparedDevice;
 use crate::probed::Probed;
 use crate::report::Fallback;
 
@@ -78,6 +78,11 @@ impl Storage {
         storage
     }
 
+    /// Returns the device.
+    pub(crate) fn device(&self) -> DeviceId {
+        self.device
+    }
+
     /// Returns the way into the device's memory for a plan, if any file has one.
     pub(crate) fn route(&self) -> Option<Route> {
         let files: Vec<bool> = self.files.iter().map(Option::is_some).collect();
@@ -126,17 +131,18 @@ impl Storage {
     pub(crate) fn engine(
         &self,
         plan: &Plan,
-        prepared: &Prepared,
+        prepared: &PreparedDevice,
         options: &LoadOptions,
         fallbacks: &mut Vec<Fallback>,
     ) -> Option<Direct> {
         let library = self.library.as_ref()?;
         let arenas = arenas_in_place(plan);
-        if !arenas.contains(&true) {
+        let is_read_into = |(number, _): &&(u32, Arc<dyn Allocation>)| arenas[*number as usize];
+        let allocations = prepared.arenas.iter().filter(is_read_into);
+        let allocations: Vec<Arc<dyn Allocation>> = allocations.map(|(_, arena)| Arc::clone(arena)).collect();
+        if allocations.is_empty() {
             return None;
         }
-        let allocations = prepared.arenas.iter().zip(&arenas).filter(|(_, is_read_into)| **is_read_into);
-        let allocations: Vec<Arc<dyn Allocation>> = allocations.map(|(arena, _)| Arc::clone(arena)).collect();
         let (count, files) = (allocations.len(), Arc::clone(&self.files));
         let (direct, unregistered) =
             Direct::new(&prepared.device, library, files, allocations, options.direct_mode);
@@ -160,20 +166,18 @@ pub(crate) fn route_for_all(device: DeviceId) -> Route {
     Route { device, files: None, read_len_bytes_max: READ_LEN_BYTES_MAX }
 }
 
-/// Adds a route to what a plan may read in place; returns the alignment that direct reads then need.
-pub(crate) fn add_route(in_place: &mut InPlace, route: Option<Route>, align_bytes: u64) -> u64 {
-    match route {
-        Some(route) => {
-            in_place.routes.push(route);
-            align_bytes.max(STORAGE_ALIGN_BYTES)
-        }
-        None => align_bytes,
-    }
+/// Adds routes to what a plan may read in place; returns the alignment that direct reads then need.
+pub(crate) fn add_routes(in_place: &mut InPlace, routes: Vec<Route>, align_bytes: u64) -> u64 {
+    let align_bytes = if routes.is_empty() { align_bytes } else { align_bytes.max(STORAGE_ALIGN_BYTES) };
+    in_place.routes.extend(routes);
+    align_bytes
 }
 
-/// Tells whether storage reads it straight into a device.
+/// Tells whether storage reads it straight into a device: of those reads that land in place, the ones on a route of chosen files.
 pub(crate) fn is_by_storage(plan: &Plan, read: &Read) -> bool {
-    matches!(read.target, Target::InPlace(Place { arena, .. }) if plan.arenas()[arena as usize].device != DeviceId::Host)
+    let Target::InPlace(Place { arena, .. }) = read.target else { return false };
+    let route = plan.machine().in_place.route(plan.arenas()[arena as usize].device, read.extent.file);
+    route.is_some_and(|route| route.files.is_some())
 }
 
 /// Tells of each arena whether storage reads into it.

@@ -83,6 +83,8 @@ fn requests_for_what_is_not_there_are_the_command_lines_fault() {
     assert!(error(&["--staging", "0"]).contains("4096"));
     assert!(error(&["--staging", "4095"]).contains("4096"));
     assert!(tensorhaul(["plan", tiny_llama(), "--tensor", "no.such.*"]).error(2).contains("no.such.*"));
+    assert!(error(&["--device-map", "auto", "--devices", "tpu"]).contains("tpu"));
+    assert!(error(&["--devices", "host"]).contains("--device-map"));
     // A device that is not there is the machine's affair.
     assert!(tensorhaul(["load", tiny_llama(), "--device", "cuda:99"]).error(3).contains("cuda:99: "));
     assert!(tensorhaul(["load", tiny_llama(), "--device", "rocm:99"]).error(3).contains("rocm:99: "));

@@ -72,6 +72,37 @@ fn load_reports_what_it_did_with_every_engine() {
 }
 
 #[test]
+fn load_with_a_device_map_tells_what_was_whose() {
+    let folder = tempfile::tempdir().unwrap();
+    let map = folder.path().join("map.json");
+    let load = |json: &str| {
+        std::fs::write(&map, json).unwrap();
+        tensorhaul([
+            "load",
+            tiny_llama(),
+            "--device",
+            "host",
+            "--device-map",
+            map.to_str().unwrap(),
+            "--json",
+        ])
+    };
+    let value = load(r#"{"model.layers": "cpu", "": "host"}"#).json();
+    assert_eq!((&value["bytes"], &value["handover"]), (&json!(261_384), &json!("private")));
+    let devices = value["devices"].as_array().unwrap();
+    assert_eq!((devices.len(), &devices[0]["device"]), (1, &json!("host")));
+    assert_eq!((&devices[0]["bytes"], &devices[0]["tensors"]), (&json!(261_384), &json!(24)));
+    let text = load(r#"{"model.layers": "cpu", "nobody": "cpu", "": "cpu"}"#).error(2);
+    assert!(text.ends_with("device map entry \"nobody\" is about none of the 24 tensors"), "{text}");
+    let text = load(r#"{"model.layers": "cpu"}"#).error(2);
+    assert!(text.contains("no entry of the device map is about "), "{text}");
+    let text = load(r#"{"": 0}"#).error(1);
+    assert!(text.contains("map.json: ") && text.contains("write cuda:0 or rocm:0"), "{text}");
+    let args = ["load", tiny_llama(), "--device", "host", "--device-map", "auto", "--json"];
+    assert_eq!(tensorhaul(args).json()["devices"][0]["tensors"], 24);
+}
+
+#[test]
 fn load_has_checksums_only_when_asked() {
     let value = tensorhaul(["load", tiny_llama(), "--json"]).json();
     assert!(value.get("checksums").is_none());

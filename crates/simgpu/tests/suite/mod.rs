@@ -14,4 +14,5 @@ pub(crate) mod missing;
 mod overlap;
 pub(crate) mod peers;
 mod quantized;
+mod several;
 pub(crate) mod sim;

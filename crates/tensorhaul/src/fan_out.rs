@@ -1,0 +1,113 @@
+//! Tensors that go on from one device to others, when they are whole.
+
+use std::collections::{HashMap, VecDeque};
+use std::mem;
+use std::sync::Arc;
+
+use tensorhaul_device::{Device, DeviceError, Event, Location, Stream};
+use tensorhaul_plan::{Place, Plan};
+
+use crate::prepare::Prepared;
+use crate::shares::Shares;
+
+/// The copies from device to device of one transfer.
+///
+/// A tensor that others are copied from is handed over behind those copies: whoever has it may free it, or write to it.
+pub(crate) struct FanOut {
+    /// For each tensor that others are copies of: those.
+    copies_of: HashMap<u32, Vec<u32>>,
+    /// For each of these, how many copies are still under way.
+    under_way: HashMap<u32, u32>,
+    /// For each device, the tensors being copied to it and the events behind them, oldest first.
+    running: Vec<VecDeque<(u32, Event)>>,
+}
+
+impl FanOut {
+    pub(crate) fn new(plan: &Plan, shares: &Shares) -> FanOut {
+        let mut copies_of: HashMap<u32, Vec<u32>> = HashMap::new();
+        for (number, tensor) in (0..).zip(plan.tensors()) {
+            if let Some(source) = tensor.copy_of {
+                copies_of.entry(source).or_default().push(number);
+            }
+        }
+        let running = shares.devices().iter().map(|_| VecDeque::new()).collect();
+        FanOut { copies_of, under_way: HashMap::new(), running }
+    }
+
+    /// Tells whether none is under way.
+    pub(crate) fn is_over(&self) -> bool {
+        self.running.iter().all(VecDeque::is_empty)
+    }
+
+    /// Takes the tensors that are copies of this one, which is whole; nobody asks for them again.
+    pub(crate) fn take_copies_of(&mut self, tensor: u32) -> Vec<u32> {
+        self.copies_of.remove(&tensor).unwrap_or_default()
+    }
+
+    /// Queues the copy of a tensor from the one it is a copy of, which is whole.
+    pub(crate) fn start(
+        &mut self,
+        tensor: u32,
+        plan: &Plan,
+        shares: &Shares,
+        prepared: &Prepared,
+    ) -> Result<(), DeviceError> {
+        let copy = &plan.tensors()[tensor as usize];
+        let source_number = copy.copy_of.expect("only copies are started");
+        let source = &plan.tensors()[source_number as usize];
+        let at = shares.of_arena(copy.place.arena);
+        let (from, to) = (shares.of_arena(source.place.arena), &prepared.devices[at].device);
+        let (source_arena, target_arena) =
+            (&prepared.arenas[source.place.arena as usize], &prepared.arenas[copy.place.arena as usize]);
+        let location = |allocation, place: Place| Location { allocation, offset_bytes: place.offset_bytes };
+        let (source_at, target_at) =
+            (location(source_arena, source.place), location(target_arena, copy.place));
+        let peer = shares.devices()[from];
+        // SAFETY: both arenas live until the transfer is over, which waits for the event below. The source is whole: the events of all it is made of
+        // were seen complete, and it is handed over only behind this copy. Nobody else knows of the target yet.
+        let queued = unsafe { to.copy_from_peer(peer, source_at, target_at, copy.len_bytes, Stream::Copy) };
+        match queued.and_then(|()| to.record(Stream::Copy)) {
+            Ok(event) => {
+                self.running[at].push_back((tensor, event));
+                *self.under_way.entry(source_number).or_default() += 1;
+                Ok(())
+            }
+            Err(error) => {
+                self.let_go(source_number, plan, &**to, prepared);
+                Err(error)
+            }
+        }
+    }
+
+    /// Takes the tensor out that was the first to be copied to a device, if the copy is over, with whether it went well.
+    pub(crate) fn next_over(
+        &mut self,
+        at: usize,
+        device: &dyn Device,
+    ) -> Option<(u32, Result<(), DeviceError>)> {
+        let (_, event) = self.running[at].front()?;
+        let over = match device.is_complete(event) {
+            Ok(false) => return None,
+            Ok(true) => Ok(()),
+            Err(error) => Err(error),
+        };
+        self.running[at].pop_front().map(|(tensor, _)| (tensor, over))
+    }
+
+    /// Counts a copy that went well; tells whether it was the last of its source, which can be handed over now.
+    pub(crate) fn is_last_of(&mut self, source: u32) -> bool {
+        let left = self.under_way.get_mut(&source).expect("a copy that is over was under way");
+        *left -= 1;
+        *left == 0
+    }
+
+    /// Makes sure that a device no longer reads a tensor of another after a copy or its event failed: once it has provably let go of it. When that
+    /// cannot be proven, the tensor's memory is leaked, never reused.
+    pub(crate) fn let_go(&self, source: u32, plan: &Plan, device: &dyn Device, prepared: &Prepared) {
+        let drained = device.record(Stream::Copy).and_then(|event| device.wait(&event));
+        if drained.is_err() {
+            let place = plan.tensors()[source as usize].place;
+            mem::forget(Arc::clone(&prepared.arenas[place.arena as usize]));
+        }
+    }
+}
