@@ -9,6 +9,7 @@ use tensorhaul::{
 };
 
 use crate::failure::Failure;
+use crate::ranks::Sharing;
 
 /// What to load, onto what, through how much memory.
 #[derive(Args)]
@@ -28,6 +29,9 @@ pub(crate) struct Selection {
     /// The devices of `--device-map auto` [default: all of the vendor of --device]
     #[arg(long, value_name = "DEVICES", value_delimiter = ',', requires = "device_map", value_parser = parse_named_device)]
     devices: Vec<DeviceId>,
+
+    #[command(flatten)]
+    pub(crate) sharing: Sharing,
 
     #[command(flatten)]
     dequantizing: Dequantizing,
@@ -52,6 +56,9 @@ impl Selection {
         }
         if let Some(transient_bytes) = self.transient {
             options = options.transient_bytes(transient_bytes);
+        }
+        if let Some(parallel) = self.sharing.parallel()? {
+            options = options.parallel(parallel);
         }
         let map = match &self.device_map {
             None => return Ok(options),

@@ -12,6 +12,7 @@ use crate::failure::Outcome;
 use crate::interrupt;
 use crate::output::{bytes, count, print, print_json, printable, seconds};
 use crate::progress::Bar;
+use crate::ranks::Sharing;
 
 /// Write a checkpoint into another folder, in other shards, cast to another dtype, or dequantized
 ///
@@ -24,6 +25,7 @@ use crate::progress::Bar;
   tensorhaul convert model out --cast bf16
   tensorhaul convert model out --max-shard-bytes 5GB
   tensorhaul convert model-GPTQ-Int4 out --dequantize bf16
+  tensorhaul convert model out-3 --tp-size 8 --tp-rank 3 --fuse all
   tensorhaul convert org/name out --cast f16 --json | jq .kept")]
 pub(crate) struct Convert {
     /// A .safetensors file, a folder, an index json, or an org/name in the Hugging Face cache
@@ -43,6 +45,9 @@ pub(crate) struct Convert {
     /// Where tensors are dequantized; the bytes are the same everywhere
     #[arg(long, value_name = "host|cuda:N|auto", default_value = "host", value_parser = parse_device, requires = "dequantize")]
     device: Device,
+
+    #[command(flatten)]
+    sharing: Sharing,
 
     /// The most bytes of tensors in one file: bytes, or with a unit such as 5GB [default: one file]
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
@@ -65,6 +70,9 @@ impl Convert {
         if let Some(dtype) = self.dequantize {
             options = options.dequantize(dtype);
             options = options.device(self.device.named().unwrap_or_else(tensorhaul::default_device));
+        }
+        if let Some(parallel) = self.sharing.parallel()? {
+            options = options.parallel(parallel);
         }
         if let Some(max_shard_bytes) = self.max_shard_bytes {
             options = options.max_shard_bytes(max_shard_bytes);

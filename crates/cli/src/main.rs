@@ -17,6 +17,7 @@ mod output;
 mod plan;
 mod progress;
 mod quantized;
+mod ranks;
 mod verify;
 
 use std::panic;

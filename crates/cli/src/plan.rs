@@ -1,13 +1,15 @@
 //! `tensorhaul plan`: what a load into memory of its own would do, without doing it.
 
+use std::fmt::Write as _;
 use std::path::PathBuf;
 
 use clap::Args;
-use tensorhaul::Model;
+use tensorhaul::parallel::RankPlan;
+use tensorhaul::{LoadOptions, Model};
 
 use crate::arguments::Selection;
 use crate::failure::Outcome;
-use crate::output::{print, print_json, printable};
+use crate::output::{grouped, print, print_json, printable};
 
 /// Show every read, copy and byte of memory of a load, without reading
 ///
@@ -18,6 +20,8 @@ use crate::output::{print, print_json, printable};
   tensorhaul plan examples/models/tiny-llama
   tensorhaul plan model --tensor 'model.layers.0.*' --staging 16MiB
   tensorhaul plan model-AWQ --dequantize bf16
+  tensorhaul plan model --tp-size 8 --all-ranks
+  tensorhaul plan model --tp-size 8 --tp-rank 3 --fuse all --by-rule
   tensorhaul plan model --device-map auto --devices cuda:0,cuda:1
   tensorhaul plan model --json | jq .promised")]
 pub(crate) struct PlanLoad {
@@ -27,6 +31,14 @@ pub(crate) struct PlanLoad {
     #[command(flatten)]
     selection: Selection,
 
+    /// Show instead what every rank of --tp-size, --pp-size and --ep-size would load, a line each
+    #[arg(long, conflicts_with_all = ["tp_rank", "tp_devices", "pp_stage", "layers", "ep_rank"])]
+    all_ranks: bool,
+
+    /// Show instead what the rank has of each tensor, and by which rule
+    #[arg(long, conflicts_with_all = ["all_ranks", "tp_devices"])]
+    by_rule: bool,
+
     /// Print one JSON object: promised, machine, files, arenas, operations, reads, tensors
     #[arg(long)]
     json: bool,
@@ -35,12 +47,74 @@ pub(crate) struct PlanLoad {
 impl PlanLoad {
     pub(crate) fn run(&self) -> Outcome {
         let model = Model::open(&self.path)?;
-        let plan = model.plan(&self.selection.options(&model)?)?;
+        let options = self.selection.options(&model)?;
+        if self.all_ranks {
+            return self.all_ranks(&model, &options);
+        }
+        if self.by_rule {
+            return self.by_rule(&model, &options);
+        }
+        let plan = model.plan(&options)?;
         if self.json {
             return print_json(&plan);
         }
         let text = plan.to_string();
         // Line by line, because the ends of lines are control characters, too.
         text.lines().try_for_each(|line| print(format_args!("{}\n", printable(line))))
+    }
+
+    /// Prints what each rank would load.
+    fn all_ranks(&self, model: &Model, options: &LoadOptions) -> Outcome {
+        let plans = model.plan_ranks(options, self.selection.sharing.all_ranks())?;
+        if self.json {
+            return print_json(&plans);
+        }
+        let mut text = format!(
+            "{:<28} {:>8} {:>20} {:>20} {:>10} {:>10} {:>16}\n",
+            "rank", "tensors", "resident bytes", "read bytes", "over-read", "requests", "staging bytes"
+        );
+        let over = |read_bytes: u64, payload_bytes: u64| match payload_bytes {
+            0 => "-".to_owned(),
+            _ => format!("{:.3}x", read_bytes as f64 / payload_bytes as f64),
+        };
+        let (mut read_bytes, mut payload_bytes) = (0, 0);
+        for RankPlan { ranks, tensors, promised, .. } in &plans {
+            (read_bytes, payload_bytes) =
+                (read_bytes + promised.read_bytes, payload_bytes + promised.payload_bytes);
+            let _ = writeln!(
+                text,
+                "{:<28} {tensors:>8} {:>20} {:>20} {:>10} {:>10} {:>16}",
+                ranks.to_string(),
+                grouped(promised.target_bytes),
+                grouped(promised.read_bytes),
+                over(promised.read_bytes, promised.payload_bytes),
+                grouped(promised.reads),
+                grouped(promised.peak_staging_bytes)
+            );
+        }
+        let over_read = over(read_bytes, payload_bytes);
+        let _ =
+            writeln!(text, "{:<28} {:>8} {:>20} {:>20} {over_read:>10}", "all", "", "", grouped(read_bytes));
+        let worst = plans.iter().flat_map(|plan| plan.over_reads.first()).max_by_key(|over| over.over_bytes);
+        if let Some(worst) = worst {
+            let count = plans.iter().map(|plan| plan.over_reads.len()).max().unwrap_or(0);
+            let _ = writeln!(
+                text,
+                "{count} tensors of a rank are in pieces too short to be read apart, and are read whole: {}, in pieces of {} bytes, is the largest",
+                printable(&worst.name),
+                worst.piece_len_bytes
+            );
+        }
+        print(text)
+    }
+
+    /// Prints what a rank has of each tensor.
+    fn by_rule(&self, model: &Model, options: &LoadOptions) -> Outcome {
+        let ranks = self.selection.sharing.rank();
+        let summary = model.describe_rank(options, &ranks)?;
+        if self.json {
+            return print_json(&summary);
+        }
+        summary.text.lines().try_for_each(|line| print(format_args!("{}\n", printable(line))))
     }
 }

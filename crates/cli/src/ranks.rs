@@ -80,7 +80,7 @@ impl Sharing {
             return Ok(None);
         }
         let mut parallel = if self.tp_devices.is_empty() {
-            Parallel::rank(self.of_tp(self.tp_rank.unwrap_or(0), self.tp_size.unwrap_or(1)))
+            Parallel::rank(self.rank())
         } else {
             let size = self.tp_devices.len() as u32; // Typed by hand.
             let of_device = |(rank, device)| (self.of_tp(rank, size), device);
@@ -106,6 +106,11 @@ impl Sharing {
         let all = Ranks::all(tp_size, self.pp_size.unwrap_or(1), ep_size);
         let complete = |ranks: Ranks| if self.whole_experts { ranks.whole_experts() } else { ranks };
         all.map(complete).collect()
+    }
+
+    /// Returns the one rank that is meant.
+    pub(crate) fn rank(&self) -> Ranks {
+        self.of_tp(self.tp_rank.unwrap_or(0), self.tp_size.unwrap_or(1))
     }
 
     fn of_tp(&self, rank: u32, size: u32) -> Ranks {

@@ -5,6 +5,7 @@ use std::fs;
 use std::io;
 use std::sync::Arc;
 
+use serde::Serialize;
 pub use tensorhaul_plan::parallel::{Fuse, Layers, ParallelError, Ranks, Rules, Unmatched};
 use tensorhaul_plan::parallel::{ModelConfig, Partition, Setup};
 use tensorhaul_plan::{Assembly, Dequantize, DeviceId, OverRead, Promised, Request};
@@ -76,7 +77,7 @@ impl fmt::Display for Parallel {
 }
 
 /// What a rank would load.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize)]
 #[non_exhaustive]
 pub struct RankPlan {
     /// Whose plan it is.
@@ -90,7 +91,7 @@ pub struct RankPlan {
 }
 
 /// A rank's tensors: what is loaded of each, as text for people, and the rows that a padded vocabulary has behind its end.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize)]
 #[non_exhaustive]
 pub struct RankSummary {
     /// A line for all tensors that differ by numbers alone.
