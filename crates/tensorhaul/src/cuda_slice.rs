@@ -86,6 +86,7 @@ impl Tensor {
 
 impl<T> BorrowedSlice<T> {
     fn new(tensor: &Tensor, stream: &Arc<CudaStream>) -> Result<BorrowedSlice<T>> {
+        tensor.check_contiguous()?;
         check_stream(tensor.device(), stream)?;
         if !tensor.address().is_multiple_of(align_of::<T>() as u64) {
             let what = format!(

@@ -100,8 +100,16 @@ impl Tensor {
     pub fn to_dlpack(&self) -> Option<Exported> {
         let shape = self.shape().iter().map(|dim| i64::try_from(*dim).ok()).collect::<Option<Vec<_>>>()?;
         let mut strides = vec![1i64; shape.len()];
-        for dim in (1..shape.len()).rev() {
-            strides[dim - 1] = strides[dim].checked_mul(shape[dim].max(1))?;
+        match self.strides() {
+            Some(own) => {
+                let own = own.iter().map(|stride| i64::try_from(*stride).ok());
+                strides = own.collect::<Option<Vec<_>>>()?;
+            }
+            None => {
+                for dim in (1..shape.len()).rev() {
+                    strides[dim - 1] = strides[dim].checked_mul(shape[dim].max(1))?;
+                }
+            }
         }
         let (dtype, device) = (data_type(self.dtype())?, dl_device(self.device(), self.pinned_for())?);
         let mut context = Box::new(Context { _tensor: self.clone(), shape, strides });

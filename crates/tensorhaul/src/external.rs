@@ -5,7 +5,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use tensorhaul_device::{Allocation, Kept};
-use tensorhaul_plan::DeviceId;
+use tensorhaul_plan::{DeviceId, Dtype};
 
 /// A buffer of the caller's that a tensor's bytes go into.
 #[derive(Clone)]
@@ -16,6 +16,7 @@ pub struct ExternalMemory {
     address: u64,
     host_ptr: Option<NonNull<u8>>,
     len_bytes: u64,
+    layout: Option<Arc<Layout>>,
     /// Kept until the last tensor in the memory is dropped.
     _owner: Arc<dyn Any + Send + Sync>,
     kept: Arc<Kept>,
@@ -35,7 +36,16 @@ impl ExternalMemory {
         owner: Arc<dyn Any + Send + Sync>,
     ) -> ExternalMemory {
         let kept = Arc::default();
-        ExternalMemory { device, pinned_for: None, address, host_ptr: None, len_bytes, _owner: owner, kept }
+        ExternalMemory {
+            device,
+            pinned_for: None,
+            address,
+            host_ptr: None,
+            len_bytes,
+            layout: None,
+            _owner: owner,
+            kept,
+        }
     }
 
     /// Takes memory of the host.
@@ -54,6 +64,7 @@ impl ExternalMemory {
             address: start.addr().get() as u64,
             host_ptr: Some(start),
             len_bytes,
+            layout: None,
             _owner: owner,
             kept: Arc::default(),
         }
@@ -73,6 +84,39 @@ impl ExternalMemory {
         // SAFETY: the caller's promise.
         let host = unsafe { ExternalMemory::host(start, len_bytes, owner) };
         ExternalMemory { pinned_for: Some(device), ..host }
+    }
+
+    /// Says what the memory is to hold. A load whose tensor has another dtype or shape is an error before the first read.
+    ///
+    /// `strides` are elements from neighbour to neighbour of each dimension, such as those of a view of a larger tensor; `None` is
+    /// row-major without gaps. Bytes between elements are not touched, and the memory may be longer than the tensor reaches.
+    pub fn layout(
+        self,
+        dtype: Dtype,
+        shape: impl Into<Vec<u64>>,
+        strides: Option<Vec<u64>>,
+    ) -> ExternalMemory {
+        let layout = Layout { dtype, shape: shape.into(), strides };
+        ExternalMemory { layout: Some(Arc::new(layout)), ..self }
+    }
+
+    /// Returns what it is to hold, if the caller said so.
+    pub(crate) fn held(&self) -> Option<&Layout> {
+        self.layout.as_deref()
+    }
+
+    /// Returns the strides of what it holds, if that has gaps or another order.
+    pub(crate) fn strides(&self) -> Option<&[u64]> {
+        let Layout { shape, strides, .. } = self.held()?;
+        let strides = strides.as_deref()?;
+        let mut natural = 1u64;
+        let is_natural = |(len, stride): (&u64, &u64)| {
+            let is_natural = *len <= 1 || *stride == natural;
+            natural = natural.saturating_mul(*len);
+            is_natural
+        };
+        let is_dense = shape.iter().zip(strides).rev().all(is_natural);
+        (!is_dense).then_some(strides)
     }
 
     /// Returns whose memory it is.
@@ -111,6 +155,15 @@ unsafe impl Allocation for ExternalMemory {
     fn keep(&self, owner: Arc<dyn Any + Send + Sync>) {
         self.kept.add(owner);
     }
+}
+
+/// What memory of the caller's is to hold.
+#[derive(Debug)]
+pub(crate) struct Layout {
+    pub(crate) dtype: Dtype,
+    pub(crate) shape: Vec<u64>,
+    /// In elements; `None`: row-major without gaps.
+    pub(crate) strides: Option<Vec<u64>>,
 }
 
 /// Gives memory for the result, such as a framework's caching allocator.

@@ -1,6 +1,7 @@
 //! The transfer: engines fill memory, devices take it, tensors become ready. The only place that
 //! sees a staging buffer and a device's event together.
 
+use std::any::Any;
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::sync::atomic::AtomicUsize;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
@@ -17,6 +18,7 @@ use crate::cancel::Cancel;
 use crate::checksum::{self, Hashing};
 use crate::devices;
 use crate::error::{Error, Result};
+use crate::external::ExternalMemory;
 use crate::fan_out::FanOut;
 use crate::gate::Gate;
 use crate::handover::{Emit, Ready};
@@ -634,14 +636,19 @@ impl<'a, 'e> Arrivals<'a, 'e> {
         let placed = &plan.tensors()[tensor];
         let is_repeated = self.is_repeated.get(tensor).copied().unwrap_or(false);
         let arena = Arc::clone(&self.prepared.arenas[placed.place.arena as usize]);
+        let memory: &dyn Any = &*arena;
+        let strides = memory.downcast_ref().and_then(ExternalMemory::strides).map(<[u64]>::to_vec);
         let storage = Storage::Arena(plan.device(placed), arena);
-        let tensor = Tensor::new(
+        let mut tensor = Tensor::new(
             placed.dtype,
             plan.shape(placed),
             storage,
             placed.place.offset_bytes,
             placed.len_bytes,
         );
+        if let Some(strides) = strides {
+            tensor = tensor.with_strides(&strides);
+        }
         self.progress.ready_tensors += 1;
         let name = plan.name(placed);
         if !is_repeated {

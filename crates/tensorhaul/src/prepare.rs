@@ -5,7 +5,7 @@ use std::thread::{self, Scope, ScopedJoinHandle};
 use std::time::Instant;
 
 use tensorhaul_device::{Allocation, Device, DeviceError, OperationKind, Stream};
-use tensorhaul_plan::{Arena, DeviceId, Plan, Request};
+use tensorhaul_plan::{Arena, DeviceId, PlacedTensor, Plan, Request};
 use tensorhaul_stage::{Pinned, Ring};
 
 use crate::cancel::Cancel;
@@ -240,9 +240,13 @@ pub(crate) fn check_external(plan: &Plan, request: &Request, options: &LoadOptio
             return Err(Error::bad_request(what).about_tensor(name));
         }
     }
+    check_layouts(plan, options)?;
     for arena in plan.arenas().iter().filter(|arena| arena.is_external) {
-        let given = external(arena, options).map(|memory| memory.len_bytes());
-        if given != Some(arena.len_bytes) {
+        let memory = external(arena, options);
+        let given = memory.as_ref().map(|memory| memory.len_bytes());
+        let is_view = memory.is_some_and(|memory| memory.held().is_some());
+        let is_long_enough = is_view && given.is_some_and(|given| given >= arena.len_bytes);
+        if given != Some(arena.len_bytes) && !is_long_enough {
             let what = match given {
                 Some(given) => format!("the memory given has {given} bytes, the tensor {}", arena.len_bytes),
                 None if all.len() > 1 => {
@@ -251,6 +255,37 @@ pub(crate) fn check_external(plan: &Plan, request: &Request, options: &LoadOptio
                 None => "no memory is given for it".to_owned(),
             };
             return Err(Error::bad_request(what).about_tensor(&arena.group));
+        }
+    }
+    Ok(())
+}
+
+/// Checks that the caller's own memory is of the dtype and shape that the caller said.
+fn check_layouts(plan: &Plan, options: &LoadOptions) -> Result<()> {
+    if options.targets.iter().all(|(_, memory)| memory.held().is_none()) {
+        return Ok(());
+    }
+    let is_external = |tensor: &&PlacedTensor| plan.arenas()[tensor.place.arena as usize].is_external;
+    for tensor in plan.tensors().iter().filter(is_external) {
+        let (name, device) = (plan.name(tensor), plan.device(tensor));
+        let is_for_it =
+            |(other, memory): &&(String, ExternalMemory)| other == name && memory.place() == device;
+        let Some((_, memory)) = options.targets.iter().find(is_for_it) else { continue };
+        let Some(held) = memory.held() else { continue };
+        if (held.dtype, &*held.shape) != (tensor.dtype, plan.shape(tensor)) {
+            let what = format!(
+                "the memory given is for {} {:?}, the tensor is {} {:?}",
+                held.dtype,
+                held.shape,
+                tensor.dtype,
+                plan.shape(tensor)
+            );
+            return Err(Error::bad_request(what).about_tensor(name));
+        }
+        if options.checksums && memory.strides().is_some() {
+            let what =
+                "the memory given has gaps, and checksums are of bytes without; ask for one or the other";
+            return Err(Error::bad_request(what).about_tensor(name));
         }
     }
     Ok(())
@@ -289,7 +324,7 @@ fn device_bytes(plan: &Plan, device: DeviceId) -> u64 {
     own.map(|arena| arena.len_bytes).sum()
 }
 
-fn external(arena: &Arena, options: &LoadOptions) -> Option<Arc<dyn Allocation>> {
+fn external(arena: &Arena, options: &LoadOptions) -> Option<Arc<ExternalMemory>> {
     let is_for_it =
         |(name, memory): &&(String, ExternalMemory)| *name == arena.group && memory.place() == arena.device;
     let (_, memory) = options.targets.iter().find(is_for_it)?;

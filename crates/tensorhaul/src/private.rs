@@ -328,7 +328,7 @@ pub(crate) fn request(model: &Inner, options: &LoadOptions) -> Result<Request> {
     request.external.extend(options.targets.iter().map(|(name, memory)| External {
         name: name.clone(),
         device: memory.place(),
-        strides: None,
+        strides: memory.held().and_then(|layout| layout.strides.clone()),
     }));
     if let Some(dequantization) = &options.dequantization {
         // A rank's tensors have names of their own; which stored ones they need is not known yet.

@@ -15,12 +15,14 @@ pub struct RawTensor {
     pub device: DeviceId,
     /// The first byte, in the device's address space; meaningless where `len_bytes` is 0.
     pub address: u64,
-    /// Number of bytes: row-major, without gaps, little-endian as stored.
+    /// Number of bytes of all elements, little-endian as stored: row-major without gaps, but for `strides`.
     pub len_bytes: u64,
     /// The element type.
     pub dtype: Dtype,
     /// The dimensions; empty for a scalar.
     pub shape: Vec<u64>,
+    /// Elements from neighbour to neighbour of each dimension, where the caller's memory has gaps; see [`Tensor::strides`].
+    pub strides: Option<Vec<u64>>,
     /// Whether the bytes are pages of a file, which writing to kills the process.
     pub is_read_only: bool,
     /// Keeps the bytes.
@@ -66,6 +68,7 @@ impl Tensor {
             len_bytes: self.len_bytes(),
             dtype: self.dtype(),
             shape: self.shape().to_vec(),
+            strides: self.strides().map(<[u64]>::to_vec),
             is_read_only: self.is_mapped(),
             owner: MemoryOwner(self.into_storage()),
         }

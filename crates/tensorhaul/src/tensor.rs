@@ -13,7 +13,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::external::ExternalMemory;
 use crate::pinned::PinnedMemory;
 
-/// A tensor: element type, shape, and the memory it lives in, row-major and without gaps.
+/// A tensor: element type, shape, and the memory it lives in, row-major and without gaps, unless the caller gave memory of
+/// [other strides](Tensor::strides).
 ///
 /// Clones share the memory. It is freed when the last tensor of its arena (a layer, an expert) is
 /// dropped; a mapped tensor keeps the mapping of its file.
@@ -21,6 +22,8 @@ use crate::pinned::PinnedMemory;
 pub struct Tensor {
     dtype: Dtype,
     shape: Arc<[u64]>,
+    /// `None`: row-major without gaps.
+    strides: Option<Arc<[u64]>>,
     storage: Storage,
     offset_bytes: u64,
     len_bytes: u64,
@@ -46,7 +49,12 @@ impl Tensor {
     ) -> Tensor {
         let end = offset_bytes + len_bytes;
         assert!(len_bytes == 0 || end <= storage.len_bytes(), "a tensor lies inside its storage");
-        Tensor { dtype, shape: shape.into(), storage, offset_bytes, len_bytes }
+        Tensor { dtype, shape: shape.into(), strides: None, storage, offset_bytes, len_bytes }
+    }
+
+    /// The tensor with its elements as far apart as these strides say; its storage must reach to the last of them.
+    pub(crate) fn with_strides(self, strides: &[u64]) -> Tensor {
+        Tensor { strides: Some(strides.into()), ..self }
     }
 
     /// Returns the element type.
@@ -57,6 +65,12 @@ impl Tensor {
     /// Returns the dimensions; empty for a scalar.
     pub fn shape(&self) -> &[u64] {
         &self.shape
+    }
+
+    /// Returns the elements from neighbour to neighbour of each dimension, where the tensor lies with gaps, or in another order, in
+    /// [memory of the caller's](crate::ExternalMemory::layout); `None` where it is row-major without gaps.
+    pub fn strides(&self) -> Option<&[u64]> {
+        self.strides.as_deref()
     }
 
     /// Returns the number of elements.
@@ -124,9 +138,10 @@ impl Tensor {
     /// Returns the bytes, little-endian as stored.
     ///
     /// # Errors
-    /// [`ErrorKind::BadRequest`] when the host cannot read the tensor's memory.
+    /// [`ErrorKind::BadRequest`] when the host cannot read the tensor's memory, or the tensor has [strides](Tensor::strides).
     pub fn bytes(&self) -> Result<&[u8]> {
         let (begin, len) = (self.offset_bytes as usize, self.len_bytes as usize);
+        self.check_contiguous()?;
         match &self.storage {
             _ if len == 0 => Ok(&[]),
             Storage::Mapped(map) => Ok(&map[begin..begin + len]),
@@ -145,8 +160,10 @@ impl Tensor {
     /// Copies the bytes to the host, wherever they are.
     ///
     /// # Errors
-    /// [`ErrorKind::Device`](crate::ErrorKind::Device) when the device does not give them.
+    /// [`ErrorKind::Device`](crate::ErrorKind::Device) when the device does not give them; [`ErrorKind::BadRequest`] as for
+    /// [`Tensor::bytes`].
     pub fn to_host(&self) -> Result<Vec<u8>> {
+        self.check_contiguous()?;
         match &self.storage {
             Storage::Arena(device, arena) if arena.host_ptr().is_none() => {
                 devices::read_back(*device, arena, self.offset_bytes, self.len_bytes)
@@ -185,6 +202,19 @@ impl Tensor {
         let mut elements = vec![T::zeroed(); bytes.len() / size_of::<T>()];
         bytemuck::cast_slice_mut(&mut elements).copy_from_slice(bytes);
         Ok(elements)
+    }
+
+    /// Refuses a view of bytes that do not lie back to back.
+    pub(crate) fn check_contiguous(&self) -> Result<()> {
+        match &self.strides {
+            None => Ok(()),
+            Some(strides) => {
+                let what = format!(
+                    "the tensor lies with strides {strides:?} in memory of the caller's; read it there"
+                );
+                Err(Error::bad_request(what))
+            }
+        }
     }
 
     fn typed_bytes<T: Element>(&self) -> Result<&[u8]> {

@@ -2,12 +2,14 @@
 //! have everything.
 
 use std::collections::BTreeMap;
+use std::ptr::NonNull;
+use std::sync::Arc;
 
 use tensorhaul::convert::{ConvertOptions, convert};
 use tensorhaul::parallel::{Fuse, Parallel, Ranks, Rules, Unmatched};
 use tensorhaul::{
-    Dequantization, Dtype, EngineChoice, ErrorKind, Handover, LoadOptions, Loaded, Model, Preference,
-    Request, Select,
+    Dequantization, Dtype, EngineChoice, ErrorKind, ExternalMemory, Handover, LoadOptions, Loaded, Model,
+    Preference, Request, Select,
 };
 
 const TINY_LLAMA: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../examples/models/tiny-llama");
@@ -240,4 +242,61 @@ fn what_cannot_be_shared_is_refused_before_the_first_read() {
     assert!(model.load(&options(false).parallel(parallel)).is_ok(), "transformers replicates the rest");
     let mapped = LoadOptions::default().handover(Handover::Mapped).parallel(rank(Ranks::alone().tp(0, 2)));
     assert_eq!(model.load(&mapped).unwrap_err().kind(), ErrorKind::BadRequest);
+}
+
+/// Memory of a test's own, and the tensor that is to land in it.
+fn given(len_bytes: usize) -> (Box<[u8]>, NonNull<u8>) {
+    let mut memory = vec![0xeeu8; len_bytes].into_boxed_slice();
+    let start = NonNull::new(memory.as_mut_ptr()).unwrap();
+    (memory, start)
+}
+
+#[test]
+fn a_ranks_tensors_land_in_views_of_the_callers_memory() {
+    let model = Model::open(TINY_LLAMA).unwrap();
+    let name = "model.layers.0.self_attn.o_proj.weight";
+    let parallel = || rank(Ranks::alone().tp(1, 4));
+    let expected = matrices(&model.load(&options(false).parallel(parallel())).unwrap())[name].clone();
+    let [rows, cols] = expected.shape[..] else { panic!("{expected:?}") };
+    // Columns 3.. of a matrix that is 5 columns wider.
+    let pitch = cols + 5;
+    let (memory, start) = given((rows * pitch * 2) as usize);
+    for (in_place, engine) in [
+        (Preference::Preferred, EngineChoice::Auto),
+        (Preference::Off, EngineChoice::Pread),
+        (Preference::Preferred, EngineChoice::IoUring),
+    ] {
+        // SAFETY: three elements further, in memory that outlives the load and its tensors.
+        let view = unsafe { start.add(6) };
+        let len_bytes = memory.len() as u64 - 6;
+        // SAFETY: initialized memory of this test's own, which nobody touches until the tensor is there.
+        let target = unsafe { ExternalMemory::host(view, len_bytes, Arc::new(())) };
+        let target = target.layout(expected.dtype, [rows, cols], Some(vec![pitch, 1]));
+        let options =
+            options(false).in_place(in_place).engine(engine).parallel(parallel()).target(name, target);
+        let loaded = model.load(&options).unwrap();
+        let tensor = loaded.tensors.get(name).unwrap();
+        assert_eq!(tensor.strides(), Some(&[pitch, 1][..]));
+        assert_eq!(tensor.bytes().unwrap_err().kind(), ErrorKind::BadRequest);
+        // SAFETY: the memory that was given; the load is over.
+        let found = unsafe { std::slice::from_raw_parts(start.as_ptr(), memory.len()) };
+        for (row, expected) in expected.bytes.chunks(cols as usize * 2).enumerate() {
+            let begin = row * pitch as usize * 2;
+            assert_eq!(&found[begin + 6..begin + 6 + expected.len()], expected);
+            assert_eq!(&found[begin..begin + 6], [0xee; 6], "what lies between is left alone");
+        }
+    }
+    for (dtype, shape, strides) in [
+        (Dtype::F32, vec![rows, cols], None),
+        (expected.dtype, vec![cols, rows], None),
+        (expected.dtype, vec![rows, cols], Some(vec![cols - 1, 1])),
+        (expected.dtype, vec![rows, cols], Some(vec![1])),
+    ] {
+        // SAFETY: as above; the load is refused.
+        let target = unsafe { ExternalMemory::host(start, memory.len() as u64, Arc::new(())) };
+        let target = target.layout(dtype, shape, strides);
+        let error = model.load(&options(false).parallel(parallel()).target(name, target)).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::BadRequest, "{error}");
+        assert!(error.one_line().contains(name), "{}", error.one_line());
+    }
 }
