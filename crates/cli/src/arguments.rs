@@ -43,6 +43,11 @@ pub(crate) struct Selection {
 
 impl Selection {
     pub(crate) fn options(&self, model: &Model) -> Result<LoadOptions, Failure> {
+        self.options_of(model, false)
+    }
+
+    /// As [`Selection::options`], of all ranks where `is_of_all`.
+    pub(crate) fn options_of(&self, model: &Model, is_of_all: bool) -> Result<LoadOptions, Failure> {
         let select = match self.tensors.as_slice() {
             [] => Select::All,
             globs => Select::Globs(globs.to_vec()),
@@ -57,7 +62,7 @@ impl Selection {
         if let Some(transient_bytes) = self.transient {
             options = options.transient_bytes(transient_bytes);
         }
-        if let Some(parallel) = self.sharing.parallel()? {
+        if let Some(parallel) = self.sharing.parallel(is_of_all)? {
             options = options.parallel(parallel);
         }
         let map = match &self.device_map {

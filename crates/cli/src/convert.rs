@@ -25,7 +25,7 @@ use crate::ranks::Sharing;
   tensorhaul convert model out --cast bf16
   tensorhaul convert model out --max-shard-bytes 5GB
   tensorhaul convert model-GPTQ-Int4 out --dequantize bf16
-  tensorhaul convert model out-3 --tp-size 8 --tp-rank 3 --fuse all
+  tensorhaul convert model out-3 --tp-size 8 --tp-rank 3 --fuse
   tensorhaul convert org/name out --cast f16 --json | jq .kept")]
 pub(crate) struct Convert {
     /// A .safetensors file, a folder, an index json, or an org/name in the Hugging Face cache
@@ -71,7 +71,7 @@ impl Convert {
             options = options.dequantize(dtype);
             options = options.device(self.device.named().unwrap_or_else(tensorhaul::default_device));
         }
-        if let Some(parallel) = self.sharing.parallel()? {
+        if let Some(parallel) = self.sharing.parallel(false)? {
             options = options.parallel(parallel);
         }
         if let Some(max_shard_bytes) = self.max_shard_bytes {

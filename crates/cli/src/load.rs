@@ -24,7 +24,7 @@ use crate::progress::Bar;
   tensorhaul load model --device cuda:0 --gds required
   tensorhaul load model --device-map auto
   tensorhaul load model --device-map map.json --device cuda:0
-  tensorhaul load model --device cuda:3 --tp-size 8 --tp-rank 3 --fuse all
+  tensorhaul load model --device cuda:3 --tp-size 8 --tp-rank 3 --fuse
   tensorhaul load model --json | jq '.gb_per_s, .fallbacks'")]
 pub(crate) struct Load {
     /// A .safetensors file, a folder, an index json, or an org/name in the Hugging Face cache

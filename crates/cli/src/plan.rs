@@ -21,7 +21,7 @@ use crate::output::{grouped, print, print_json, printable};
   tensorhaul plan model --tensor 'model.layers.0.*' --staging 16MiB
   tensorhaul plan model-AWQ --dequantize bf16
   tensorhaul plan model --tp-size 8 --all-ranks
-  tensorhaul plan model --tp-size 8 --tp-rank 3 --fuse all --by-rule
+  tensorhaul plan model --tp-size 8 --tp-rank 3 --fuse --by-rule
   tensorhaul plan model --device-map auto --devices cuda:0,cuda:1
   tensorhaul plan model --json | jq .promised")]
 pub(crate) struct PlanLoad {
@@ -47,7 +47,7 @@ pub(crate) struct PlanLoad {
 impl PlanLoad {
     pub(crate) fn run(&self) -> Outcome {
         let model = Model::open(&self.path)?;
-        let options = self.selection.options(&model)?;
+        let options = self.selection.options_of(&model, self.all_ranks)?;
         if self.all_ranks {
             return self.all_ranks(&model, &options);
         }
@@ -73,26 +73,26 @@ impl PlanLoad {
             "{:<28} {:>8} {:>20} {:>20} {:>10} {:>10} {:>16}\n",
             "rank", "tensors", "resident bytes", "read bytes", "over-read", "requests", "staging bytes"
         );
-        let over = |read_bytes: u64, payload_bytes: u64| match payload_bytes {
+        let over = |read_bytes: u64, needed_bytes: u64| match needed_bytes {
             0 => "-".to_owned(),
-            _ => format!("{:.3}x", read_bytes as f64 / payload_bytes as f64),
+            _ => format!("{:.3}x", read_bytes as f64 / needed_bytes as f64),
         };
-        let (mut read_bytes, mut payload_bytes) = (0, 0);
+        let (mut read_bytes, mut needed_bytes) = (0, 0);
         for RankPlan { ranks, tensors, promised, .. } in &plans {
-            (read_bytes, payload_bytes) =
-                (read_bytes + promised.read_bytes, payload_bytes + promised.payload_bytes);
+            (read_bytes, needed_bytes) =
+                (read_bytes + promised.read_bytes, needed_bytes + promised.needed_bytes);
             let _ = writeln!(
                 text,
                 "{:<28} {tensors:>8} {:>20} {:>20} {:>10} {:>10} {:>16}",
                 ranks.to_string(),
                 grouped(promised.target_bytes),
                 grouped(promised.read_bytes),
-                over(promised.read_bytes, promised.payload_bytes),
+                over(promised.read_bytes, promised.needed_bytes),
                 grouped(promised.reads),
                 grouped(promised.peak_staging_bytes)
             );
         }
-        let over_read = over(read_bytes, payload_bytes);
+        let over_read = over(read_bytes, needed_bytes);
         let _ =
             writeln!(text, "{:<28} {:>8} {:>20} {:>20} {over_read:>10}", "all", "", "", grouped(read_bytes));
         let worst = plans.iter().flat_map(|plan| plan.over_reads.first()).max_by_key(|over| over.over_bytes);

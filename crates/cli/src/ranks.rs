@@ -21,11 +21,11 @@ pub(crate) struct Sharing {
     tp_rank: Option<u32>,
 
     /// Ranks that share each matrix (tensor parallelism)
-    #[arg(long, value_name = "RANKS")]
+    #[arg(long, value_name = "RANKS", value_parser = sizes())]
     tp_size: Option<u32>,
 
     /// Load every tensor-parallel rank in this process, one on each of these devices
-    #[arg(long, value_name = "DEVICES", value_delimiter = ',', conflicts_with_all = ["tp_rank", "tp_size"])]
+    #[arg(long, value_name = "DEVICES", value_delimiter = ',', conflicts_with_all = ["tp_rank", "tp_size", "device_map"])]
     tp_devices: Vec<DeviceId>,
 
     /// Which of --pp-size stages of layers, from 0
@@ -33,7 +33,7 @@ pub(crate) struct Sharing {
     pp_stage: Option<u32>,
 
     /// Stages that the layers are shared out to (pipeline parallelism)
-    #[arg(long, value_name = "STAGES")]
+    #[arg(long, value_name = "STAGES", value_parser = sizes())]
     pp_size: Option<u32>,
 
     /// These layers instead of a stage's, such as 0..16
@@ -45,7 +45,7 @@ pub(crate) struct Sharing {
     ep_rank: Option<u32>,
 
     /// Ranks that share the experts (expert parallelism)
-    #[arg(long, value_name = "RANKS")]
+    #[arg(long, value_name = "RANKS", value_parser = sizes())]
     ep_size: Option<u32>,
 
     /// Keep each expert in one piece, though --tp-size cuts everything else
@@ -61,23 +61,38 @@ pub(crate) struct Sharing {
     #[arg(long, value_name = "WHAT", value_parser = unmatched())]
     unmatched: Option<Unmatched>,
 
-    /// Make these tensors one: qkv, gate_up, experts, ..., or all that the rules have
-    #[arg(long, value_name = "NAMES", value_delimiter = ',', num_args = 0.., default_missing_value = "all")]
+    /// Make these tensors one, such as --fuse=qkv,gate_up; alone, all that the rules have
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', num_args = 0..=1, require_equals = true, default_missing_value = "all")]
     fuse: Option<Vec<String>>,
 }
 
 impl Sharing {
-    /// Returns what to load of the model; `None` for all of it, under its own names.
-    pub(crate) fn parallel(&self) -> Result<Option<Parallel>, Failure> {
+    /// Returns what to load of the model; `None` for all of it, under its own names. `is_of_all`: whose part it is does not matter.
+    pub(crate) fn parallel(&self, is_of_all: bool) -> Result<Option<Parallel>, Failure> {
         let is_asked = self.tp_size.is_some()
             || !self.tp_devices.is_empty()
             || self.pp_size.is_some()
             || self.layers.is_some()
             || self.ep_size.is_some()
             || self.rules.is_some()
+            || self.unmatched.is_some()
+            || self.whole_experts
             || self.fuse.is_some();
         if !is_asked {
             return Ok(None);
+        }
+        let ranks = [("tp", self.tp_size, self.tp_rank), ("ep", self.ep_size, self.ep_rank)];
+        let stage = [("pp", self.pp_size, self.pp_stage)];
+        if let Some((kind, size, _)) = ranks
+            .into_iter()
+            .chain(stage)
+            .find(|(_, size, rank)| !is_of_all && rank.is_none() && size.is_some_and(|size| size > 1))
+        {
+            let rank = if kind == "pp" { "stage" } else { "rank" };
+            let size = size.unwrap_or(1);
+            let what =
+                format!("--{kind}-size {size} needs --{kind}-{rank}: which of them, from 0 to {}", size - 1);
+            return Err(Failure::of_request(&what));
         }
         let mut parallel = if self.tp_devices.is_empty() {
             Parallel::rank(self.rank())
@@ -133,6 +148,11 @@ fn read_rules(path: &Path) -> Result<Rules, Failure> {
     };
     let text = fs::read_to_string(path).map_err(|error| failed(&error))?;
     Rules::parse(&text).map_err(|error| failed(&error))
+}
+
+/// Groups larger than this are slips of the keyboard.
+fn sizes() -> impl TypedValueParser<Value = u32> {
+    clap::value_parser!(u32).range(1..=4096)
 }
 
 /// Reads `FIRST..END`.

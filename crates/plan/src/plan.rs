@@ -361,7 +361,9 @@ pub struct Staged {
 pub struct Promised {
     /// Bytes of the tensors asked for.
     pub payload_bytes: u64,
-    /// Bytes asked of storage: the payload, alignment and bridged gaps.
+    /// Bytes of the files that are needed for them: their own as stored, and sources of operations; what several take counts once.
+    pub needed_bytes: u64,
+    /// Bytes asked of storage: those needed, alignment and bridged gaps.
     pub read_bytes: u64,
     /// Number of reads.
     pub reads: u64,

@@ -65,19 +65,19 @@ impl Gate {
         self.changed.notify_all();
     }
 
-    /// Tells whether a read may begin that waits for these operations, as far as they are of the first one's device; with `wait`, when it may or
+    /// Tells whether a read may begin that waits for these operations, as far as they are of the devices that it feeds; with `wait`, when it may or
     /// the load is over.
-    pub(crate) fn passage(&self, after: &Range<u32>, wait: bool, cancel: &Cancel) -> Passage {
-        if after.is_empty() {
-            return Passage::Free;
-        }
-        let device = self.device_of[after.start as usize];
+    ///
+    /// A read that feeds several devices may wait for more than it has to: of each, for all that are older than the last of the range.
+    pub(crate) fn passage(&self, after: &Range<u32>, fed: &[usize], wait: bool, cancel: &Cancel) -> Passage {
         let mut state = self.lock();
         loop {
             if state.is_closed || cancel.is_cancelled() {
                 return Passage::Closed;
             }
-            if after.end as usize <= state.next[device] {
+            let is_past =
+                |device: &usize| state.next.get(*device).is_none_or(|next| after.end as usize <= *next);
+            if after.is_empty() || fed.iter().all(is_past) {
                 return Passage::Free;
             }
             if !wait {
@@ -103,13 +103,13 @@ mod tests {
     #[test]
     fn a_read_passes_when_every_older_operation_is_past() {
         let (gate, cancel) = (Gate::new(&[0; 3]), Cancel::new());
-        assert_eq!(gate.passage(&(0..0), true, &cancel), Passage::Free);
-        assert_eq!(gate.passage(&(1..2), false, &cancel), Passage::Blocked);
+        assert_eq!(gate.passage(&(0..0), &[0], true, &cancel), Passage::Free);
+        assert_eq!(gate.passage(&(1..2), &[0], false, &cancel), Passage::Blocked);
         gate.pass(1);
-        assert_eq!(gate.passage(&(1..2), false, &cancel), Passage::Blocked, "the first is not past");
+        assert_eq!(gate.passage(&(1..2), &[0], false, &cancel), Passage::Blocked, "the first is not past");
         gate.pass(0);
-        assert_eq!(gate.passage(&(1..2), true, &cancel), Passage::Free);
-        assert_eq!(gate.passage(&(0..3), false, &cancel), Passage::Blocked);
+        assert_eq!(gate.passage(&(1..2), &[0], true, &cancel), Passage::Free);
+        assert_eq!(gate.passage(&(0..3), &[0], false, &cancel), Passage::Blocked);
     }
 
     #[test]
@@ -117,32 +117,55 @@ mod tests {
         let (gate, cancel) = (Gate::new(&[0, 1, 0, 1]), Cancel::new());
         gate.pass(1);
         assert_eq!(
-            gate.passage(&(1..2), false, &cancel),
+            gate.passage(&(1..2), &[1], false, &cancel),
             Passage::Free,
             "the other device's first is not past"
         );
-        assert_eq!(gate.passage(&(0..1), false, &cancel), Passage::Blocked);
+        assert_eq!(gate.passage(&(0..1), &[0], false, &cancel), Passage::Blocked);
         gate.pass(0);
-        assert_eq!(gate.passage(&(0..1), false, &cancel), Passage::Free);
-        assert_eq!(gate.passage(&(1..4), false, &cancel), Passage::Blocked, "its own third is not past");
+        assert_eq!(gate.passage(&(0..1), &[0], false, &cancel), Passage::Free);
+        assert_eq!(
+            gate.passage(&(1..4), &[1], false, &cancel),
+            Passage::Blocked,
+            "its own third is not past"
+        );
         gate.pass(3);
-        assert_eq!(gate.passage(&(1..4), false, &cancel), Passage::Free);
-        assert_eq!(gate.passage(&(0..3), false, &cancel), Passage::Blocked);
+        assert_eq!(gate.passage(&(1..4), &[1], false, &cancel), Passage::Free);
+        assert_eq!(gate.passage(&(0..3), &[0], false, &cancel), Passage::Blocked);
         gate.pass(2);
-        assert_eq!(gate.passage(&(0..4), false, &cancel), Passage::Free);
+        assert_eq!(gate.passage(&(0..4), &[0], false, &cancel), Passage::Free);
+    }
+
+    #[test]
+    fn a_read_for_two_devices_waits_for_both() {
+        let (gate, cancel) = (Gate::new(&[0, 1]), Cancel::new());
+        for first in 0..2 {
+            let gate = Gate::new(&[0, 1]);
+            gate.pass(first);
+            assert_eq!(gate.passage(&(0..2), &[0, 1], false, &cancel), Passage::Blocked);
+            gate.pass(1 - first);
+            assert_eq!(gate.passage(&(0..2), &[0, 1], true, &cancel), Passage::Free);
+        }
+        assert_eq!(gate.passage(&(0..0), &[0, 1], false, &cancel), Passage::Free);
+        gate.close();
+        assert_eq!(
+            gate.passage(&(0..0), &[0, 1], false, &cancel),
+            Passage::Closed,
+            "the load is over for all"
+        );
     }
 
     #[test]
     fn who_waits_is_let_go_when_the_load_ends() {
         let (gate, cancel) = (Gate::new(&[0]), Cancel::new());
         std::thread::scope(|scope| {
-            let waiting = scope.spawn(|| gate.passage(&(0..1), true, &cancel));
+            let waiting = scope.spawn(|| gate.passage(&(0..1), &[0], true, &cancel));
             gate.close();
             assert_eq!(waiting.join().unwrap(), Passage::Closed);
         });
         let gate = Gate::new(&[0]);
         std::thread::scope(|scope| {
-            let waiting = scope.spawn(|| gate.passage(&(0..1), true, &cancel));
+            let waiting = scope.spawn(|| gate.passage(&(0..1), &[0], true, &cancel));
             cancel.cancel();
             assert_eq!(waiting.join().unwrap(), Passage::Closed);
         });

@@ -25,8 +25,8 @@ pub struct Tensors {
     checkpoint: Arc<Checkpoint>,
     /// Ascending by id, name and device; at one id, the stored tensor first.
     entries: Vec<Entry>,
-    /// Those with names of their own, by name; the first of each.
-    renamed: HashMap<Arc<str>, usize>,
+    /// Those with names of their own, by name; of each by device.
+    renamed: HashMap<Arc<str>, Vec<usize>>,
 }
 
 /// A tensor and what it is called.
@@ -58,9 +58,13 @@ impl Entry {
 impl Tensors {
     pub(crate) fn new(checkpoint: Arc<Checkpoint>, mut entries: Vec<Entry>) -> Tensors {
         entries.sort_by(|a, b| a.key().cmp(&b.key()));
-        let named =
-            entries.iter().enumerate().filter_map(|(index, entry)| Some((entry.name.clone()?, index)));
-        let renamed = named.rev().collect();
+        let mut renamed: HashMap<Arc<str>, Vec<usize>> = HashMap::new();
+        for (index, entry) in entries.iter().enumerate() {
+            if let Some(name) = &entry.name {
+                renamed.entry(name.clone()).or_default().push(index);
+            }
+        }
+        renamed.values_mut().for_each(|places| places.sort_by_key(|place| entries[*place].tensor.device()));
         Tensors { checkpoint, entries, renamed }
     }
 
@@ -76,15 +80,12 @@ impl Tensors {
 
     /// Walks the tensors of this name, one for each device that it is on, ascending.
     pub fn all(&self, name: &str) -> impl Iterator<Item = &Tensor> {
-        let stored = || {
-            let id = self.checkpoint.find(name)?.id;
-            let index = self.entries.partition_point(|entry| entry.id < id);
-            self.entries.get(index).filter(|entry| entry.id == id && entry.name.is_none()).map(|_| index)
-        };
-        let first = self.renamed.get(name).copied().or_else(stored);
-        let entries = first.map_or(&[][..], |first| &self.entries[first..]);
-        let is_same = move |entry: &&Entry| (entry.id, &entry.name) == (entries[0].id, &entries[0].name);
-        entries.iter().take_while(is_same).map(|entry| &entry.tensor)
+        let renamed = self.renamed.get(name).map_or(&[][..], Vec::as_slice);
+        let id = self.checkpoint.find(name).filter(|_| renamed.is_empty()).map(|stored| stored.id);
+        let first = id.map_or(self.entries.len(), |id| self.entries.partition_point(|entry| entry.id < id));
+        let stored = self.entries[first..].iter().take_while(move |entry| Some(entry.id) == id);
+        let renamed = renamed.iter().map(|place| &self.entries[*place]);
+        renamed.chain(stored.filter(|entry| entry.name.is_none())).map(|entry| &entry.tensor)
     }
 
     /// Returns the number of tensors.

@@ -146,6 +146,18 @@ impl Model {
 /// Completes a request with what its ranks need.
 pub(crate) fn assemble(model: &Inner, parallel: &Parallel, request: &mut Request) -> Result<()> {
     let device = request.device;
+    if request.device_map.is_some() && parallel.one_rank().is_none() {
+        let what =
+            "ranks with devices of their own and a device map both say where tensors go; give one of them";
+        return Err(Error::bad_request(what));
+    }
+    for file in model.checkpoint.files() {
+        if let Some(ranks) = file.header().metadata().get(RANKS) {
+            let what =
+                format!("is one rank's part already ({ranks}), and cannot be cut again; load it whole");
+            return Err(Error::bad_request(what).in_file(&model.folder.join(file.name())));
+        }
+    }
     let assembly = parallel.with_partition(model, request.dequantize.as_ref(), |partition| {
         let mut assembly = Assembly::default();
         for (ranks, own) in &parallel.shares {
@@ -191,6 +203,10 @@ impl Parallel {
         let quantization = model.quantization()?;
         let setup = Setup { quantization: Some(&quantization), dequantize, fuse: self.fuse.clone() };
         let partition = Partition::new(&model.checkpoint, &config, &rules, &setup).map_err(failed)?;
+        if self.rules.is_some() && partition.is_unused() {
+            let what = "no pattern of the rules names a tensor of the model; are they for another one?";
+            return Err(Error::bad_request(what).in_file(&model.folder));
+        }
         act(&partition).map_err(failed)
     }
 }
@@ -223,6 +239,9 @@ fn parallel_error(error: ParallelError, model: &Inner) -> Error {
     };
     Error::new(kind, error).in_file(&model.folder)
 }
+
+/// Whose part of a model a checkpoint is, among its metadata.
+pub(crate) const RANKS: &str = "tensorhaul.ranks";
 
 /// Configurations have a few kB; lists of excluded modules make some longer.
 const CONFIG_LEN_BYTES_MAX: u64 = 16 << 20;

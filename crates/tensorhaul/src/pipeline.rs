@@ -112,8 +112,17 @@ impl Transfer<'_> {
                     let answers = Answers { sender: sender.clone(), plan: self.plan, landed: &landed };
                     let (reads, next) = (&*lane.reads, AtomicUsize::new(0));
                     let (plan, ring, cancel) = (self.plan, self.rings[lane.device].as_ref(), self.cancel);
-                    let queue =
-                        Queue { plan, access, reads, next, landing: &landing, ring, gate: &gate, cancel };
+                    let queue = Queue {
+                        plan,
+                        access,
+                        reads,
+                        next,
+                        landing: &landing,
+                        ring,
+                        gate: &gate,
+                        shares: self.shares,
+                        cancel,
+                    };
                     let run = move || {
                         let counts = lane.engine.run(&queue, &answers);
                         answers.tell(Message::Ended(counts));

@@ -11,6 +11,7 @@ use tensorhaul_stage::Ring;
 
 use crate::cancel::Cancel;
 use crate::gate::{Gate, Passage};
+use crate::shares::Shares;
 
 /// A lane's reads, handed out in order.
 pub(crate) struct Queue<'q> {
@@ -24,6 +25,7 @@ pub(crate) struct Queue<'q> {
     pub(crate) landing: &'q [Option<Arc<dyn Allocation>>],
     pub(crate) ring: Option<&'q Ring>,
     pub(crate) gate: &'q Gate,
+    pub(crate) shares: &'q Shares,
     pub(crate) cancel: &'q Cancel,
 }
 
@@ -34,7 +36,7 @@ impl Feed for Queue<'_> {
         }
         if !wait && let Some(read) = self.peek() {
             // An engine that does not wait is the only one at its lane, so the read at hand stays its own.
-            match self.gate.passage(&self.plan.reads()[read as usize].after, false, self.cancel) {
+            match self.passage(read, false) {
                 Passage::Free => {}
                 Passage::Blocked => return Next::Busy,
                 Passage::Closed => return Next::Done,
@@ -88,6 +90,12 @@ impl Queue<'_> {
         self.reads.get(self.next.load(Ordering::Relaxed)).copied()
     }
 
+    fn passage(&self, read: u32, wait: bool) -> Passage {
+        let read = &self.plan.reads()[read as usize];
+        let fed = if read.after.is_empty() { Vec::new() } else { self.shares.fed_by(self.plan, read) };
+        self.gate.passage(&read.after, &fed, wait, self.cancel)
+    }
+
     fn is_staged(&self, read: u32) -> bool {
         matches!(self.plan.reads()[read as usize].target, Target::Staged { .. })
     }
@@ -97,8 +105,7 @@ impl Queue<'_> {
             return Next::Done;
         };
         // Before it takes a buffer: what it waits for may need that.
-        let after = &self.plan.reads()[read as usize].after;
-        if self.gate.passage(after, true, self.cancel) == Passage::Closed {
+        if self.passage(read, true) == Passage::Closed {
             return Next::Done;
         }
         let Some(memory) = memory(read) else {

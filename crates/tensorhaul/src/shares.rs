@@ -105,10 +105,13 @@ impl Shares {
         &self.of_operation
     }
 
-    /// Returns the devices that a staged read feeds, ascending.
+    /// Returns the devices that a read feeds, ascending.
     pub(crate) fn fed_by(&self, plan: &Plan, read: &Read) -> Vec<usize> {
         if self.devices.len() == 1 {
             return vec![0];
+        }
+        if let Target::InPlace(place) = read.target {
+            return vec![self.of_arena(place.arena)];
         }
         let mut fed: Vec<_> = plan.copies(read).iter().map(|copy| self.of_arena(copy.target.arena)).collect();
         fed.sort_unstable();

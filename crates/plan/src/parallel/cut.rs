@@ -272,14 +272,20 @@ impl Part {
     }
 }
 
-/// Returns a rank's rows of a padded vocabulary: `rows` rounded up to a multiple of `pad_to * size`, in equal shares.
+/// Returns a rank's rows of a padded vocabulary: `rows` rounded up to a multiple of `pad_to` that ranks can share, in equal shares.
 fn vocab(rows: u64, pad_to: u64, tp: Part) -> Cut {
-    let each = rows.div_ceil(pad_to * u64::from(tp.size)).saturating_mul(pad_to);
+    let size = u64::from(tp.size);
+    let unit = pad_to / gcd(pad_to, size); // Of each rank: `unit * size` is the least common multiple.
+    let each = rows.div_ceil(unit.saturating_mul(size)).saturating_mul(unit);
     let first = each.saturating_mul(u64::from(tp.rank));
     let own = first.min(rows)..first.saturating_add(each).min(rows);
     let padding = each - (own.end - own.start);
     let pieces = if own.is_empty() { Vec::new() } else { vec![own] };
     Cut { experts: None, dim: 0, pieces: at_least_one(pieces), padding }
+}
+
+fn gcd(a: u64, b: u64) -> u64 {
+    if b == 0 { a } else { gcd(b, a % b) }
 }
 
 /// A rank that has nothing of a tensor has an empty piece of it, which says its dtype.

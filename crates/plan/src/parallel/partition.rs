@@ -117,6 +117,11 @@ impl<'a> Partition<'a> {
             .map(|((pattern, _), _)| pattern.as_str())
     }
 
+    /// Tells whether no tensor has any of the rules.
+    pub fn is_unused(&self) -> bool {
+        self.entries.iter().all(|entry| entry.rule.is_none())
+    }
+
     fn match_all(&mut self, setup: &Setup<'_>) -> Result<(), ParallelError> {
         let wanted = setup.fuse.wanted(self.rules)?;
         let globs = setup.dequantize.map(|dequantize| dequantize.globs.as_deref());

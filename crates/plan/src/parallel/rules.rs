@@ -44,7 +44,7 @@ use super::{ModelConfig, ParallelError, huggingface};
 /// number of them, and ranks beyond the number of KV heads share a head, so that rank `r` of `n` has head `r * kv_heads / n`; `sections` is a number of equal sections,
 /// of each of which a rank has a share; `uneven` gives ranks `ceil(n / size)` each for as long as there are any, as `torch.chunk` does; `stacked` says that dimension 0 counts
 /// experts, which go to the expert-parallel ranks; `transposed` that a weight that is *not* quantized is stored `[in, out]`; `pad_to` (64) that a
-/// vocabulary is padded to a multiple of that times `tp_size`.
+/// vocabulary is padded to a multiple of that, and of `tp_size`.
 #[derive(Clone, Debug)]
 pub struct Rules {
     pub(super) name: String,

@@ -241,7 +241,11 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for Lines<T> {
     }
 }
 
-/// Kernels want the rows of a vocabulary in multiples of 64; Megatron and vLLM pad to 128 and 64.
+/// Rows of a whole vocabulary, before it is cut.
+///
+/// # Source
+/// vLLM, `vllm/model_executor/layers/vocab_parallel_embedding.py`: `DEFAULT_VOCAB_PADDING_SIZE`; the padded rows are then divided among the ranks.
+/// Megatron-LM pads to 128 for each rank, which rules can say as `pad_to` of 128 times the ranks.
 pub(super) const PAD_TO: u64 = 64;
 
 /// Keeps `pad_to * tp_size` in 64 bits.

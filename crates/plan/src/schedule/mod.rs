@@ -107,6 +107,7 @@ fn promise(plan: &Plan) -> Promised {
     let on_host = plan.arenas.iter().filter(|arena| !arena.is_external && arena.device == DeviceId::Host);
     Promised {
         payload_bytes: plan.tensors.iter().map(|tensor| tensor.len_bytes).sum(),
+        needed_bytes: plan.reads.iter().map(|read| read.payload_bytes).sum(),
         read_bytes: plan.reads.iter().map(Read::len_bytes).sum(),
         reads: plan.reads.len() as u64,
         copies: plan.copies.len() as u64,

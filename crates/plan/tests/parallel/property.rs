@@ -161,7 +161,9 @@ impl Expected<'_> {
             }
             "embed_tokens" | "lm_head" | "embed_in" | "embed_out" | "word_embeddings" | "head"
             | "predictions" => {
-                let each = whole.shape[0].div_ceil(64 * size) * 64;
+                let padded =
+                    (1..).map(|times| times * 64).find(|rows| *rows >= whole.shape[0] && rows % size == 0);
+                let each: u64 = padded.unwrap() / size;
                 let start = (rank * each).min(whole.shape[0]);
                 whole.narrow(0, start, each.min(whole.shape[0] - start))
             }

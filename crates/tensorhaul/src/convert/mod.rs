@@ -20,7 +20,7 @@ use crate::cast::{can_cast, cast};
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::options::LoadOptions;
-use crate::parallel::Parallel;
+use crate::parallel::{Parallel, RANKS};
 use crate::progress::Progress;
 use crate::quantized::Dequantization;
 use crate::save::{OutFolder, SaveOptions, SaveTensor, TensorBytes, write_checkpoint};
@@ -272,24 +272,27 @@ fn planned<'b, 'm: 'b>(
     for placed in plan.tensors() {
         let name = plan.name(placed);
         let is_stored = placed.name.is_none() && placed.shape.is_none();
-        if !is_stored || load.parallel.is_some() {
+        let pass = match quantization.role_of(placed.id) {
+            quant::Part::PassedThrough(pass) if load.dequantization.is_some() && !placed.is_made() => {
+                Some(pass)
+            }
+            _ => None,
+        };
+        let why = match pass {
+            Some(Pass::Activation) => Some("it scales activations, which a plain model does not"),
+            Some(Pass::Marker) => Some("it says that tensors are quantized"),
+            _ => None,
+        };
+        if let Some(why) = why {
+            left_out.push(LeftOut { what: name.to_owned(), why: why.to_owned() });
+        } else if is_stored && load.parallel.is_none() {
+            parts.push(Part::Stored(model.checkpoint().tensor(placed.id).info));
+        } else {
             let bytes = Made { name: name.to_owned(), len_bytes: placed.len_bytes, batches, bytes: None };
             let (name, shape) = (name.to_owned(), plan.shape(placed).to_vec());
             let tensor = SaveTensor { name, dtype: placed.dtype, shape, bytes: Box::new(bytes) };
             parts.push(if placed.is_made() { Part::Dequantized(tensor) } else { Part::PutTogether(tensor) });
-            continue;
         }
-        let why = match quantization.role_of(placed.id) {
-            quant::Part::PassedThrough(Pass::Activation) => {
-                "it scales activations, which a plain model does not"
-            }
-            quant::Part::PassedThrough(Pass::Marker) => "it says that tensors are quantized",
-            _ => {
-                parts.push(Part::Stored(model.checkpoint().tensor(placed.id).info));
-                continue;
-            }
-        };
-        left_out.push(LeftOut { what: name.to_owned(), why: why.to_owned() });
     }
     Ok(parts)
 }
@@ -522,9 +525,6 @@ fn without_quantization(
     }
     metadata
 }
-
-/// Whose part of a model a checkpoint is.
-const RANKS: &str = "tensorhaul.ranks";
 
 const TORCHAO_NAMES: &str = "tensor_names";
 const COMFY_LAYERS: &str = "_quantization_metadata";

@@ -86,8 +86,8 @@ fn cut(whole: &BTreeMap<String, Matrix>, rank: u64, size: u64) -> BTreeMap<Strin
             let (first, end) = share(matrix.shape[1]);
             matrix.cols(first, end)
         } else if has("embed_tokens") || has("lm_head") {
-            // 384 words, padded to a multiple of 64 for each rank.
-            let each = 384u64.next_multiple_of(64 * size) / size;
+            // 384 words are a multiple of 64, and of every size here.
+            let each = 384 / size;
             matrix.rows((each * rank).min(384), (each * (rank + 1)).min(384))
         } else {
             let (first, end) = share(rows);
@@ -217,7 +217,7 @@ fn plans_of_all_ranks_read_no_more_than_there_is() {
     }
     let summary = model.describe_rank(&options, &Ranks::alone().tp(3, 4)).unwrap();
     assert!(summary.text.contains("row"), "{}", summary.text);
-    assert_eq!(summary.padding.len(), 2, "{:?}", summary.padding);
+    assert!(summary.padding.is_empty(), "{:?}", summary.padding);
 }
 
 #[test]
