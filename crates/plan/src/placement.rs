@@ -96,17 +96,21 @@ pub struct Place {
 /// `model.layers.3`. Names without numbers belong to the checkpoint as a whole.
 pub fn lifetime_groups(name: &str) -> impl Iterator<Item = &str> {
     let mut ends = [None; GROUP_DEPTH_MAX];
-    let mut depth = 0;
-    let mut start = 0;
-    for part in name.split('.') {
-        let end = start + part.len();
-        let is_number = !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit());
+    let (mut depth, mut start, mut is_number) = (0, 0, true);
+    for (end, byte) in name.bytes().enumerate() {
+        if byte != b'.' {
+            is_number &= byte.is_ascii_digit();
+            continue;
+        }
         // A number at the very start or end names no group of tensors: it is one tensor's own name.
-        if is_number && start > 0 && end < name.len() && depth < GROUP_DEPTH_MAX {
+        if is_number && start > 0 && end > start {
             ends[depth] = Some(end);
             depth += 1;
+            if depth == GROUP_DEPTH_MAX {
+                break;
+            }
         }
-        start = end + 1;
+        (start, is_number) = (end + 1, true);
     }
     ends.into_iter().rev().flatten().map(|end| &name[..end])
 }

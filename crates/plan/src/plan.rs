@@ -60,6 +60,7 @@ pub struct Plan {
     pub(crate) copies: Vec<Copy>,
     pub(crate) brought: Vec<Brought>,
     pub(crate) names: Vec<String>,
+    pub(crate) dims: Vec<u64>,
     pub(crate) over_reads: Vec<OverRead>,
     pub(crate) machine: Machine,
     pub(crate) promised: Promised,
@@ -104,7 +105,7 @@ impl Plan {
     /// Returns the shape of a tensor of the result: the part's, where a part was asked for.
     pub fn shape<'p>(&'p self, tensor: &'p PlacedTensor) -> &'p [u64] {
         match &tensor.shape {
-            Some(shape) => shape,
+            Some(shape) => &self.dims[shape.clone()],
             None => self.checkpoint.tensor(tensor.id).info.shape,
         }
     }
@@ -185,8 +186,8 @@ pub struct PlacedTensor {
     pub dtype: Dtype,
     /// Its name, by its place in the plan's own list; `None` where it has the stored tensor's. See [`Plan::name`].
     pub name: Option<u32>,
-    /// Its shape where that is not the stored tensor's. See [`Plan::shape`].
-    pub shape: Option<Box<[u64]>>,
+    /// Its shape, by its range of the plan's own dims; `None` where it has the stored tensor's. See [`Plan::shape`].
+    pub shape: Option<Range<usize>>,
     /// Where its first byte lands.
     pub place: Place,
     /// Its bytes; 0 for an empty tensor.

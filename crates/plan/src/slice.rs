@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use serde::Serialize;
 
-use crate::dtype::{Dtype, numel};
+use crate::dtype::Dtype;
 use crate::plan::Steps;
 
 /// A part of a tensor: one range of elements for each leading dimension; the dimensions behind them are kept whole. `[0..4]`
@@ -88,10 +88,14 @@ impl Slice {
     /// [`SliceError`] when the slice has more dimensions than the tensor, a step is 0, or a range is backwards or leaves its
     /// dimension.
     pub fn shape(&self, whole: &[u64]) -> Result<Vec<u64>, SliceError> {
+        self.check(whole)?;
+        Ok((0..whole.len()).map(|dim| self.range(dim, whole).len()).collect())
+    }
+
+    fn check(&self, whole: &[u64]) -> Result<(), SliceError> {
         if self.ranges.len() > whole.len() {
             return Err(SliceError::TooManyDims { found: self.ranges.len(), ndim: whole.len() });
         }
-        let mut kept = whole.to_vec();
         for (dim, range) in self.ranges.iter().enumerate() {
             if range.step == 0 {
                 return Err(SliceError::NoStep { dim });
@@ -99,9 +103,13 @@ impl Slice {
             if range.start > range.stop || range.stop > whole[dim] {
                 return Err(SliceError::OutOfRange { dim, range: range.start..range.stop, len: whole[dim] });
             }
-            kept[dim] = range.len();
         }
-        Ok(kept)
+        Ok(())
+    }
+
+    /// Returns what is kept of a dimension.
+    fn range(&self, dim: usize, whole: &[u64]) -> SliceRange {
+        self.ranges.get(dim).copied().unwrap_or(SliceRange { start: 0, stop: whole[dim], step: 1 })
     }
 
     /// Works out which bytes of a tensor the slice keeps, to lie back to back.
@@ -110,8 +118,7 @@ impl Slice {
     /// As [`Slice::shape`]; also when packed elements (F4, F6) would be cut inside a byte, or when there are more
     /// pieces than a plan holds.
     pub fn pieces(&self, dtype: Dtype, whole: &[u64]) -> Result<Pieces, SliceError> {
-        let strides = row_major(&self.shape(whole)?);
-        self.pieces_into(dtype, whole, &strides, 0)
+        self.nested(dtype, whole, None, 0)
     }
 
     /// As [`Slice::pieces`], to lie in a tensor of other strides: the first element at `first`, the others by `strides`, both in
@@ -126,38 +133,60 @@ impl Slice {
         strides: &[u64],
         first: u64,
     ) -> Result<Pieces, SliceError> {
-        let shape = self.shape(whole)?;
-        assert_eq!(strides.len(), shape.len(), "one stride a dimension");
-        let (sources, bits) = (row_major(whole), dtype.bits());
-        let mut source_first = 0;
-        let mut loops = Vec::with_capacity(shape.len());
-        for (dim, count) in shape.iter().copied().enumerate() {
-            let (start, step) = self.ranges.get(dim).map_or((0, 1), |range| (range.start, range.step));
-            source_first += start * sources[dim];
-            if count != 1 {
-                loops.push(Loop { count, source: sources[dim] * step * bits, target: strides[dim] * bits });
+        assert_eq!(strides.len(), whole.len(), "one stride a dimension");
+        self.nested(dtype, whole, Some(strides), first)
+    }
+
+    /// As [`Slice::pieces_into`]; without strides the elements lie back to back.
+    fn nested(
+        &self,
+        dtype: Dtype,
+        whole: &[u64],
+        strides: Option<&[u64]>,
+        first: u64,
+    ) -> Result<Pieces, SliceError> {
+        self.check(whole)?;
+        if (0..whole.len()).any(|dim| self.range(dim, whole).is_empty()) {
+            return Ok(Pieces::default());
+        }
+        let bits = dtype.bits();
+        let (mut piece, mut inner, mut outer) = (bits, Loop::ONCE, Vec::new());
+        let (mut source_first, mut source_stride, mut dense_stride) = (0, 1u64, 1u64);
+        // Counted in bits, from the innermost dimension out.
+        for dim in (0..whole.len()).rev() {
+            let range = self.range(dim, whole);
+            let (stride, count) = (source_stride, range.len());
+            let target_stride = strides.map_or(dense_stride, |strides| strides[dim]);
+            source_first += range.start * stride;
+            (source_stride, dense_stride) =
+                (stride.saturating_mul(whole[dim]), dense_stride.saturating_mul(count));
+            if count == 1 {
+                continue;
+            }
+            let step = Loop { count, source: stride * range.step * bits, target: target_stride * bits };
+            if inner == Loop::ONCE && (step.source, step.target) == (piece, piece) {
+                piece *= count;
+            } else if inner == Loop::ONCE {
+                inner = step;
+            } else {
+                let last = outer.last_mut().unwrap_or(&mut inner);
+                match last.ends() == (step.source, step.target) {
+                    true => last.count *= count, // It goes on where the inner one ends.
+                    false => outer.push(step),
+                }
             }
         }
-        if numel(&shape) == Some(0) {
-            let nothing = Pieces { piece_len_bytes: 0, loops: Vec::new(), ..Pieces::default() };
-            return Ok(Pieces { shape, ..nothing });
-        }
-        let mut piece = bits;
-        while let Some(inner) = loops.pop_if(|inner| (inner.source, inner.target) == (piece, piece)) {
-            piece *= inner.count;
-        }
-        let loops = merged(loops);
         let bytes = |bits: u64| match bits % 8 {
             0 => Ok(bits / 8),
             _ => Err(SliceError::InsideByte { dtype }),
         };
-        let loops = loops
-            .into_iter()
-            .map(|step| Ok(Loop { source: bytes(step.source)?, target: bytes(step.target)?, ..step }));
+        for step in outer.iter_mut().chain([&mut inner]) {
+            (step.source, step.target) = (bytes(step.source)?, bytes(step.target)?);
+        }
         let pieces = Pieces {
-            shape,
             piece_len_bytes: bytes(piece)?,
-            loops: loops.collect::<Result<_, SliceError>>()?,
+            inner,
+            outer,
             source_offset_bytes: bytes(source_first * bits)?,
             target_offset_bytes: bytes(first * bits)?,
         };
@@ -179,38 +208,32 @@ pub(crate) fn row_major(shape: &[u64]) -> Vec<u64> {
     strides
 }
 
-/// Makes one loop of two where the outer one goes on where the inner one ends.
-fn merged(loops: Vec<Loop>) -> Vec<Loop> {
-    let mut merged: Vec<Loop> = Vec::with_capacity(loops.len());
-    for inner in loops {
-        let runs_on = |outer: &mut Loop| {
-            (outer.source, outer.target) == (inner.source * inner.count, inner.target * inner.count)
-        };
-        match merged.pop_if(runs_on) {
-            Some(outer) => merged.push(Loop { count: outer.count * inner.count, ..inner }),
-            None => merged.push(inner),
-        }
-    }
-    merged
-}
-
 /// The bytes a slice keeps, as nested loops over equal pieces, and where they go.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Pieces {
-    shape: Vec<u64>,
     piece_len_bytes: u64,
-    /// Outermost first.
-    loops: Vec<Loop>,
+    inner: Loop,
+    /// The loops around it, from the inside out; mostly none.
+    outer: Vec<Loop>,
     source_offset_bytes: u64,
     target_offset_bytes: u64,
 }
 
 /// How often something is repeated, and the distances between its repetitions.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Loop {
     count: u64,
     source: u64,
     target: u64,
+}
+
+impl Loop {
+    const ONCE: Loop = Loop { count: 1, source: 0, target: 0 };
+
+    /// Returns the distances from the first repetition to the one behind the last.
+    fn ends(&self) -> (u64, u64) {
+        (self.source * self.count, self.target * self.count)
+    }
 }
 
 /// Equal pieces at equal distances: where the first begins, in the tensor and in what it goes to.
@@ -223,11 +246,6 @@ pub(crate) struct Row {
 }
 
 impl Pieces {
-    /// Returns the shape of the result.
-    pub fn shape(&self) -> &[u64] {
-        &self.shape
-    }
-
     /// Returns the length of each piece.
     pub fn piece_len_bytes(&self) -> u64 {
         self.piece_len_bytes
@@ -235,7 +253,7 @@ impl Pieces {
 
     /// Returns the number of pieces; 0 when the result is empty.
     pub fn count(&self) -> u64 {
-        if self.piece_len_bytes == 0 { 0 } else { self.loops.iter().map(|step| step.count).product() }
+        self.rows().len() * self.inner.count
     }
 
     /// Returns the bytes of the result.
@@ -264,10 +282,7 @@ impl Pieces {
 
     /// Walks rows of equal pieces: all loops but the innermost.
     pub(crate) fn rows(&self) -> impl ExactRows + '_ {
-        let (outer, inner) = match self.loops.split_last() {
-            Some((inner, outer)) => (outer, *inner),
-            None => (&[][..], Loop { count: 1, source: 0, target: 0 }),
-        };
+        let Pieces { inner, outer, .. } = self;
         let count = if self.piece_len_bytes == 0 { 0 } else { outer.iter().map(|step| step.count).product() };
         let steps = Steps {
             count: inner.count,
@@ -276,7 +291,7 @@ impl Pieces {
         };
         let row = move |mut index: u64| {
             let (mut source, mut target) = (self.source_offset_bytes, self.target_offset_bytes);
-            for step in outer.iter().rev() {
+            for step in outer {
                 source += index % step.count * step.source;
                 target += index % step.count * step.target;
                 index /= step.count;

@@ -203,11 +203,12 @@ impl Model {
         let found = self.find(name)?;
         let no_such_slice = |error| Error::new(ErrorKind::BadRequest, error).about_tensor(name);
         let pieces = slice.pieces(found.info.dtype, found.info.shape).map_err(no_such_slice)?;
+        let shape = slice.shape(found.info.shape).map_err(no_such_slice)?;
         match (&self.inner.source, pieces.count()) {
             (Source::Files(_), 0 | 1) => {
                 let offset = found.file_offset_bytes + pieces.offsets_bytes().next().unwrap_or(0);
                 let map = Storage::Mapped(self.inner.mapping(found.file as usize)?);
-                Ok(Tensor::new(found.info.dtype, pieces.shape(), map, offset, pieces.len_bytes()))
+                Ok(Tensor::new(found.info.dtype, &shape, map, offset, pieces.len_bytes()))
             }
             _ => self.load_one(name, Some(slice)),
         }

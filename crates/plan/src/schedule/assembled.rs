@@ -1,16 +1,22 @@
 //! From an assembly to the tensors of the result.
 
-use super::wanted::{Making, Parts, StoredPart, Wanted, What, cut};
+use std::borrow::Cow;
+use std::sync::Arc;
+
+use smallvec::SmallVec;
+
+use super::wanted::{Cut, Making, Parts, StoredPart, Wanted, What, cut};
 use crate::assembly::{Assembled, Assembly, Source};
-use crate::checkpoint::Checkpoint;
-use crate::dtype::numel;
+use crate::checkpoint::{Checkpoint, TensorId, TensorRef};
+use crate::dtype::{Dtype, numel};
 use crate::plan::PlanError;
+use crate::quant::{Group, Role};
 use crate::request::{Globs, Request, Select};
-use crate::slice::row_major;
+use crate::slice::{Slice, row_major};
 
 /// Returns the tensors of an assembly that the request selects by the names of the result.
 pub(super) fn assembled<'r>(
-    checkpoint: &Checkpoint,
+    checkpoint: &'r Checkpoint,
     request: &'r Request,
     assembly: &'r Assembly,
 ) -> Result<Vec<Wanted<'r>>, PlanError> {
@@ -18,7 +24,8 @@ pub(super) fn assembled<'r>(
         return Err(PlanError::SliceOfAssembled { name: name.clone() });
     }
     let kept = kept(checkpoint, request, assembly)?;
-    kept.into_iter().map(|tensor| one(checkpoint, request, tensor)).collect()
+    let mut assembling = Assembling { checkpoint, request, known: Vec::new() };
+    kept.into_iter().map(|tensor| assembling.one(tensor)).collect()
 }
 
 fn kept<'r>(
@@ -53,90 +60,135 @@ fn kept<'r>(
     }
 }
 
-fn id(request: &Request, source: Source) -> crate::checkpoint::TensorId {
+fn id(request: &Request, source: Source) -> TensorId {
     match source {
         Source::Stored(id) => id,
         Source::Made(group) => group_of(request, group).payload(),
     }
 }
 
-fn group_of(request: &Request, group: u32) -> &crate::quant::Group {
+fn group_of(request: &Request, group: u32) -> &Group {
     let dequantize =
         request.dequantize.as_ref().expect("an assembly with made parts comes with their groups");
     &dequantize.groups[group as usize]
 }
 
-fn one<'r>(
-    checkpoint: &Checkpoint,
+/// The tensors of a result while they are put together.
+struct Assembling<'r> {
+    checkpoint: &'r Checkpoint,
     request: &'r Request,
-    tensor: &'r Assembled,
-) -> Result<Wanted<'r>, PlanError> {
-    let name = || tensor.name.clone();
-    let Some(first) = tensor.parts.first() else {
-        return Err(PlanError::NoParts { name: name() });
-    };
-    let strides = row_major(&tensor.shape);
-    let (mut stored, mut made, mut dtype, mut have) = (Vec::new(), Vec::new(), None, 0u64);
-    for part in &tensor.parts {
-        let (part_dtype, shape) = match part.source {
-            Source::Stored(id) => {
-                let info = checkpoint.tensor(id).info;
-                (info.dtype, part.slice.shape(info.shape))
-            }
-            Source::Made(group) => {
-                let dequantize = request.dequantize.as_ref().expect("as above");
-                (dequantize.dtype, part.slice.shape(&group_of(request, group).shape))
-            }
+    /// The last cuts, the latest first: experts by the thousand are cut alike.
+    known: Vec<Known<'r>>,
+}
+
+impl<'r> Assembling<'r> {
+    fn one(&mut self, tensor: &'r Assembled) -> Result<Wanted<'r>, PlanError> {
+        let (checkpoint, request) = (self.checkpoint, self.request);
+        let name = || tensor.name.clone();
+        let Some(first) = tensor.parts.first() else {
+            return Err(PlanError::NoParts { name: name() });
         };
-        let shape = shape.map_err(|source| PlanError::Slice { name: name(), source })?;
-        let dtype = *dtype.get_or_insert(part_dtype);
-        if dtype != part_dtype {
-            return Err(PlanError::MixedDtypes { name: name(), first: dtype, other: part_dtype });
-        }
-        if !is_inside(&shape, &part.at, &tensor.shape) {
-            let (at, whole) = (part.at.clone(), tensor.shape.clone());
-            return Err(PlanError::PartOutside { name: name(), part: shape, at, whole });
-        }
-        let elements = numel(&shape).unwrap_or(u64::MAX);
-        have = have.saturating_add(elements);
-        if elements == 0 {
-            continue;
-        }
-        let first: u64 = part.at.iter().zip(&strides).map(|(at, stride)| at * stride).sum();
-        match part.source {
-            Source::Stored(id) => {
-                let whole = checkpoint.tensor(id).info;
-                let strides = &strides[strides.len() - shape.len()..];
-                let pieces = part
-                    .slice
-                    .pieces_into(whole.dtype, whole.shape, strides, first)
-                    .map_err(|source| PlanError::Slice { name: name(), source })?;
-                stored.push(StoredPart { id, slice: &part.slice, at: &part.at, pieces });
-            }
-            Source::Made(group) => {
-                let group = group_of(request, group);
-                if !is_run(&shape, &tensor.shape) {
-                    let (at, whole) = (part.at.clone(), tensor.shape.clone());
-                    return Err(PlanError::MadeInColumns { name: name(), part: shape, at, whole });
+        let wanted = Wanted::stored(checkpoint.tensor(id(request, first.source)), tensor.device);
+        let wanted = wanted.named(&tensor.name);
+        let strides = row_major(&tensor.shape);
+        let (mut stored, mut made, mut dtype, mut have) = (SmallVec::new(), Vec::new(), None, 0u64);
+        for part in &tensor.parts {
+            let (part_dtype, whole) = match part.source {
+                Source::Stored(id) if id == wanted.stored.id => whole(wanted.stored),
+                Source::Stored(id) => whole(checkpoint.tensor(id)),
+                Source::Made(group) => {
+                    let dequantize = request.dequantize.as_ref().expect("as above");
+                    (dequantize.dtype, &*group_of(request, group).shape)
                 }
-                let cut = cut(checkpoint, group, &part.slice)?;
-                made.push(Making { group, cut, offset_bytes: first * (dtype.bits() / 8) });
+            };
+            let bad_slice = |source| PlanError::Slice { name: name(), source };
+            let shape = part.slice.shape(whole).map_err(bad_slice)?;
+            let dtype = *dtype.get_or_insert(part_dtype);
+            if dtype != part_dtype {
+                return Err(PlanError::MixedDtypes { name: name(), first: dtype, other: part_dtype });
+            }
+            if !is_inside(&shape, &part.at, &tensor.shape) {
+                let (at, whole) = (part.at.clone(), tensor.shape.clone());
+                return Err(PlanError::PartOutside { name: name(), part: shape, at, whole });
+            }
+            let is_all = tensor.parts.len() == 1 && shape == tensor.shape;
+            if is_all && shape == whole && matches!(part.source, Source::Stored(_)) {
+                return Ok(wanted);
+            }
+            let elements = numel(&shape).unwrap_or(u64::MAX);
+            have = have.saturating_add(elements);
+            if elements == 0 {
+                continue;
+            }
+            let first: u64 = part.at.iter().zip(&strides).map(|(at, stride)| at * stride).sum();
+            match part.source {
+                Source::Stored(id) => {
+                    let strides = &strides[strides.len() - shape.len()..];
+                    let pieces = part.slice.pieces_into(dtype, whole, strides, first).map_err(bad_slice)?;
+                    stored.push(StoredPart { id, slice: &part.slice, at: &part.at, pieces });
+                }
+                Source::Made(group) => {
+                    let group = group_of(request, group);
+                    if !is_run(&shape, &tensor.shape) {
+                        let (at, whole) = (part.at.clone(), tensor.shape.clone());
+                        return Err(PlanError::MadeInColumns { name: name(), part: shape, at, whole });
+                    }
+                    let cut = self.cut(group, &part.slice)?;
+                    let making = Making { group, cut, offset_bytes: first * (dtype.bits() / 8) };
+                    let is_transposed = request
+                        .dequantize
+                        .as_ref()
+                        .is_some_and(|dequantize| making.is_transposed(dequantize));
+                    if is_all && !is_transposed {
+                        return Ok(Wanted { what: What::Made(making), ..wanted });
+                    }
+                    made.push(making);
+                }
             }
         }
+        let (dtype, need) = (dtype.expect("it has a part"), numel(&tensor.shape).unwrap_or(u64::MAX));
+        let not_covered = || PlanError::PartsDoNotCover { name: name(), have, need };
+        if have != need {
+            return Err(not_covered());
+        }
+        let (shape, len_bytes) =
+            (Cow::Borrowed(&*tensor.shape), dtype.len_bytes(need).ok_or_else(not_covered)?);
+        let parts = Parts { dtype, shape, len_bytes, span_bytes: len_bytes, stored, made };
+        Ok(Wanted { what: What::Parts(Box::new(parts)), ..wanted })
     }
-    let (dtype, need) = (dtype.expect("it has a part"), numel(&tensor.shape).unwrap_or(u64::MAX));
-    if have != need {
-        return Err(PlanError::PartsDoNotCover { name: name(), have, need });
+
+    /// Cuts a group, or finds one that was cut alike.
+    fn cut(&mut self, group: &'r Group, slice: &'r Slice) -> Result<Option<Arc<Cut>>, PlanError> {
+        if let Some(known) = self.known.iter().find(|known| known.is_like(self.checkpoint, group, slice)) {
+            return Ok(known.cut.clone());
+        }
+        let cut = cut(self.checkpoint, group, slice)?;
+        self.known.truncate(KNOWN_MAX - 1);
+        self.known.insert(0, Known { group, slice, cut: cut.clone() });
+        Ok(cut)
     }
-    let shape = tensor.shape.clone();
-    let span_bytes =
-        dtype.len_bytes(need).ok_or_else(|| PlanError::PartsDoNotCover { name: name(), have, need })?;
-    let parts = Parts { dtype, shape, span_bytes, stored, made };
-    Ok(Wanted {
-        name: Some(&tensor.name),
-        what: What::Parts(Box::new(parts)),
-        ..Wanted::stored(id(request, first.source), tensor.device)
-    })
+}
+
+/// A group that was cut, and how.
+struct Known<'r> {
+    group: &'r Group,
+    slice: &'r Slice,
+    cut: Option<Arc<Cut>>,
+}
+
+impl Known<'_> {
+    /// Tells whether the same part of another group is made of the same parts of its members.
+    fn is_like(&self, checkpoint: &Checkpoint, group: &Group, slice: &Slice) -> bool {
+        let member = |(role, id): &(Role, TensorId)| (*role, whole(checkpoint.tensor(*id)));
+        self.slice == slice
+            && self.group.shape == group.shape
+            && self.group.recipe == group.recipe
+            && self.group.members.iter().map(member).eq(group.members.iter().map(member))
+    }
+}
+
+fn whole(stored: TensorRef<'_>) -> (Dtype, &[u64]) {
+    (stored.info.dtype, stored.info.shape)
 }
 
 /// Tells whether a part lies inside its tensor.
@@ -157,3 +209,6 @@ fn is_run(shape: &[u64], whole: &[u64]) -> bool {
     let cut = (0..shape.len()).rev().find(|dim| shape[*dim] != whole[*dim]).unwrap_or(0);
     shape[..cut].iter().all(|len| *len == 1)
 }
+
+/// A layer has about as many kinds of quantized tensors.
+const KNOWN_MAX: usize = 8;

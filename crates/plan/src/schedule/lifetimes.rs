@@ -3,7 +3,6 @@
 use std::collections::HashMap;
 
 use super::wanted::Wanted;
-use crate::checkpoint::Checkpoint;
 use crate::placement::{ARENA_LEN_BYTES_MIN, DeviceId, GROUP_DEPTH_MAX, lifetime_groups};
 use crate::request::Request;
 
@@ -24,58 +23,81 @@ pub(super) struct Owner {
 }
 
 impl Lifetimes {
-    pub(super) fn new<'r>(checkpoint: &'r Checkpoint, request: &Request, wanted: &[Wanted<'r>]) -> Lifetimes {
-        let len_bytes = len_bytes_of_groups(checkpoint, request, wanted);
+    pub(super) fn new(request: &Request, wanted: &[Wanted<'_>]) -> Lifetimes {
+        let stretches = stretches(request, wanted);
+        let mut len_bytes: HashMap<(DeviceId, &str), u64> = HashMap::new();
+        // The sum of the layer, or whatever is around the smallest group, stays here until a name leaves it.
+        let mut open = ((DeviceId::Host, ""), 0);
+        for stretch in stretches.iter().filter(|stretch| !stretch.is_external) {
+            let [smallest, around] = stretch.groups.map(|group| (stretch.device, group));
+            if smallest.1 != around.1 {
+                *len_bytes.entry(smallest).or_default() += stretch.len_bytes;
+            }
+            if open.0 != around {
+                *len_bytes.entry(open.0).or_default() += open.1;
+                open = (around, 0);
+            }
+            open.1 += stretch.len_bytes;
+        }
+        *len_bytes.entry(open.0).or_default() += open.1;
+
         let mut numbers: HashMap<(DeviceId, &str), u32> = HashMap::new();
-        let mut last: Option<(DeviceId, &str, u32)> = None;
         let mut arenas: Vec<Owner> = Vec::new();
-        let mut add = |device, name: &str, is_external| {
-            arenas.push(Owner { device, name: name.to_owned(), is_external });
-            arenas.len() as u32 - 1
-        };
         let mut of_wanted = Vec::with_capacity(wanted.len());
-        for wanted in wanted {
-            let (name, device) = (wanted.name(checkpoint), wanted.device);
-            if wanted.external.is_some() {
-                of_wanted.push(add(device, name, true));
-                continue;
-            }
-            let smallest = lifetime_groups(name).next().unwrap_or("");
-            if let Some((.., arena)) = last.filter(|(on, group, _)| (*on, *group) == (device, smallest)) {
-                of_wanted.push(arena);
-                continue;
-            }
+        for stretch in stretches {
+            let (device, is_external) = (stretch.device, stretch.is_external);
+            let mut add = |name: &str| {
+                arenas.push(Owner { device, name: name.to_owned(), is_external });
+                arenas.len() as u32 - 1
+            };
             let worth_one = |group: &&str| len_bytes[&(device, *group)] >= ARENA_LEN_BYTES_MIN;
-            let group = lifetime_groups(name).find(worth_one).unwrap_or("");
-            let arena = *numbers.entry((device, group)).or_insert_with(|| add(device, group, false));
-            last = Some((device, smallest, arena));
-            of_wanted.push(arena);
+            let arena = match is_external {
+                true => add(stretch.groups[0]),
+                false => {
+                    let group = stretch.groups.into_iter().find(worth_one).unwrap_or("");
+                    *numbers.entry((device, group)).or_insert_with(|| add(group))
+                }
+            };
+            of_wanted.extend(std::iter::repeat_n(arena, stretch.count));
         }
         Lifetimes { arenas, of_wanted }
     }
 }
 
-/// Sums what each lifetime group takes in the result.
-fn len_bytes_of_groups<'r>(
-    checkpoint: &'r Checkpoint,
-    request: &Request,
-    wanted: &[Wanted<'r>],
-) -> HashMap<(DeviceId, &'r str), u64> {
-    let mut len_bytes: HashMap<(DeviceId, &str), u64> = HashMap::new();
-    // Neighbours mostly share their groups: sums stay here until a name leaves them, which spares most look-ups.
-    let mut open = [((DeviceId::Host, ""), 0); GROUP_DEPTH_MAX];
-    for wanted in wanted.iter().filter(|wanted| wanted.external.is_none()) {
-        let len = wanted.len_bytes(checkpoint, request);
-        for (open, group) in open.iter_mut().zip(lifetime_groups(wanted.name(checkpoint))) {
-            if open.0 != (wanted.device, group) {
-                *len_bytes.entry(open.0).or_default() += open.1;
-                *open = ((wanted.device, group), 0);
+/// Neighbours of the same groups on the same device, or one tensor in the caller's own memory.
+struct Stretch<'r> {
+    device: DeviceId,
+    /// The smallest group and the one around it; the same one twice, or the checkpoint's `""`, where there are no more. The tensor's name
+    /// where the memory is the caller's.
+    groups: [&'r str; GROUP_DEPTH_MAX],
+    is_external: bool,
+    count: usize,
+    len_bytes: u64,
+}
+
+fn stretches<'r>(request: &Request, wanted: &[Wanted<'r>]) -> Vec<Stretch<'r>> {
+    let mut stretches: Vec<Stretch<'_>> = Vec::new();
+    for wanted in wanted {
+        let (name, device, is_external) = (wanted.name(), wanted.device, wanted.external.is_some());
+        let groups = match is_external {
+            true => [name; GROUP_DEPTH_MAX],
+            false => {
+                let mut groups = lifetime_groups(name);
+                let smallest = groups.next().unwrap_or("");
+                [smallest, groups.next().unwrap_or(smallest)]
             }
-            open.1 += len;
+        };
+        let len_bytes = wanted.len_bytes(request);
+        match stretches.last_mut() {
+            Some(last)
+                if !last.is_external
+                    && (last.device, last.groups, false) == (device, groups, is_external) =>
+            {
+                last.count += 1;
+                last.len_bytes += len_bytes;
+            }
+            _ => stretches.push(Stretch { device, groups, is_external, count: 1, len_bytes }),
         }
     }
-    for (group, len) in open {
-        *len_bytes.entry(group).or_default() += len;
-    }
-    len_bytes
+    stretches
 }

@@ -35,20 +35,19 @@ pub(crate) fn plan(
     assert!(machine.buffer_count > 0);
     assert!(machine.direct_align_bytes.is_power_of_two() && machine.direct_align_bytes <= BUFFER_ALIGN_BYTES);
     let wanted = wanted(checkpoint, request, machine)?;
-    let lifetimes = Lifetimes::new(checkpoint, request, &wanted);
-    let Placed { mut tensors, mut arenas, mut segments, names } =
+    let lifetimes = Lifetimes::new(request, &wanted);
+    let Placed { mut tensors, mut arenas, mut segments, names, dims } =
         place(checkpoint, request, &wanted, &lifetimes, machine);
-    let Scratch { mut operations, mut small, mut large } =
+    let Scratch { mut operations, payloads, mut small, mut large } =
         scratch(checkpoint, request, &wanted, &tensors, &mut arenas, machine)?;
-    let mut lists: Vec<_> = [&mut segments, &mut small].into_iter().collect();
-    lists.extend(large.iter_mut().map(|(_, sources)| sources));
+    let mut lists = [&mut segments, &mut small, &mut large];
     let over_reads = route(checkpoint, &mut lists, request.over_read_max, machine);
     let is_in_order = |a: &Segment, b: &Segment| (a.file, a.begin) <= (b.file, b.begin);
     if !segments.is_sorted_by(is_in_order) {
         segments.sort_by_key(|segment| (segment.file, segment.begin, segment.end));
     }
     if !operations.is_empty() {
-        segments = in_order(checkpoint, small, segments, large);
+        segments = in_order(checkpoint, small, segments, large, &payloads);
     }
     let Reads { reads, copies, brought } =
         reads(checkpoint, &segments, &mut tensors, &mut operations, machine);
@@ -62,6 +61,7 @@ pub(crate) fn plan(
         copies,
         brought,
         names,
+        dims,
         over_reads,
         machine: machine.clone(),
         promised: Promised::default(),
@@ -80,16 +80,24 @@ fn in_order(
     checkpoint: &Checkpoint,
     mut small: Vec<Segment>,
     stored: Vec<Segment>,
-    large: Vec<(TensorId, Vec<Segment>)>,
+    large: Vec<Segment>,
+    payloads: &[TensorId],
 ) -> Vec<Segment> {
+    small.reserve(stored.len() + large.len());
     let mut stored = stored.into_iter().peekable();
-    for (payload, sources) in large {
-        let payload = checkpoint.tensor(payload);
-        let payload = (payload.file, payload.file_offset_bytes);
-        while let Some(segment) = stored.next_if(|segment| (segment.file, segment.begin) < payload) {
-            small.push(segment);
+    let mut last = None;
+    for source in large {
+        if source.operation != last
+            && let Some(operation) = source.operation
+        {
+            let payload = checkpoint.tensor(payloads[operation as usize]);
+            let payload = (payload.file, payload.file_offset_bytes);
+            while let Some(segment) = stored.next_if(|segment| (segment.file, segment.begin) < payload) {
+                small.push(segment);
+            }
         }
-        small.extend(sources);
+        last = source.operation;
+        small.push(source);
     }
     small.extend(stored);
     small

@@ -1,6 +1,5 @@
 //! Where tensors lie in the result's arenas, and which stretches of the files go there.
 
-use std::collections::HashMap;
 use std::ops::Range;
 
 use super::lifetimes::{Lifetimes, Owner};
@@ -12,12 +11,13 @@ use crate::placement::{Arena, DeviceId, Place};
 use crate::plan::{Machine, PlacedTensor, Steps};
 use crate::request::Request;
 
-/// Tensors and arenas of the result; the segments of what lands in it as stored; the names that are not the checkpoint's.
+/// Tensors and arenas of the result; the segments of what lands in it as stored; the names and the dims that are not the checkpoint's.
 pub(super) struct Placed {
     pub(super) tensors: Vec<PlacedTensor>,
     pub(super) arenas: Vec<Arena>,
     pub(super) segments: Vec<Segment>,
     pub(super) names: Vec<String>,
+    pub(super) dims: Vec<u64>,
 }
 
 pub(super) fn place(
@@ -29,8 +29,8 @@ pub(super) fn place(
 ) -> Placed {
     let runs = runs(checkpoint, request, wanted, lifetimes, machine);
     let mut ends = vec![0u64; lifetimes.arenas.len()];
-    let mut names = Vec::new();
-    let unplaced = |(wanted, arena): (_, &u32)| unplaced(checkpoint, request, wanted, *arena, &mut names);
+    let (mut names, mut dims) = (Vec::new(), Vec::new());
+    let unplaced = |(wanted, arena): (_, &u32)| unplaced(request, wanted, *arena, &mut names, &mut dims);
     let mut tensors: Vec<_> = wanted.iter().zip(&lifetimes.of_wanted).map(unplaced).collect();
     let mut segments = Vec::with_capacity(runs.len());
 
@@ -41,7 +41,7 @@ pub(super) fn place(
             let index = run.tensors.start as usize;
             let (tensor, wanted) = (&mut tensors[index], &wanted[index]);
             tensor.place.offset_bytes = align_up(*end, CONGRUENCE_BYTES);
-            *end = tensor.place.offset_bytes + wanted.span_bytes(checkpoint, request);
+            *end = tensor.place.offset_bytes + wanted.span_bytes(request);
             let to = Destination {
                 device,
                 target: tensor.place,
@@ -60,7 +60,7 @@ pub(super) fn place(
         let range = run.tensors.start as usize..run.tensors.end as usize;
         for (tensor, wanted) in tensors[range.clone()].iter_mut().zip(&wanted[range]) {
             if tensor.len_bytes > 0
-                && let Some((_, begin, _)) = wanted.run(checkpoint)
+                && let Some((_, begin, _)) = wanted.run()
             {
                 tensor.place = Place { offset_bytes: offset_bytes + (begin - stored.begin), ..target };
             }
@@ -93,7 +93,7 @@ pub(super) fn place(
         },
     };
     let arenas = lifetimes.arenas.iter().zip(&ends).map(arena).collect();
-    Placed { tensors, arenas, segments, names }
+    Placed { tensors, arenas, segments, names, dims }
 }
 
 /// Tensors of one arena that are placed together.
@@ -159,12 +159,12 @@ fn runs(
     machine: &Machine,
 ) -> Vec<Run> {
     let mut runs: Vec<Run> = Vec::new();
-    let shared = Shared::new(request, wanted);
+    let shared = Shared::new(checkpoint, request, wanted);
     for (index, wanted) in wanted.iter().enumerate() {
         let (index, arena) = (index as u32, lifetimes.of_wanted[index]);
-        let run = wanted.run(checkpoint).filter(|_| wanted.copy_of.is_none());
+        let run = wanted.run().filter(|_| wanted.copy_of.is_none());
         let Some((file, begin, end)) = run else {
-            if wanted.len_bytes(checkpoint, request) > 0 {
+            if wanted.len_bytes(request) > 0 {
                 runs.push(Run { arena, tensors: index..index + 1, stored: None });
             }
             continue;
@@ -172,11 +172,11 @@ fn runs(
         if begin == end {
             continue; // No bytes to move; it stays at the start of its arena.
         }
-        let is_aligned = begin.is_multiple_of(checkpoint.tensor(wanted.id).info.dtype.align_bytes());
+        let is_aligned = begin.is_multiple_of(wanted.stored.info.dtype.align_bytes());
         let in_run = is_aligned && wanted.external.is_none();
         let how = match in_run {
             false => How::Gathered,
-            true if shared.is_shared(wanted.id) => How::Shared,
+            true if shared.is_shared(wanted.stored.id) => How::Shared,
             true => How::Congruent,
         };
         if let Some(Run { arena: last, tensors, stored: Some(stored) }) = runs.last_mut()
@@ -201,47 +201,57 @@ fn runs(
 }
 
 /// Knows which stored tensors several of the result's take bytes of: they share reads, which go through the staging ring.
-struct Shared(HashMap<TensorId, u32>);
+struct Shared {
+    /// By the tensor's place in the table, up to 2; empty where no two can.
+    takers: Vec<u8>,
+}
 
 impl Shared {
-    fn new(request: &Request, wanted: &[Wanted<'_>]) -> Shared {
-        let mut takers = HashMap::new();
-        if request.assembly.is_some() || request.device_map.is_some() {
-            for wanted in wanted.iter().filter(|wanted| wanted.copy_of.is_none()) {
-                let parts = wanted.parts();
-                let ids = parts.iter().map(|part| part.id);
-                let whole = parts.is_empty().then_some(wanted.id);
-                ids.chain(whole).for_each(|id| *takers.entry(id).or_default() += 1);
-            }
-            takers.retain(|_, count| *count > 1);
+    fn new(checkpoint: &Checkpoint, request: &Request, wanted: &[Wanted<'_>]) -> Shared {
+        if request.assembly.is_none() && request.device_map.is_none() {
+            return Shared { takers: Vec::new() };
         }
-        Shared(takers)
+        let mut takers = vec![0u8; checkpoint.len()];
+        for wanted in wanted.iter().filter(|wanted| wanted.copy_of.is_none()) {
+            let parts = wanted.parts();
+            let whole = parts.is_empty().then_some(wanted.stored.id);
+            for id in parts.iter().map(|part| part.id).chain(whole) {
+                let count = &mut takers[id.0 as usize];
+                *count = (*count + 1).min(2);
+            }
+        }
+        Shared { takers }
     }
 
     fn is_shared(&self, id: TensorId) -> bool {
-        self.0.contains_key(&id)
+        self.takers.get(id.0 as usize).is_some_and(|count| *count > 1)
     }
 }
 
 /// Returns the tensor at the start of its arena, which is where one without bytes stays.
 fn unplaced(
-    checkpoint: &Checkpoint,
     request: &Request,
     wanted: &Wanted<'_>,
     arena: u32,
     names: &mut Vec<String>,
+    dims: &mut Vec<u64>,
 ) -> PlacedTensor {
-    let name = wanted.own_name().map(|name| {
+    let name = wanted.name.map(|name| {
         names.push(name.to_owned());
         names.len() as u32 - 1
     });
+    let shape = wanted.own_shape(request).map(|shape| {
+        let start = dims.len();
+        dims.extend_from_slice(&shape);
+        start..dims.len()
+    });
     PlacedTensor {
-        id: wanted.id,
-        dtype: wanted.dtype(checkpoint, request),
+        id: wanted.stored.id,
+        dtype: wanted.dtype(request),
         name,
-        shape: wanted.own_shape(request).map(Vec::into_boxed_slice),
+        shape,
         place: Place { arena, offset_bytes: 0 },
-        len_bytes: wanted.len_bytes(checkpoint, request),
+        len_bytes: wanted.len_bytes(request),
         read_count: 0,
         operation_count: wanted.makings().len() as u32,
         copy_of: wanted.copy_of,

@@ -26,6 +26,9 @@ pub(super) fn reads(
     machine: &Machine,
 ) -> Reads {
     let mut reads = Reads::default();
+    reads.reads.reserve(segments.len());
+    reads.copies.reserve(segments.len());
+    reads.brought.reserve(segments.len().max(tensors.len()));
     let mut tally = Tally::new(tensors, operations);
     let mut rest = segments;
     while let [segment, ..] = rest {

@@ -1,5 +1,8 @@
 //! Whether rows of pieces are read whole, or piece by piece.
 
+use std::cmp::Reverse;
+use std::ops::Range;
+
 use super::segment::{Segment, Way};
 use crate::checkpoint::Checkpoint;
 use crate::plan::{Machine, OverRead, Steps};
@@ -31,7 +34,8 @@ fn decide(checkpoint: &Checkpoint, segments: &[&Segment], over_read_max: f64) ->
     let mut by_pieces = vec![false; segments.len()];
     let payload_bytes: u64 = segments.iter().map(|segment| segment.len_bytes()).sum();
     let mut over_reads = Vec::new();
-    let mut clusters = clusters(segments);
+    let staged = staged(segments);
+    let mut clusters = clusters(segments, &staged);
     if !clusters.is_empty() {
         let allowed_bytes = ((over_read_max - 1.0).max(0.0) * payload_bytes as f64) as u64;
         // The widest gaps last, so that they are the first to go.
@@ -44,17 +48,17 @@ fn decide(checkpoint: &Checkpoint, segments: &[&Segment], over_read_max: f64) ->
             if is_cheaper && (is_allowed || is_short) {
                 over_bytes += cluster.over_bytes;
                 if !is_allowed {
-                    over_reads.push(cluster.over_read(checkpoint));
+                    over_reads.push(cluster);
                 }
                 continue;
             }
-            for member in &cluster.members {
+            for member in &staged[cluster.members.clone()] {
                 by_pieces[*member as usize] = !segments[*member as usize].steps.is_once();
             }
         }
     }
-    over_reads.sort_by(|a, b| (b.over_bytes, &a.name).cmp(&(a.over_bytes, &b.name)));
-    (over_reads, by_pieces)
+    over_reads.sort_by_key(|cluster| (Reverse(cluster.over_bytes), cluster.first));
+    (over_reads.into_iter().map(|cluster| cluster.over_read(checkpoint)).collect(), by_pieces)
 }
 
 /// Rows of pieces that lie among each other.
@@ -62,7 +66,8 @@ struct Cluster {
     /// Where the first begins.
     first: (u32, u64),
     end: u64,
-    members: Vec<u32>,
+    /// Range of the staged segments.
+    members: Range<usize>,
     piece_len_bytes: u64,
     piece_count: u64,
     over_bytes: u64,
@@ -76,60 +81,66 @@ impl Cluster {
 
     fn over_read(&self, checkpoint: &Checkpoint) -> OverRead {
         let (file, begin) = self.first;
-        let of_file = |id: &u32| {
-            let stored = checkpoint.tensor(crate::checkpoint::TensorId(*id));
-            (stored.file, stored.file_offset_bytes) <= (file, begin)
-        };
-        // Tensors are numbered in the order of files and offsets: the last that begins before the cluster.
-        let (mut low, mut high) = (0, checkpoint.len() as u32);
+        let header = checkpoint.files()[file as usize].header();
+        let starts_before =
+            |index: &usize| header.data_start_bytes() + header.tensor(*index).data_offsets.0 <= begin;
+        // The last tensor that begins before the cluster.
+        let (mut low, mut high) = (0, header.len());
         while low < high {
             let middle = low + (high - low) / 2;
-            if of_file(&middle) { low = middle + 1 } else { high = middle }
+            if starts_before(&middle) { low = middle + 1 } else { high = middle }
         }
-        let stored = checkpoint.tensor(crate::checkpoint::TensorId(low - 1));
         OverRead {
-            name: stored.info.name.to_owned(),
+            name: header.tensor(low - 1).name.to_owned(),
             over_bytes: self.over_bytes,
             piece_len_bytes: self.piece_len_bytes,
         }
     }
 }
 
-fn clusters(segments: &[&Segment]) -> Vec<Cluster> {
+/// Returns the staged segments, by file and offset.
+fn staged(segments: &[&Segment]) -> Vec<u32> {
     let is_staged = |index: &u32| segments[*index as usize].way == Way::Staged;
     let mut staged: Vec<u32> = (0..segments.len() as u32).filter(is_staged).collect();
     staged.sort_by_key(|index| {
         let segment = &segments[*index as usize];
         (segment.file, segment.begin)
     });
+    staged
+}
+
+/// Returns the clusters with something between their pieces.
+fn clusters(segments: &[&Segment], staged: &[u32]) -> Vec<Cluster> {
     let mut clusters: Vec<Cluster> = Vec::new();
-    for index in staged {
-        let segment = &segments[index as usize];
-        let (first, end) = ((segment.file, segment.begin), segment.end);
-        match clusters.last_mut() {
-            Some(last) if last.first.0 == segment.file && segment.begin < last.end => {
-                last.end = last.end.max(end);
-                last.members.push(index);
-                last.piece_len_bytes = last.piece_len_bytes.min(segment.piece_len_bytes);
-            }
-            _ => clusters.push(Cluster {
-                first,
-                end,
-                members: vec![index],
-                piece_len_bytes: segment.piece_len_bytes,
-                piece_count: 0,
-                over_bytes: 0,
-            }),
+    let mut rest = 0..staged.len();
+    while let Some(index) = rest.next() {
+        let first = segments[staged[index] as usize];
+        let mut cluster = Cluster {
+            first: (first.file, first.begin),
+            end: first.end,
+            members: index..index + 1,
+            piece_len_bytes: first.piece_len_bytes,
+            piece_count: first.steps.count,
+            over_bytes: 0,
+        };
+        let mut needed = first.len_bytes();
+        while let Some(next) = staged.get(rest.start).map(|next| segments[*next as usize])
+            && next.file == first.file
+            && next.begin < cluster.end
+        {
+            rest.start += 1;
+            cluster.members.end = rest.start;
+            cluster.end = cluster.end.max(next.end);
+            cluster.piece_len_bytes = cluster.piece_len_bytes.min(next.piece_len_bytes);
+            cluster.piece_count += next.steps.count;
+            needed += next.len_bytes();
+        }
+        // Of pieces that several tensors take, at most as much is needed as there is.
+        cluster.over_bytes = (cluster.end - first.begin).saturating_sub(needed);
+        if cluster.over_bytes > 0 {
+            clusters.push(cluster);
         }
     }
-    for cluster in &mut clusters {
-        let members = || cluster.members.iter().map(|index| segments[*index as usize]);
-        let needed: u64 = members().map(|member| member.len_bytes()).sum();
-        cluster.piece_count = members().map(|member| member.steps.count).sum();
-        // Of pieces that several tensors take, at most as much is needed as there is.
-        cluster.over_bytes = (cluster.end - cluster.first.1).saturating_sub(needed);
-    }
-    clusters.retain(|cluster| cluster.over_bytes > 0);
     clusters
 }
 

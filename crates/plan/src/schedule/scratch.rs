@@ -18,10 +18,12 @@ use crate::slice::Pieces;
 #[derive(Default)]
 pub(super) struct Scratch {
     pub(super) operations: Vec<Operation>,
+    /// For each its payload, which says where in the result's order its sources stand.
+    pub(super) payloads: Vec<TensorId>,
     /// Sources of a few bytes, which are read before everything else, ascending by file and offset.
     pub(super) small: Vec<Segment>,
-    /// The other sources of each operation, adjacent in time; with the payload, which says where in the result's order they stand.
-    pub(super) large: Vec<(TensorId, Vec<Segment>)>,
+    /// The other sources, those of an operation one behind the other.
+    pub(super) large: Vec<Segment>,
 }
 
 /// Places the sources of all operations in scratch arenas, two on each device, which it appends.
@@ -38,45 +40,40 @@ pub(super) fn scratch(
 ) -> Result<Scratch, PlanError> {
     let mut scratch = Scratch::default();
     let Some(dequantize) = &request.dequantize else { return Ok(scratch) };
-    let of_wanted = |(index, wanted): (u32, &'_ Wanted<'_>)| (index, wanted.device);
-    let mut makings: Vec<(u32, DeviceId, &Making<'_>)> = (0..)
-        .zip(wanted)
-        .flat_map(|(index, wanted)| {
-            let (index, device) = of_wanted((index, wanted));
-            wanted.makings().iter().map(move |making| (index, device, making))
-        })
-        .collect();
-    // In the order of time, whatever the device.
-    makings.sort_by_key(|(_, _, making)| making.group.payload());
-    let mut rings = rings(checkpoint, request, dequantize, &makings, arenas.len() as u32, machine)?;
-    for (tensor, device, making) in makings {
-        let ring = rings.get_mut(&device).expect("there is one for every device of a making");
+    let jobs = jobs(checkpoint, dequantize, wanted, machine);
+    let mut rings = rings(request, &jobs, arenas.len() as u32, machine)?;
+    scratch.operations.reserve(jobs.jobs.len());
+    scratch.payloads.reserve(jobs.jobs.len());
+    scratch.large.reserve(jobs.jobs.len());
+    for job in &jobs.jobs {
+        let ring = rings.get_mut(&job.device).expect("there is one for every device of a job");
         let operation = scratch.operations.len() as u32;
         let to = Destination {
-            device,
+            device: job.device,
             target: Place { arena: ring.arena, offset_bytes: 0 },
-            tensors: tensor..tensor + 1,
+            tensors: job.tensor..job.tensor + 1,
             operation: Some(operation),
             after: 0..0,
         };
-        let (sources, large) = ring.place(making, to, &mut scratch.small);
+        let (making, needed) = (job.making, &jobs.needed[job.needed.clone()]);
+        let sources = ring.place(checkpoint, needed, to, &mut scratch.small, &mut scratch.large);
         let mut recipe = making.recipe().clone();
         recipe.fold = recipe.fold.filter(|_| dequantize.fold);
-        let place = tensors[tensor as usize].place;
+        let place = tensors[job.tensor as usize].place;
         let offset_bytes = place.offset_bytes + making.offset_bytes;
+        scratch.payloads.push(job.payload);
         scratch.operations.push(Operation {
             name: making.group.name.clone(),
             family: making.group.family,
-            shape: making.shape(dequantize),
+            shape: making.shape(dequantize).into_owned(),
             is_transposed: making.is_transposed(dequantize),
             recipe,
             sources,
-            tensor,
+            tensor: job.tensor,
             place: Place { offset_bytes, ..place },
             len_bytes: making.len_bytes(dequantize),
             read_count: 0,
         });
-        scratch.large.push((making.group.payload(), large));
     }
     scratch.small.sort_by_key(|segment| (segment.file, segment.begin));
     for (device, ring) in rings {
@@ -93,32 +90,99 @@ pub(super) fn scratch(
     Ok(scratch)
 }
 
-/// Prepares a ring for every device that something is made on; `arena` is the number of the first arena they append.
-fn rings<'w>(
-    checkpoint: &'w Checkpoint,
-    request: &Request,
-    dequantize: &'w Dequantize,
-    makings: &[(u32, DeviceId, &Making<'_>)],
-    arena: u32,
-    machine: &'w Machine,
-) -> Result<BTreeMap<DeviceId, Ring<'w>>, PlanError> {
-    let mut of_devices: BTreeMap<DeviceId, Vec<&Making<'_>>> = BTreeMap::new();
-    for (_, device, making) in makings {
-        of_devices.entry(*device).or_default().push(making);
+/// What operations have to make, in the order of time, whatever the device.
+struct Jobs<'w> {
+    jobs: Vec<Job<'w>>,
+    /// What they need, those of a job in the order of the checkpoint's table.
+    needed: Vec<Needed<'w>>,
+}
+
+struct Job<'w> {
+    payload: TensorId,
+    /// The tensor of the result, and where that goes.
+    tensor: u32,
+    device: DeviceId,
+    making: &'w Making<'w>,
+    /// Range of what all jobs need.
+    needed: Range<usize>,
+}
+
+/// A source of an operation, whole or in part.
+struct Needed<'w> {
+    role: Role,
+    id: TensorId,
+    file: u32,
+    file_offset_bytes: u64,
+    pieces: Option<&'w Pieces>,
+    len_bytes: u64,
+    how: How,
+}
+
+fn jobs<'w>(
+    checkpoint: &Checkpoint,
+    dequantize: &Dequantize,
+    wanted: &'w [Wanted<'_>],
+    machine: &Machine,
+) -> Jobs<'w> {
+    let mut jobs: Vec<Job<'_>> = Vec::with_capacity(wanted.len());
+    for (tensor, wanted) in (0..).zip(wanted) {
+        jobs.extend(wanted.makings().iter().map(|making| Job {
+            payload: making.group.payload(),
+            tensor,
+            device: wanted.device,
+            making,
+            needed: 0..0,
+        }));
     }
-    let ring = |(number, (device, makings)): (u32, (DeviceId, Vec<&Making<'_>>))| {
-        let world = World { checkpoint, dequantize, device, machine };
-        let budget = Budget::new(&world, request.transient_bytes_max, &makings)?;
-        let slots = Slots::new(budget.ring_len_bytes, congruence_bytes(machine, device));
+    jobs.sort_by_key(|job| job.payload);
+    let mut needed = Vec::with_capacity(2 * jobs.len());
+    for job in &mut jobs {
+        let first = needed.len();
+        needed.extend(job.making.sources(dequantize).map(|(role, id, pieces)| {
+            let stored = checkpoint.tensor(id);
+            // Only whole payloads are worth a read of their own in place.
+            let is_long = stored.info.len_bytes() >= IN_PLACE_LEN_BYTES_MIN;
+            let is_worth_it = role == Role::Payload && is_long && pieces.is_none();
+            let can_land = || machine.in_place.route(job.device, stored.file).is_some();
+            Needed {
+                role,
+                id,
+                file: stored.file,
+                file_offset_bytes: stored.file_offset_bytes,
+                pieces,
+                len_bytes: pieces.map_or(stored.info.len_bytes(), Pieces::len_bytes),
+                how: if is_worth_it && can_land() { How::InPlace } else { How::Gathered },
+            }
+        }));
+        needed[first..].sort_by_key(|needed| needed.id);
+        job.needed = first..needed.len();
+    }
+    Jobs { jobs, needed }
+}
+
+/// Prepares a ring for every device that something is made on; `arena` is the number of the first arena they append.
+fn rings(
+    request: &Request,
+    jobs: &Jobs<'_>,
+    arena: u32,
+    machine: &Machine,
+) -> Result<BTreeMap<DeviceId, Ring>, PlanError> {
+    let mut devices: Vec<DeviceId> = jobs.jobs.iter().map(|job| job.device).collect();
+    devices.sort_unstable();
+    devices.dedup();
+    let ring = |(number, device): (u32, DeviceId)| {
+        let congruence = congruence_bytes(machine, device);
+        let budget = Budget::new(jobs, device, congruence, request.transient_bytes_max)?;
+        let slots = Slots::new(budget.ring_len_bytes, congruence);
         let small_len_bytes_max = budget.small_len_bytes_max;
-        Ok((device, Ring { world, small_len_bytes_max, slots, arena: arena + 2 * number, small_end: 0 }))
+        Ok((device, Ring { congruence, small_len_bytes_max, slots, arena: arena + 2 * number, small_end: 0 }))
     };
-    (0..).zip(of_devices).map(ring).collect()
+    (0..).zip(devices).map(ring).collect()
 }
 
 /// Where the sources of one device's operations wait.
-struct Ring<'w> {
-    world: World<'w>,
+struct Ring {
+    congruence: u64,
     small_len_bytes_max: u64,
     slots: Slots,
     /// The arena of small sources; that of the others follows.
@@ -126,110 +190,77 @@ struct Ring<'w> {
     small_end: u64,
 }
 
-impl Ring<'_> {
-    /// Places the sources of an operation; returns the segments of those that are not small.
+impl Ring {
+    /// Places the sources of an operation, and adds their segments.
     fn place(
         &mut self,
-        making: &Making<'_>,
+        checkpoint: &Checkpoint,
+        needed: &[Needed<'_>],
         to: Destination,
         small: &mut Vec<Segment>,
-    ) -> (Vec<Source>, Vec<Segment>) {
-        let Ring { world, small_len_bytes_max, slots, arena, small_end } = self;
-        let congruence = congruence_bytes(world.machine, world.device);
+        large: &mut Vec<Segment>,
+    ) -> Vec<Source> {
+        let Ring { congruence, small_len_bytes_max, slots, arena, small_end } = self;
         let operation = to.operation.expect("sources are of an operation");
-        let slot = slots.take(operation, world.slot_len_bytes(making, *small_len_bytes_max));
-        let (mut sources, mut large) = (Vec::new(), Vec::new());
+        let slot = slots.take(operation, slot_len_bytes(needed, *small_len_bytes_max, *congruence));
+        let mut sources = Vec::with_capacity(needed.len());
         let mut end = slot.begin;
-        for (role, id, pieces) in making.sources(world.dequantize) {
-            let stored = world.checkpoint.tensor(id);
-            let len_bytes = world.len_bytes(id, pieces);
+        for Needed { role, id, file, file_offset_bytes: begin, pieces, len_bytes, how } in needed {
+            let (role, id, begin, len_bytes) = (*role, *id, *begin, *len_bytes);
             if len_bytes == 0 {
                 continue;
             }
             let is_small = len_bytes <= *small_len_bytes_max;
-            let how = world.how(role, id, pieces);
             let place = if is_small {
                 let offset_bytes = align_up(*small_end, SMALL_ALIGN_BYTES);
                 *small_end = offset_bytes + len_bytes;
                 Place { arena: *arena, offset_bytes }
             } else {
-                let begin = stored.file_offset_bytes;
-                let offset_bytes = how.start(end, begin, congruence);
-                end = how.end(offset_bytes + len_bytes, congruence);
+                let offset_bytes = how.start(end, begin, *congruence);
+                end = how.end(offset_bytes + len_bytes, *congruence);
                 Place { arena: *arena + 1, offset_bytes }
             };
             sources.push(Source { role, id, place, len_bytes });
             let after = if is_small { 0..0 } else { slot.after.clone() };
             let to = Destination { target: place, tensors: to.tensors.clone(), after, ..to };
-            let segments = if is_small { &mut *small } else { &mut large };
+            let segments = if is_small { &mut *small } else { &mut *large };
             match pieces {
-                Some(pieces) => gather(world.checkpoint, id, pieces, &to, segments),
+                Some(pieces) => gather(checkpoint, id, pieces, &to, segments),
                 None => segments.push(Segment {
-                    file: stored.file,
-                    begin: stored.file_offset_bytes,
-                    end: stored.file_offset_bytes + len_bytes,
+                    file: *file,
+                    begin,
+                    end: begin + len_bytes,
                     piece_len_bytes: len_bytes,
                     steps: Steps::ONCE,
                     device: to.device,
                     target: place,
-                    way: if !is_small && how == How::InPlace { Way::InPlace } else { Way::Staged },
+                    way: if !is_small && *how == How::InPlace { Way::InPlace } else { Way::Staged },
                     tensors: to.tensors,
                     operation: to.operation,
                     after: to.after,
                 }),
             }
         }
-        (sources, large)
+        sources
     }
 }
 
-/// What the lengths of sources depend on.
-struct World<'w> {
-    checkpoint: &'w Checkpoint,
-    dequantize: &'w Dequantize,
-    device: DeviceId,
-    machine: &'w Machine,
+/// Returns the bytes that the small sources of an operation take.
+fn small_len_bytes(needed: &[Needed<'_>], small_len_bytes_max: u64) -> u64 {
+    let small = needed.iter().filter(|needed| needed.len_bytes <= small_len_bytes_max);
+    small.map(|needed| align_up(needed.len_bytes, SMALL_ALIGN_BYTES)).sum()
 }
 
-impl World<'_> {
-    /// Returns the bytes of a source, or of the part that is needed.
-    fn len_bytes(&self, id: TensorId, pieces: Option<&Pieces>) -> u64 {
-        pieces.map_or_else(|| self.checkpoint.tensor(id).info.len_bytes(), Pieces::len_bytes)
-    }
-
-    /// Returns how a source gets to its place. Only whole payloads are worth a read of their own in place.
-    fn how(&self, role: Role, id: TensorId, pieces: Option<&Pieces>) -> How {
-        let stored = self.checkpoint.tensor(id);
-        let is_long = stored.info.len_bytes() >= IN_PLACE_LEN_BYTES_MIN;
-        let is_worth_it = role == Role::Payload && is_long && pieces.is_none();
-        let can_land = || self.machine.in_place.route(self.device, stored.file).is_some();
-        if is_worth_it && can_land() { How::InPlace } else { How::Gathered }
-    }
-
-    /// Returns how an operation's sources get to their places, and their lengths.
-    fn lens_bytes(&self, making: &Making<'_>) -> impl Iterator<Item = (How, u64)> {
-        let sources = making.sources(self.dequantize).into_iter();
-        sources.map(|(role, id, pieces)| (self.how(role, id, pieces), self.len_bytes(id, pieces)))
-    }
-
-    /// Returns the bytes that the small sources of an operation take.
-    fn small_len_bytes(&self, making: &Making<'_>, small_len_bytes_max: u64) -> u64 {
-        let small = self.lens_bytes(making).filter(|(_, len_bytes)| *len_bytes <= small_len_bytes_max);
-        small.map(|(_, len_bytes)| align_up(len_bytes, SMALL_ALIGN_BYTES)).sum()
-    }
-
-    /// Returns the bytes that the other sources take in the ring, wherever they begin.
-    fn slot_len_bytes(&self, making: &Making<'_>, small_len_bytes_max: u64) -> u64 {
-        let congruence = congruence_bytes(self.machine, self.device);
-        let large = self.lens_bytes(making).filter(|(_, len_bytes)| *len_bytes > small_len_bytes_max);
-        let len = |(how, len_bytes)| match how {
-            // The aligned cover around it.
-            How::InPlace => align_up(len_bytes, congruence) + congruence,
-            _ => align_up(len_bytes, CONGRUENCE_BYTES),
-        };
-        // The payload may be preceded by sources that end off the congruence.
-        align_up(large.map(len).sum::<u64>() + congruence, congruence)
-    }
+/// Returns the bytes that the other sources take in the ring, wherever they begin.
+fn slot_len_bytes(needed: &[Needed<'_>], small_len_bytes_max: u64, congruence: u64) -> u64 {
+    let large = needed.iter().filter(|needed| needed.len_bytes > small_len_bytes_max);
+    let len = |needed: &Needed<'_>| match needed.how {
+        // The aligned cover around it.
+        How::InPlace => align_up(needed.len_bytes, congruence) + congruence,
+        _ => align_up(needed.len_bytes, CONGRUENCE_BYTES),
+    };
+    // The payload may be preceded by sources that end off the congruence.
+    align_up(large.map(len).sum::<u64>() + congruence, congruence)
 }
 
 /// How the transient memory is shared between small sources and the ring.
@@ -241,17 +272,22 @@ struct Budget {
 impl Budget {
     /// Calls fewer sources small where all of them would leave the ring less than half of what is allowed, or less than the largest
     /// operation needs.
-    fn new(world: &World<'_>, max_bytes: Option<u64>, makings: &[&Making<'_>]) -> Result<Budget, PlanError> {
-        let align_bytes = congruence_bytes(world.machine, world.device);
+    fn new(
+        jobs: &Jobs<'_>,
+        device: DeviceId,
+        align_bytes: u64,
+        max_bytes: Option<u64>,
+    ) -> Result<Budget, PlanError> {
         let mut small_len_bytes_max = SMALL_LEN_BYTES_MAX;
         loop {
             let (mut largest, mut sum, mut small) = ((0, None), 0u64, 0u64);
-            for making in makings {
-                let len = world.slot_len_bytes(making, small_len_bytes_max);
+            for job in jobs.jobs.iter().filter(|job| job.device == device) {
+                let needed = &jobs.needed[job.needed.clone()];
+                let len = slot_len_bytes(needed, small_len_bytes_max, align_bytes);
                 sum = sum.saturating_add(len);
-                small = small.saturating_add(world.small_len_bytes(making, small_len_bytes_max));
+                small = small.saturating_add(small_len_bytes(needed, small_len_bytes_max));
                 if len > largest.0 {
-                    largest = (len, Some(making));
+                    largest = (len, Some(job.making));
                 }
             }
             let small_bytes = align_up(small, align_bytes);

@@ -10,19 +10,19 @@ use crate::request::{Dequantize, Globs, Request, Select};
 
 /// Returns what the request selects, in the order of the checkpoint's table.
 pub(super) fn selected<'r>(
-    checkpoint: &Checkpoint,
+    checkpoint: &'r Checkpoint,
     request: &'r Request,
 ) -> Result<Vec<Wanted<'r>>, PlanError> {
-    let stored = |id| Wanted::stored(id, request.device);
+    let stored = |id| Wanted::stored(checkpoint.tensor(id), request.device);
     let Some(dequantize) = &request.dequantize else {
         return Ok(request.tensors(checkpoint)?.into_iter().map(stored).collect());
     };
     let made = made(checkpoint, dequantize)?;
     let (ids, groups) = chosen(checkpoint, request, dequantize, &made)?;
     let mut wanted: Vec<_> = ids.into_iter().map(stored).collect();
-    wanted.extend(groups.into_iter().map(|group| Wanted::made(group, request.device)));
+    wanted.extend(groups.into_iter().map(|group| Wanted::made(checkpoint, group, request.device)));
     // A payload that was asked for by its stored name stands beside what is made of it.
-    wanted.sort_by_key(|wanted| wanted.id);
+    wanted.sort_by_key(|wanted| wanted.stored.id);
     Ok(wanted)
 }
 

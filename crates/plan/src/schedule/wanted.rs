@@ -1,10 +1,14 @@
 //! The tensors of the result, in order: as stored, made by operations, or put together from parts of both.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
+use std::sync::Arc;
+
+use smallvec::{SmallVec, smallvec};
 
 use super::assembled::assembled;
 use super::select::selected;
-use crate::checkpoint::{Checkpoint, TensorId};
+use crate::checkpoint::{Checkpoint, TensorId, TensorRef};
 use crate::device_map::{DeviceMap, DeviceMapError, NAMES_TOLD_MAX};
 use crate::dtype::{Dtype, numel};
 use crate::placement::DeviceId;
@@ -16,7 +20,7 @@ use crate::slice::{Pieces, Slice, SliceError, row_major};
 /// A tensor of the result.
 pub(super) struct Wanted<'r> {
     /// The stored tensor, the payload of the group, or the first of what it is put together from: what orders the result of a device.
-    pub(super) id: TensorId,
+    pub(super) stored: TensorRef<'r>,
     /// Where it goes.
     pub(super) device: DeviceId,
     /// Its name, where that is neither the stored tensor's nor the group's.
@@ -43,11 +47,12 @@ pub(super) enum What<'r> {
 #[derive(Clone)]
 pub(super) struct Parts<'r> {
     pub(super) dtype: Dtype,
-    pub(super) shape: Vec<u64>,
+    pub(super) shape: Cow<'r, [u64]>,
+    pub(super) len_bytes: u64,
     /// Bytes from its first to its last, which are more than its own where the caller's memory has gaps.
     pub(super) span_bytes: u64,
     /// What arrives as stored.
-    pub(super) stored: Vec<StoredPart<'r>>,
+    pub(super) stored: SmallVec<[StoredPart<'r>; 1]>,
     /// What operations make.
     pub(super) made: Vec<Making<'r>>,
 }
@@ -67,84 +72,81 @@ pub(super) struct StoredPart<'r> {
 pub(super) struct Making<'r> {
     pub(super) group: &'r Group,
     /// The part; `None`: all of it.
-    pub(super) cut: Option<Box<Cut>>,
+    pub(super) cut: Option<Arc<Cut>>,
     /// Where it begins in its tensor.
     pub(super) offset_bytes: u64,
 }
 
-/// A part of a quantized tensor: the parts of its members, and how to make it from them.
-#[derive(Clone)]
+/// A part of a quantized tensor: the parts of its members, and how to make it from them. Groups that are cut alike share it.
 pub(super) struct Cut {
     pub(super) shape: Vec<u64>,
     pub(super) recipe: Recipe,
-    /// `None`: the whole member.
-    pub(super) members: Vec<(Role, TensorId, Option<Pieces>)>,
+    /// By their places among the group's members; `None`: the whole member.
+    pub(super) members: Vec<(usize, Option<Pieces>)>,
 }
 
 impl<'r> Wanted<'r> {
-    pub(super) fn stored(id: TensorId, device: DeviceId) -> Wanted<'r> {
-        Wanted { id, device, name: None, what: What::Stored, external: None, copy_of: None }
+    pub(super) fn stored(stored: TensorRef<'r>, device: DeviceId) -> Wanted<'r> {
+        Wanted { stored, device, name: None, what: What::Stored, external: None, copy_of: None }
     }
 
-    pub(super) fn made(group: &'r Group, device: DeviceId) -> Wanted<'r> {
+    pub(super) fn made(checkpoint: &'r Checkpoint, group: &'r Group, device: DeviceId) -> Wanted<'r> {
         let making = Making { group, cut: None, offset_bytes: 0 };
-        Wanted { what: What::Made(making), ..Wanted::stored(group.payload(), device) }
+        let stored = Wanted::stored(checkpoint.tensor(group.payload()), device);
+        Wanted { what: What::Made(making), ..stored }.named(&group.name)
     }
 
-    /// Returns its name where that is not the stored tensor's.
-    pub(super) fn own_name(&self) -> Option<&'r str> {
-        self.name.or(match &self.what {
-            What::Made(making) => Some(&making.group.name),
-            What::Stored | What::Parts(_) => None,
-        })
+    pub(super) fn named(mut self, name: &'r str) -> Wanted<'r> {
+        self.name = (name != self.stored.info.name).then_some(name);
+        self
     }
 
-    pub(super) fn name(&self, checkpoint: &'r Checkpoint) -> &'r str {
-        self.own_name().unwrap_or_else(|| checkpoint.tensor(self.id).info.name)
+    pub(super) fn name(&self) -> &'r str {
+        self.name.unwrap_or(self.stored.info.name)
     }
 
-    pub(super) fn dtype(&self, checkpoint: &Checkpoint, request: &Request) -> Dtype {
+    pub(super) fn dtype(&self, request: &Request) -> Dtype {
         match (&self.what, &request.dequantize) {
             (What::Parts(parts), _) => parts.dtype,
             (What::Made(_), Some(dequantize)) => dequantize.dtype,
-            _ => checkpoint.tensor(self.id).info.dtype,
+            _ => self.stored.info.dtype,
         }
     }
 
     /// Returns its shape where that is not the stored tensor's.
-    pub(super) fn own_shape(&self, request: &Request) -> Option<Vec<u64>> {
+    pub(super) fn own_shape(&self, request: &Request) -> Option<Cow<'_, [u64]>> {
         match (&self.what, &request.dequantize) {
-            (What::Parts(parts), _) => Some(parts.shape.clone()),
+            (What::Parts(parts), _) => Some(Cow::Borrowed(&parts.shape)),
             (What::Made(making), Some(dequantize)) => Some(making.shape(dequantize)),
             _ => None,
         }
     }
 
     /// Returns the bytes it takes in the result.
-    pub(super) fn len_bytes(&self, checkpoint: &Checkpoint, request: &Request) -> u64 {
+    pub(super) fn len_bytes(&self, request: &Request) -> u64 {
         match (&self.what, &request.dequantize) {
-            (What::Parts(parts), _) => parts.len_bytes(),
+            (What::Parts(parts), _) => parts.len_bytes,
             (What::Made(making), Some(dequantize)) => making.len_bytes(dequantize),
-            _ => checkpoint.tensor(self.id).info.len_bytes(),
+            _ => self.stored.info.len_bytes(),
         }
     }
 
     /// Returns the bytes from its first to its last.
-    pub(super) fn span_bytes(&self, checkpoint: &Checkpoint, request: &Request) -> u64 {
+    pub(super) fn span_bytes(&self, request: &Request) -> u64 {
         match &self.what {
             What::Parts(parts) => parts.span_bytes,
-            _ => self.len_bytes(checkpoint, request),
+            _ => self.len_bytes(request),
         }
     }
 
     /// Returns the bytes of a file that it is, if it is one run of them.
-    pub(super) fn run(&self, checkpoint: &Checkpoint) -> Option<(u32, u64, u64)> {
-        let stored = checkpoint.tensor(self.id);
+    pub(super) fn run(&self) -> Option<(u32, u64, u64)> {
+        let stored = &self.stored;
         let run = match &self.what {
             What::Stored => 0..stored.info.len_bytes(),
             What::Made(_) => return None,
             What::Parts(parts) => match (&*parts.stored, &*parts.made) {
-                ([part], []) if part.pieces.len_bytes() == parts.len_bytes() => part.pieces.run()?,
+                ([part], []) if part.pieces.len_bytes() == parts.len_bytes => part.pieces.run()?,
                 _ => return None,
             },
         };
@@ -171,13 +173,6 @@ impl<'r> Wanted<'r> {
     }
 }
 
-impl Parts<'_> {
-    fn len_bytes(&self) -> u64 {
-        let numel = numel(&self.shape).expect("its parts, which cover it, have been counted");
-        self.dtype.len_bytes(numel).expect("its parts begin and end at whole bytes")
-    }
-}
-
 impl Making<'_> {
     /// Returns the bytes of what is made. Recognition has checked that the product fits.
     pub(super) fn len_bytes(&self, dequantize: &Dequantize) -> u64 {
@@ -196,26 +191,29 @@ impl Making<'_> {
     }
 
     /// Returns the shape of what is made: `[.., K, N]` where the file's own order is kept.
-    pub(super) fn shape(&self, dequantize: &Dequantize) -> Vec<u64> {
-        let mut shape = self.cut.as_ref().map_or(&self.group.shape, |cut| &cut.shape).clone();
+    pub(super) fn shape(&self, dequantize: &Dequantize) -> Cow<'_, [u64]> {
+        let mut shape = Cow::Borrowed(&**self.cut.as_ref().map_or(&self.group.shape, |cut| &cut.shape));
         if self.is_transposed(dequantize)
-            && let [.., rows, cols] = shape.as_mut_slice()
+            && let [.., rows, cols] = shape.to_mut().as_mut_slice()
         {
             std::mem::swap(rows, cols);
         }
         shape
     }
 
-    /// Returns the tensors that making it uses up, whole or in part, in the order of the checkpoint's table.
-    pub(super) fn sources(&self, dequantize: &Dequantize) -> Vec<(Role, TensorId, Option<&Pieces>)> {
-        let is_used = |role: Role| role != Role::Description && (dequantize.fold || role != Role::Fold);
-        let mut sources: Vec<_> = match &self.cut {
-            Some(cut) => cut.members.iter().map(|(role, id, pieces)| (*role, *id, pieces.as_ref())).collect(),
-            None => self.group.members.iter().map(|(role, id)| (*role, *id, None)).collect(),
-        };
-        sources.retain(|(role, ..)| is_used(*role));
-        sources.sort_by_key(|(_, id, _)| *id);
-        sources
+    /// Walks the tensors that making it uses up, whole or in part.
+    pub(super) fn sources(
+        &self,
+        dequantize: &Dequantize,
+    ) -> impl Iterator<Item = (Role, TensorId, Option<&Pieces>)> {
+        let fold = dequantize.fold;
+        let is_used = move |role: Role| role != Role::Description && (fold || role != Role::Fold);
+        let members = &self.group.members;
+        let whole = if self.cut.is_some() { &[][..] } else { members };
+        let cut = self.cut.iter().flat_map(|cut| &cut.members);
+        let cut = cut.map(|(place, pieces)| (members[*place].0, members[*place].1, pieces.as_ref()));
+        let sources = whole.iter().map(|(role, id)| (*role, *id, None)).chain(cut);
+        sources.filter(move |(role, ..)| is_used(*role))
     }
 }
 
@@ -243,9 +241,9 @@ pub(super) fn wanted<'r>(
         }
     };
     if let Some(map) = &request.device_map {
-        wanted = spread(checkpoint, map, machine, wanted)?;
+        wanted = spread(map, machine, wanted)?;
     } else if request.assembly.is_some() {
-        wanted.sort_by_key(|wanted| (wanted.device, wanted.id));
+        wanted.sort_by_key(|wanted| (wanted.device, wanted.stored.id));
     }
     give_memory(checkpoint, request, &mut wanted)?;
     Ok(wanted)
@@ -260,7 +258,7 @@ fn cut_out<'r>(
     if request.slices.is_empty() {
         return Ok(());
     }
-    let by_name = by_name(checkpoint, wanted);
+    let by_name = by_name(wanted);
     for (name, slice) in &request.slices {
         let Some(index) = by_name.get(name.as_str()) else {
             return Err(not_selected(checkpoint, name, |name| PlanError::SliceNotSelected { name }));
@@ -268,23 +266,24 @@ fn cut_out<'r>(
         let wanted = &mut wanted[index[0]];
         let parts = match &wanted.what {
             What::Made(making) => made_part(checkpoint, request, making.group, slice)?,
-            _ => stored_part(checkpoint, wanted.id, slice)
+            _ => stored_part(wanted.stored, slice)
                 .map_err(|source| PlanError::Slice { name: name.clone(), source })?,
         };
-        wanted.name = wanted.own_name();
         wanted.what = What::Parts(Box::new(parts));
     }
     Ok(())
 }
 
-fn stored_part<'r>(checkpoint: &Checkpoint, id: TensorId, slice: &'r Slice) -> Result<Parts<'r>, SliceError> {
-    let info = checkpoint.tensor(id).info;
+fn stored_part<'r>(stored: TensorRef<'_>, slice: &'r Slice) -> Result<Parts<'r>, SliceError> {
+    let info = stored.info;
     let pieces = slice.pieces(info.dtype, info.shape)?;
+    let len_bytes = pieces.len_bytes();
     Ok(Parts {
         dtype: info.dtype,
-        shape: pieces.shape().to_vec(),
-        span_bytes: pieces.len_bytes(),
-        stored: vec![StoredPart { id, slice, at: &[], pieces }],
+        shape: Cow::Owned(slice.shape(info.shape)?),
+        len_bytes,
+        span_bytes: len_bytes,
+        stored: smallvec![StoredPart { id: stored.id, slice, at: &[], pieces }],
         made: Vec::new(),
     })
 }
@@ -297,11 +296,13 @@ fn made_part<'r>(
 ) -> Result<Parts<'r>, PlanError> {
     let dequantize = request.dequantize.as_ref().expect("something is made only of what is dequantized");
     let making = Making { group, cut: cut(checkpoint, group, slice)?, offset_bytes: 0 };
+    let len_bytes = making.len_bytes(dequantize);
     Ok(Parts {
         dtype: dequantize.dtype,
-        shape: making.shape(dequantize),
-        span_bytes: making.len_bytes(dequantize),
-        stored: Vec::new(),
+        shape: Cow::Owned(making.shape(dequantize).into_owned()),
+        len_bytes,
+        span_bytes: len_bytes,
+        stored: SmallVec::new(),
         made: vec![making],
     })
 }
@@ -311,7 +312,7 @@ pub(super) fn cut(
     checkpoint: &Checkpoint,
     group: &Group,
     slice: &Slice,
-) -> Result<Option<Box<Cut>>, PlanError> {
+) -> Result<Option<Arc<Cut>>, PlanError> {
     let name = || group.name.clone();
     let shape = slice.shape(&group.shape).map_err(|source| PlanError::Slice { name: name(), source })?;
     if shape == group.shape {
@@ -328,15 +329,15 @@ pub(super) fn cut(
         let pieces = member.pieces().map_err(|source| PlanError::Slice { name: name(), source })?;
         let whole = 0..checkpoint.tensor(member.tensor).info.len_bytes();
         let is_part = pieces.run() != Some(whole);
-        Ok((member.role, member.tensor, is_part.then_some(pieces)))
+        let place = group.members.iter().position(|own| *own == (member.role, member.tensor));
+        Ok((place.expect("what is cut is a member"), is_part.then_some(pieces)))
     });
     let members = members.collect::<Result<_, PlanError>>()?;
-    Ok(Some(Box::new(Cut { shape, recipe: cut.recipe, members })))
+    Ok(Some(Arc::new(Cut { shape, recipe: cut.recipe, members })))
 }
 
 /// Puts every tensor on the devices that the map names, once on each. What another device can be copied from is not read again.
 fn spread<'r>(
-    checkpoint: &'r Checkpoint,
     map: &DeviceMap,
     machine: &Machine,
     wanted: Vec<Wanted<'r>>,
@@ -345,7 +346,7 @@ fn spread<'r>(
     let mut spread: Vec<(Wanted<'r>, usize, Option<DeviceId>)> = Vec::with_capacity(wanted.len());
     let (mut nowhere, mut nowhere_count) = (Vec::new(), 0);
     for (number, wanted) in wanted.into_iter().enumerate() {
-        let name = wanted.name(checkpoint);
+        let name = wanted.name();
         let Some([first, others @ ..]) = map.devices_of(name) else {
             nowhere_count += 1;
             if nowhere.len() < NAMES_TOLD_MAX {
@@ -356,7 +357,7 @@ fn spread<'r>(
         for other in others {
             let source = machine.peers.contains(&(*first, *other)).then_some(*first);
             let (name, what) = (wanted.name, wanted.what.clone());
-            spread.push((Wanted { name, what, ..Wanted::stored(wanted.id, *other) }, number, source));
+            spread.push((Wanted { name, what, ..Wanted::stored(wanted.stored, *other) }, number, source));
         }
         spread.push((Wanted { device: *first, ..wanted }, number, None));
     }
@@ -364,7 +365,7 @@ fn spread<'r>(
         let missing = DeviceMapError::NotMapped { names: nowhere, count: nowhere_count };
         return Err(PlanError::DeviceMap(missing));
     }
-    spread.sort_by_key(|(wanted, ..)| (wanted.device, wanted.id));
+    spread.sort_by_key(|(wanted, ..)| (wanted.device, wanted.stored.id));
     let places: HashMap<(usize, DeviceId), u32> =
         (0..).zip(&spread).map(|(place, (wanted, number, _))| ((*number, wanted.device), place)).collect();
     let copied = |(wanted, number, source): (Wanted<'r>, usize, Option<DeviceId>)| Wanted {
@@ -383,7 +384,7 @@ fn give_memory<'r>(
     if request.external.is_empty() {
         return Ok(());
     }
-    let by_name = by_name(checkpoint, wanted);
+    let by_name = by_name(wanted);
     for external in &request.external {
         let places = by_name.get(external.name.as_str()).map_or(&[][..], Vec::as_slice);
         let is_there = |place: &&usize| wanted[**place].device == external.device;
@@ -408,9 +409,8 @@ fn stretch<'r>(
     wanted: &mut Wanted<'r>,
     strides: &[u64],
 ) -> Result<(), PlanError> {
-    let info = checkpoint.tensor(wanted.id).info;
-    let shape = wanted.own_shape(request).unwrap_or_else(|| info.shape.to_vec());
-    let name = wanted.name(checkpoint).to_owned();
+    let shape = wanted.own_shape(request).unwrap_or(Cow::Borrowed(wanted.stored.info.shape)).into_owned();
+    let name = wanted.name().to_owned();
     let bad = || {
         let (name, shape, strides) = (name.clone(), shape.clone(), strides.to_vec());
         PlanError::BadStrides { name, shape, strides }
@@ -426,12 +426,14 @@ fn stretch<'r>(
     if !wanted.makings().is_empty() {
         return Err(PlanError::StridesOfMade { name });
     }
-    let dtype = wanted.dtype(checkpoint, request);
+    let dtype = wanted.dtype(request);
+    let len_bytes = wanted.len_bytes(request);
     let span_bytes = reach(&shape, strides).and_then(|reach| dtype.len_bytes(reach)).ok_or_else(bad)?;
     let mut stored = match std::mem::replace(&mut wanted.what, What::Stored) {
         What::Parts(parts) => parts.stored,
         What::Stored | What::Made(_) => {
-            vec![StoredPart { id: wanted.id, slice: &WHOLE, at: &[], pieces: Pieces::default() }]
+            let id = wanted.stored.id;
+            smallvec![StoredPart { id, slice: &WHOLE, at: &[], pieces: Pieces::default() }]
         }
     };
     for StoredPart { id, slice, at, pieces } in &mut stored {
@@ -441,7 +443,9 @@ fn stretch<'r>(
         let stretched = slice.pieces_into(whole.dtype, whole.shape, inner, first);
         *pieces = stretched.map_err(|source| PlanError::Slice { name: name.clone(), source })?;
     }
-    wanted.what = What::Parts(Box::new(Parts { dtype, shape, span_bytes, stored, made: Vec::new() }));
+    let shape = Cow::Owned(shape);
+    let parts = Parts { dtype, shape, len_bytes, span_bytes, stored, made: Vec::new() };
+    wanted.what = What::Parts(Box::new(parts));
     Ok(())
 }
 
@@ -459,10 +463,10 @@ fn reach(shape: &[u64], strides: &[u64]) -> Option<u64> {
 static WHOLE: Slice = Slice::whole();
 
 /// Finds tensors of the result by their names: more than one place where several devices have it.
-fn by_name<'r>(checkpoint: &'r Checkpoint, wanted: &[Wanted<'r>]) -> HashMap<&'r str, Vec<usize>> {
+fn by_name<'r>(wanted: &[Wanted<'r>]) -> HashMap<&'r str, Vec<usize>> {
     let mut by_name: HashMap<&str, Vec<usize>> = HashMap::with_capacity(wanted.len());
     for (place, wanted) in wanted.iter().enumerate() {
-        by_name.entry(wanted.name(checkpoint)).or_default().push(place);
+        by_name.entry(wanted.name()).or_default().push(place);
     }
     by_name
 }
