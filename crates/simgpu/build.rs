@@ -46,8 +46,22 @@ fn main() {
         );
     }
     text += "];\n";
+    text += &ptx(&projects.join("compiled/ptx"));
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo says where"));
     fs::write(out.join("kernels.rs"), text).expect("OUT_DIR is writable");
+}
+
+/// Returns a list of the modules as PTX, each terminated, as drivers want it.
+fn ptx(folder: &Path) -> String {
+    println!("cargo::rerun-if-changed={}", folder.display());
+    let entries = fs::read_dir(folder).expect("the compiled kernels");
+    let mut paths: Vec<_> = entries.filter_map(|entry| entry.ok()?.path().canonicalize().ok()).collect();
+    paths.sort();
+    let module = |path: &PathBuf| format!("    concat!(include_str!({path:?}), \"\\0\"),\n");
+    format!(
+        "\n/// The modules as PTX, terminated.\npub(crate) const PTX: &[&str] = &[\n{}];\n",
+        paths.iter().map(module).collect::<String>()
+    )
 }
 
 /// Returns the names of the kernels, which stand in lines `KERNEL(name, Params) {` and `KERNEL_PHASES(name, ..) {`.

@@ -16,8 +16,21 @@ use crate::core::{
 use crate::kernels::{Entry, HostKernel, Launch};
 use crate::stream::{Event, HostFunction, Rows, Stream, Work};
 
-/// Exports functions that count themselves, may be made to fail, and else run on the machine. `through` says how.
+/// Exports functions that count themselves, may be made to fail, and else run on the machine. `through` says how; `or` may
+/// forward them to a driver that has methods of the same names.
 macro_rules! calls {
+    (through $through:path, or $forward:path; $(fn $name:ident($($argument:ident: $type:ty),* $(,)?) |$machine:ident| $body:expr;)*) => {
+        $(
+            #[unsafe(no_mangle)]
+            pub(crate) unsafe extern "C" fn $name($($argument: $type),*) -> std::ffi::c_int {
+                // SAFETY: the caller's promise.
+                if let Some(code) = $forward(stringify!($name), |driver| unsafe { driver.$name($($argument),*) }) {
+                    return code;
+                }
+                $through(stringify!($name), |$machine: &mut $crate::core::Machine| $body)
+            }
+        )*
+    };
     (through $through:path; $(fn $name:ident($($argument:ident: $type:ty),* $(,)?) |$machine:ident| $body:expr;)*) => {
         $(
             #[unsafe(no_mangle)]
@@ -51,6 +64,11 @@ pub(crate) struct LaunchCall {
     pub(crate) extra: *mut *mut c_void,
     /// The key that ends the list of `extra`.
     pub(crate) end_key: usize,
+}
+
+impl LaunchCall {
+    /// Length of the list in `extra`: a pointer and a size, each behind its key, then the end.
+    pub(crate) const LIST_LEN: usize = 5;
 }
 
 /// `CUmemAccessDesc`, `hipMemAccessDesc`.
@@ -215,6 +233,15 @@ impl Machine {
 
     pub(crate) fn host_unregister(&mut self, start: *mut c_void) -> Result<(), i32> {
         self.unpin(start.addr(), false)
+    }
+
+    /// Returns the address by which kernels reach pinned memory, which they may from now on.
+    pub(crate) fn host_address(&mut self, start: *mut c_void) -> Result<u64, i32> {
+        let before = self.pinned.range_mut(..=start.addr()).next_back();
+        let (_, pinned) =
+            before.filter(|(first, pinned)| start.addr() < *first + pinned.len).ok_or(INVALID_VALUE)?;
+        pinned.is_mapped = true;
+        Ok(start.expose_provenance() as u64)
     }
 
     fn unpin(&mut self, start: usize, is_drivers: bool) -> Result<(), i32> {
@@ -392,8 +419,8 @@ unsafe fn launch_params(call: &LaunchCall, len: u64) -> Result<Vec<u64>, i32> {
         // SAFETY: the caller's promise.
         source = unsafe { *call.params }.cast();
     } else if !call.extra.is_null() {
-        // SAFETY: the caller's promise: a pointer and a size, each behind its key, then the end.
-        let list = unsafe { array(call.extra, 5) };
+        // SAFETY: the caller's promise.
+        let list = unsafe { array(call.extra, LaunchCall::LIST_LEN) };
         if [list[0].addr(), list[2].addr(), list[4].addr()] != [BUFFER_POINTER, BUFFER_SIZE, call.end_key] {
             return Err(INVALID_VALUE);
         }

@@ -47,6 +47,9 @@ pub(crate) struct Config {
     pub(crate) direct_insists: bool,
     /// `direct_short=N`: every N-th direct read brings about half of what is asked for; 0 for none. Default: 0.
     pub(crate) direct_short: u64,
+    /// `forward=LIBRARY`: HIP's calls run on this CUDA driver, by its path or its name; nothing behind the `=` means
+    /// `libcuda.so.1`. Default: they run on the machine.
+    pub(crate) forward: Option<String>,
 }
 
 /// One call that fails.
@@ -86,6 +89,7 @@ impl Default for Config {
             direct_parameters: true,
             direct_insists: false,
             direct_short: 0,
+            forward: None,
         }
     }
 }
@@ -115,6 +119,10 @@ impl Config {
                 "direct_short" => config.direct_short = number()?,
                 "capturing" => config.capturing = number()? != 0,
                 "gfx" => config.gfx = value.to_owned(),
+                "forward" => {
+                    let library = if value.is_empty() { CUDA_LIBRARY } else { value };
+                    config.forward = Some(library.to_owned());
+                }
                 "fail" => {
                     let parts: Vec<&str> = value.split(':').collect();
                     let &[call, nth, code] = parts.as_slice() else { return Err(wrong()) };
@@ -137,3 +145,6 @@ impl Config {
         Ok(config)
     }
 }
+
+/// As NVIDIA's driver installs it.
+const CUDA_LIBRARY: &str = "libcuda.so.1";

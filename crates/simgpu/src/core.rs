@@ -8,12 +8,15 @@ use std::time::{Duration, Instant};
 
 use crate::config::Config;
 use crate::cufile::Storage;
+use crate::forward::Forwarding;
 use crate::kernels::Entry;
 use crate::stream::{Event, Stream};
 
 /// The machine. Handles are numbers that index its tables, so a handle that is dead is found out.
 pub(crate) struct Machine {
     pub(crate) config: Config,
+    /// Where HIP's calls go instead; lives for the process, as a driver does.
+    pub(crate) forwarding: Option<&'static Forwarding>,
     pub(crate) initialized: bool,
     pub(crate) devices: Vec<Device>,
     pub(crate) streams: HashMap<usize, Arc<Stream>>,
@@ -139,8 +142,11 @@ pub(crate) fn call(name: &'static str, act: impl FnOnce(&mut Machine) -> Result<
 impl Machine {
     pub(crate) fn new(config: Config) -> Machine {
         let devices = (0..config.devices).map(|_| Device::default()).collect();
+        let forwarding =
+            config.forward.as_deref().map(|library| &*Box::leak(Box::new(Forwarding::to(library))));
         Machine {
             config,
+            forwarding,
             initialized: false,
             devices,
             streams: HashMap::new(),

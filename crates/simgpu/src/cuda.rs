@@ -36,7 +36,7 @@ calls! {
     };
     fn cuDeviceGetAttribute(value: *mut c_int, attribute: c_int, _device: c_int) |machine| {
         let unified = c_int::from(machine.config.unified);
-        give!(value, match attribute { 75 => 8, 76 => 0, 18 => 0, 16 => 2, 41 | 91 => unified, 115 => 1, _ => return Err(INVALID_VALUE) })
+        give!(value, match attribute { 75 => 8, 76 => 0, 18 => 0, 16 => 2, 19 | 41 | 91 => unified, 115 => 1, _ => return Err(INVALID_VALUE) })
     };
     fn cuDeviceTotalMem_v2(bytes: *mut usize, _device: c_int) |machine| give!(bytes, machine.config.memory_bytes as usize);
 
@@ -96,6 +96,9 @@ calls! {
     fn cuMemFreeHost(start: *mut c_void) |machine| machine.host_free(start);
     fn cuMemHostRegister_v2(start: *mut c_void, len: usize, _flags: c_uint) |machine| machine.host_register(start, len, true);
     fn cuMemHostUnregister(start: *mut c_void) |machine| machine.host_unregister(start);
+    fn cuMemHostGetDevicePointer_v2(address: *mut u64, start: *mut c_void, _flags: c_uint) |machine| {
+        give!(address, machine.host_address(start)?)
+    };
 
     fn cuMemcpyHtoDAsync_v2(target: u64, source: *const c_void, len: usize, stream: *mut c_void) |machine| {
         machine.copy_in(target, source, len, stream.addr())
@@ -138,7 +141,7 @@ calls! {
     fn cuMemcpy2DAsync_v2(rows: *const Memcpy2d, stream: *mut c_void) |machine| {
         // SAFETY: the caller passes a struct that may be read.
         let rows = unsafe { &*rows };
-        if (rows.src_memory_type, rows.dst_memory_type) != (1, 2) { return Err(INVALID_VALUE) }
+        if (rows.src_memory_type, rows.dst_memory_type) != (HOST_MEMORY, DEVICE_MEMORY) { return Err(INVALID_VALUE) }
         let (source, target) = (rows.src_host.expose_provenance(), rows.dst_device as usize);
         machine.copy_rows_in(Rows {
             source, source_stride: rows.src_pitch, target, target_stride: rows.dst_pitch, row_len: rows.width, row_count: rows.height,
@@ -268,6 +271,41 @@ pub(crate) struct Memcpy2d {
     width: usize,
     height: usize,
 }
+
+impl Memcpy2d {
+    /// Describes a copy of rows from host to device.
+    pub(crate) fn to_device(
+        target: u64,
+        target_stride: usize,
+        source: *const c_void,
+        source_stride: usize,
+        row_len: usize,
+        row_count: usize,
+    ) -> Memcpy2d {
+        Memcpy2d {
+            src_x: 0,
+            src_y: 0,
+            src_memory_type: HOST_MEMORY,
+            src_host: source,
+            src_device: 0,
+            src_array: ptr::null_mut(),
+            src_pitch: source_stride,
+            dst_x: 0,
+            dst_y: 0,
+            dst_memory_type: DEVICE_MEMORY,
+            dst_host: ptr::null_mut(),
+            dst_device: target,
+            dst_array: ptr::null_mut(),
+            dst_pitch: target_stride,
+            width: row_len,
+            height: row_count,
+        }
+    }
+}
+
+/// `CU_MEMORYTYPE_HOST` and `CU_MEMORYTYPE_DEVICE`.
+const HOST_MEMORY: c_uint = 1;
+const DEVICE_MEMORY: c_uint = 2;
 
 const LAUNCH_PARAM_END: usize = 0;
 

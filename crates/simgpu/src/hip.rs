@@ -1,7 +1,7 @@
 //! The functions of AMD's HIP runtime, over the simulated machine.
 //!
 //! HIP has no contexts: a thread has a current device, the first unless it says another, and the status of its last failed
-//! call, which [`hipGetLastError`] takes.
+//! call, which [`hipGetLastError`] takes. Where the configuration says so, calls go to a CUDA driver instead: [`crate::forward`].
 //!
 //! # Safety
 //! Each function asks of its caller what HIP's reference asks: pointers that may be written, handles that live.
@@ -15,6 +15,7 @@ use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use crate::calls::{self, LaunchCall, MemAccess, array, calls, give};
 use crate::code_object::CodeObject;
 use crate::core::{self, INVALID_DEVICE, INVALID_VALUE, Machine, NO_DEVICE, NOT_SUPPORTED};
+use crate::forward::Driver;
 use crate::kernels::MISALIGNED_ADDRESS;
 use crate::stream::{HostFunction, Rows};
 
@@ -26,6 +27,16 @@ thread_local! {
 /// Makes a call as HIP's are: on the first device, unless the thread chose one, and with a status that is kept.
 fn call(name: &'static str, act: impl FnOnce(&mut Machine) -> Result<(), i32>) -> c_int {
     through(|| core::call(name, act))
+}
+
+/// Makes a call on the driver that calls are forwarded to; `None` where they are not. Counted, and made to fail, as every other;
+/// the machine is let go of meanwhile, so that threads meet in the driver and not here.
+fn forward(name: &'static str, act: impl FnOnce(&Driver) -> Result<(), i32>) -> Option<c_int> {
+    let forwarding = core::with(|machine| machine.forwarding)?;
+    Some(through(|| match core::call(name, |_machine| Ok(())) {
+        0 => forwarding.driver().and_then(act).err().unwrap_or(0),
+        code => code,
+    }))
 }
 
 fn through(call: impl FnOnce() -> c_int) -> c_int {
@@ -46,11 +57,11 @@ fn through(call: impl FnOnce() -> c_int) -> c_int {
 }
 
 calls! {
-    through call;
+    through call, or forward;
 
     // As ROCm 5.2 answers where there is no device.
     fn hipInit(_flags: c_uint) |machine| if machine.devices.is_empty() { Err(INVALID_DEVICE) } else { Ok(()) };
-    fn hipRuntimeGetVersion(version: *mut c_int) |_machine| give!(version, 70_100_000);
+    fn hipRuntimeGetVersion(version: *mut c_int) |_machine| give!(version, VERSION);
     fn hipGetDeviceCount(count: *mut c_int) |machine| {
         give!(count, machine.devices.len() as c_int)?;
         if machine.devices.is_empty() { Err(NO_DEVICE) } else { Ok(()) }
@@ -80,12 +91,12 @@ calls! {
     };
     fn hipGetDeviceProperties(properties: *mut u8, device: c_int) |machine| {
         check_device(machine, device)?;
-        describe(properties, 792, 396, &machine.config.gfx);
+        describe(properties, PROPERTIES, &machine.config.gfx);
         Ok(())
     };
     fn hipGetDevicePropertiesR0600(properties: *mut u8, device: c_int) |machine| {
         check_device(machine, device)?;
-        describe(properties, 1472, 1160, &machine.config.gfx);
+        describe(properties, PROPERTIES_R0600, &machine.config.gfx);
         Ok(())
     };
     fn hipThreadExchangeStreamCaptureMode(mode: *mut c_int) |machine| {
@@ -135,10 +146,7 @@ calls! {
     fn hipHostRegister(start: *mut c_void, len: usize, _flags: c_uint) |machine| machine.host_register(start, len, false);
     fn hipHostUnregister(start: *mut c_void) |machine| machine.host_unregister(start);
     fn hipHostGetDevicePointer(address: *mut u64, start: *mut c_void, _flags: c_uint) |machine| {
-        let before = machine.pinned.range_mut(..=start.addr()).next_back();
-        let (_, pinned) = before.filter(|(first, pinned)| start.addr() < *first + pinned.len).ok_or(INVALID_VALUE)?;
-        pinned.is_mapped = true;
-        give!(address, start.expose_provenance() as u64)
+        give!(address, machine.host_address(start)?)
     };
 
     fn hipMemcpyHtoDAsync(target: u64, source: *const c_void, len: usize, stream: *mut c_void) |machine| {
@@ -224,21 +232,49 @@ pub(crate) unsafe extern "C" fn hipGetLastError() -> c_int {
 
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn hipStreamDestroy(stream: *mut c_void) -> c_int {
+    let to = |driver: &Driver| {
+        // SAFETY: the caller's promise.
+        unsafe { driver.hipStreamDestroy(stream) }
+    };
+    if let Some(code) = forward("hipStreamDestroy", to) {
+        return code;
+    }
     through(|| calls::stream_destroy("hipStreamDestroy", stream.addr()))
 }
 
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn hipStreamSynchronize(stream: *mut c_void) -> c_int {
+    let to = |driver: &Driver| {
+        // SAFETY: the caller's promise.
+        unsafe { driver.hipStreamSynchronize(stream) }
+    };
+    if let Some(code) = forward("hipStreamSynchronize", to) {
+        return code;
+    }
     through(|| calls::stream_wait("hipStreamSynchronize", stream.addr()))
 }
 
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn hipEventSynchronize(event: *mut c_void) -> c_int {
+    let to = |driver: &Driver| {
+        // SAFETY: the caller's promise.
+        unsafe { driver.hipEventSynchronize(event) }
+    };
+    if let Some(code) = forward("hipEventSynchronize", to) {
+        return code;
+    }
     through(|| calls::event_wait("hipEventSynchronize", event.addr()))
 }
 
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn hipFree(address: u64) -> c_int {
+    let to = |driver: &Driver| {
+        // SAFETY: the caller's promise.
+        unsafe { driver.hipFree(address) }
+    };
+    if let Some(code) = forward("hipFree", to) {
+        return code;
+    }
     through(|| calls::free("hipFree", address))
 }
 
@@ -257,8 +293,14 @@ fn text(target: *mut c_char, len: c_int, text: &str) -> Result<(), i32> {
     Ok(())
 }
 
+/// Tells whether HIP has a status of this number.
+pub(crate) fn is_known(code: c_int) -> bool {
+    ERROR_NAMES.iter().any(|(number, _)| *number == code)
+}
+
 /// Fills a `hipDeviceProp_t` with the one field that the backend reads, which is where each version of the struct has it.
-fn describe(properties: *mut u8, len: usize, architecture_offset: usize, architecture: &str) {
+pub(crate) fn describe(properties: *mut u8, layout: PropertiesLayout, architecture: &str) {
+    let PropertiesLayout { len, architecture_offset } = layout;
     // SAFETY: the caller passes a struct of this length.
     unsafe { properties.write_bytes(0, len) };
     // SAFETY: inside it.
@@ -267,12 +309,27 @@ fn describe(properties: *mut u8, len: usize, architecture_offset: usize, archite
     unsafe { core::write_text(field.cast(), 256, architecture) };
 }
 
-/// `hipMemcpyHostToDevice`.
-const HOST_TO_DEVICE: c_int = 1;
-/// `HIP_LAUNCH_PARAM_END`, which is not CUDA's 0.
-const LAUNCH_PARAM_END: usize = 3;
+/// How long a version of `hipDeviceProp_t` is, and where the architecture's name is in it.
+#[derive(Clone, Copy)]
+pub(crate) struct PropertiesLayout {
+    len: usize,
+    architecture_offset: usize,
+}
 
-const INVALID_IMAGE: i32 = 200;
+/// Until ROCm 5, and since ROCm 6.
+pub(crate) const PROPERTIES: PropertiesLayout = PropertiesLayout { len: 792, architecture_offset: 396 };
+pub(crate) const PROPERTIES_R0600: PropertiesLayout =
+    PropertiesLayout { len: 1472, architecture_offset: 1160 };
+
+/// 7.1.
+pub(crate) const VERSION: c_int = 70_100_000;
+
+/// `hipMemcpyHostToDevice`.
+pub(crate) const HOST_TO_DEVICE: c_int = 1;
+/// `HIP_LAUNCH_PARAM_END`, which is not CUDA's 0.
+pub(crate) const LAUNCH_PARAM_END: usize = 3;
+
+pub(crate) const INVALID_IMAGE: i32 = 200;
 const NO_BINARY_FOR_GPU: i32 = 209;
 const LAUNCH_FAILURE: i32 = 719;
 
@@ -281,18 +338,35 @@ const ERROR_NAMES: &[(c_int, &CStr)] = &[
     (1, c"hipErrorInvalidValue"),
     (2, c"hipErrorOutOfMemory"),
     (3, c"hipErrorNotInitialized"),
+    (4, c"hipErrorDeinitialized"),
     (100, c"hipErrorNoDevice"),
     (101, c"hipErrorInvalidDevice"),
     (200, c"hipErrorInvalidImage"),
     (201, c"hipErrorInvalidContext"),
     (209, c"hipErrorNoBinaryForGpu"),
+    (214, c"hipErrorECCNotCorrectable"),
     (217, c"hipErrorPeerAccessUnsupported"),
+    (302, c"hipErrorSharedObjectSymbolNotFound"),
+    (303, c"hipErrorSharedObjectInitFailed"),
+    (304, c"hipErrorOperatingSystem"),
     (400, c"hipErrorInvalidHandle"),
     (500, c"hipErrorNotFound"),
     (600, c"hipErrorNotReady"),
     (700, c"hipErrorIllegalAddress"),
+    (701, c"hipErrorLaunchOutOfResources"),
+    (702, c"hipErrorLaunchTimeOut"),
     (704, c"hipErrorPeerAccessAlreadyEnabled"),
     (705, c"hipErrorPeerAccessNotEnabled"),
+    (709, c"hipErrorContextIsDestroyed"),
+    (710, c"hipErrorAssert"),
+    (712, c"hipErrorHostMemoryAlreadyRegistered"),
+    (713, c"hipErrorHostMemoryNotRegistered"),
     (719, c"hipErrorLaunchFailure"),
     (801, c"hipErrorNotSupported"),
+    (900, c"hipErrorStreamCaptureUnsupported"),
+    (901, c"hipErrorStreamCaptureInvalidated"),
+    (906, c"hipErrorStreamCaptureImplicit"),
+    (907, c"hipErrorCapturedEvent"),
+    (908, c"hipErrorStreamCaptureWrongThread"),
+    (999, c"hipErrorUnknown"),
 ];

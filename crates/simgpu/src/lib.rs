@@ -8,6 +8,8 @@
 //! on demand: any call fails at any use, memory runs out, a device is lost, work is late. Kernels are the host
 //! builds of `kernels/`.
 //!
+//! With `forward=` HIP's calls run on a CUDA driver that is there, on real hardware; see [`forward`].
+//!
 //! `SIMGPU`, read at the first call, or [`simgpu_configure`], says what the machine is like; see [`config::Config`].
 
 mod calls;
@@ -17,6 +19,7 @@ mod control;
 mod core;
 mod cuda;
 mod cufile;
+mod forward;
 mod hip;
 mod hiprtc;
 mod kernels;

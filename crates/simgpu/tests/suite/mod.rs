@@ -13,6 +13,6 @@ pub(crate) mod memory;
 pub(crate) mod missing;
 mod overlap;
 pub(crate) mod peers;
-mod quantized;
+pub(crate) mod quantized;
 mod several;
 pub(crate) mod sim;

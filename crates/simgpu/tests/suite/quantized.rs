@@ -11,7 +11,7 @@ use crate::vendor::{self, call};
 
 /// A checkpoint of three layers whose packed tensors lie apart from their scales, in two files, as real writers put them: GPTQ of the
 /// kind that says nothing but its bits.
-pub(super) fn checkpoint() -> TempDir {
+pub(crate) fn checkpoint() -> TempDir {
     use safetensors::tensor::{Dtype, TensorView, serialize_to_file};
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let noise = |len: usize, salt: usize| {
@@ -57,7 +57,7 @@ pub(super) fn checkpoint() -> TempDir {
     folder
 }
 
-fn onto(device: DeviceId, dtype: Dtype) -> LoadOptions {
+pub(crate) fn onto(device: DeviceId, dtype: Dtype) -> LoadOptions {
     let mut request = Request::all();
     request.device = device;
     let options = LoadOptions::default().request(request).staging_bytes(64 << 10);

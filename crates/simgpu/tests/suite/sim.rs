@@ -23,35 +23,18 @@ impl Sim {
         library();
         tensorhaul::release_devices(); // What the last test's machine left.
         let sim = Sim { _turn: turn };
-        assert_eq!(call_with_text(b"simgpu_configure", config), 0, "{config}");
+        configure(library(), config);
         sim
     }
 
     /// Sets which calls fail or are slow from now on, lets those that are being slow go on, and forgets how often calls were made.
     pub(crate) fn fail(&self, config: &str) {
-        assert_eq!(call_with_text(b"simgpu_fail", config), 0, "{config}");
+        assert_eq!(call_with_text(library(), b"simgpu_fail", config), 0, "{config}");
     }
 
     /// Returns what happened.
     pub(crate) fn report(&self) -> Happened {
-        type Report = unsafe extern "C" fn(*mut c_char, usize) -> usize;
-        // SAFETY: the library exports this function with this signature.
-        let report: Symbol<'_, Report> = unsafe { library().get(b"simgpu_report") }.unwrap();
-        let mut text = vec![0u8; 1 << 16];
-        // SAFETY: the buffer is that long.
-        let needed = unsafe { report(text.as_mut_ptr().cast(), text.len()) };
-        assert!(needed <= text.len());
-        text.truncate(needed - 1);
-        let text = String::from_utf8(text).unwrap();
-        let mut happened = Happened::default();
-        for (key, value) in text.lines().filter_map(|line| line.split_once(' ')) {
-            match key.strip_prefix("call.") {
-                Some(name) => drop(happened.calls.insert(name.to_owned(), value.parse().unwrap())),
-                None if key == "violation" => happened.violations.push(value.to_owned()),
-                None => drop(happened.live.insert(key.to_owned(), value.parse().unwrap())),
-            }
-        }
-        happened
+        report(library())
     }
 
     /// Lets go of what loads keep, and asserts that nothing else is left and nothing was done that a driver forbids.
@@ -139,11 +122,38 @@ pub(crate) fn launch_host_function(
     unsafe { self::function::<Call>(vendor::call::HOST_CALL)(stream, function, data) }
 }
 
-fn call_with_text(name: &[u8], text: &str) -> i32 {
+/// Sets up the machine of a copy of the library.
+pub(crate) fn configure(library: &Library, config: &str) {
+    assert_eq!(call_with_text(library, b"simgpu_configure", config), 0, "{config}");
+}
+
+/// Returns what happened on the machine of a copy of the library.
+pub(crate) fn report(library: &Library) -> Happened {
+    type Report = unsafe extern "C" fn(*mut c_char, usize) -> usize;
+    // SAFETY: the library exports this function with this signature.
+    let report: Symbol<'_, Report> = unsafe { library.get(b"simgpu_report") }.unwrap();
+    let mut text = vec![0u8; 1 << 16];
+    // SAFETY: the buffer is that long.
+    let needed = unsafe { report(text.as_mut_ptr().cast(), text.len()) };
+    assert!(needed <= text.len());
+    text.truncate(needed - 1);
+    let text = String::from_utf8(text).unwrap();
+    let mut happened = Happened::default();
+    for (key, value) in text.lines().filter_map(|line| line.split_once(' ')) {
+        match key.strip_prefix("call.") {
+            Some(name) => drop(happened.calls.insert(name.to_owned(), value.parse().unwrap())),
+            None if key == "violation" => happened.violations.push(value.to_owned()),
+            None => drop(happened.live.insert(key.to_owned(), value.parse().unwrap())),
+        }
+    }
+    happened
+}
+
+fn call_with_text(library: &Library, name: &[u8], text: &str) -> i32 {
     type Call = unsafe extern "C" fn(*const c_char) -> i32;
     let text = CString::new(text).unwrap();
     // SAFETY: the library exports these functions with this signature.
-    let call: Symbol<'_, Call> = unsafe { library().get(name) }.unwrap();
+    let call: Symbol<'_, Call> = unsafe { library.get(name) }.unwrap();
     // SAFETY: a terminated string.
     unsafe { call(text.as_ptr()) }
 }
