@@ -135,8 +135,7 @@ unsafe impl Driver for Cuda {
             architecture: format!("sm_{major}{minor}"),
             integrated: self.attribute(sys::ATTRIBUTE_INTEGRATED, device)? != 0,
             processor_count: self.attribute(sys::ATTRIBUTE_MULTIPROCESSOR_COUNT, device)?.max(0) as u32,
-            reads_pinned: self.attribute(sys::ATTRIBUTE_UNIFIED_ADDRESSING, device)? != 0
-                && self.attribute(sys::ATTRIBUTE_REGISTERED_HOST_POINTER, device)? != 0,
+            reads_pinned: self.attribute(sys::ATTRIBUTE_CAN_MAP_HOST_MEMORY, device)? != 0,
         })
     }
 
@@ -303,8 +302,14 @@ unsafe impl Driver for Cuda {
     }
 
     unsafe fn host_address(&self, start: *const c_void) -> Result<u64, CallError> {
-        // Where `DeviceFacts::reads_pinned` is set, the attributes have told that it is the host's own.
-        Ok(start.expose_provenance() as u64)
+        start.expose_provenance();
+        let mut address = 0;
+        // On most devices it is the host's own; on some that share its memory it is not.
+        // SAFETY: writes one address; the memory is the caller's promise; the flags must be 0.
+        let code =
+            unsafe { (self.table.cuMemHostGetDevicePointer_v2)(&raw mut address, start.cast_mut(), 0) };
+        self.check("cuMemHostGetDevicePointer", code)?;
+        Ok(address)
     }
 
     unsafe fn copy_in(

@@ -48,6 +48,7 @@ tensorhaul_device::driver_table! {
         fn cuMemFreeHost(*mut c_void);
         fn cuMemHostRegister_v2(*mut c_void, usize, c_uint);
         fn cuMemHostUnregister(*mut c_void);
+        fn cuMemHostGetDevicePointer_v2(*mut Address, *mut c_void, c_uint);
         fn cuMemcpyHtoDAsync_v2(Address, *const c_void, usize, Stream);
         fn cuMemcpyDtoHAsync_v2(*mut c_void, Address, usize, Stream);
         fn cuMemcpy2DAsync_v2(*const Memcpy2d, Stream);
@@ -154,10 +155,8 @@ pub(crate) const UNSUPPORTED_PTX_VERSION: c_int = 222;
 
 /// `CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT`.
 pub(crate) const ATTRIBUTE_MULTIPROCESSOR_COUNT: c_int = 16;
-/// `CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING`.
-pub(crate) const ATTRIBUTE_UNIFIED_ADDRESSING: c_int = 41;
-/// `CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM`.
-pub(crate) const ATTRIBUTE_REGISTERED_HOST_POINTER: c_int = 91;
+/// `CU_DEVICE_ATTRIBUTE_CAN_MAP_HOST_MEMORY`.
+pub(crate) const ATTRIBUTE_CAN_MAP_HOST_MEMORY: c_int = 19;
 /// `CU_DEVICE_ATTRIBUTE_INTEGRATED`.
 pub(crate) const ATTRIBUTE_INTEGRATED: c_int = 18;
 /// `CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR`.

@@ -59,6 +59,7 @@ const PROMISES: &[(&str, Check)] = &[
     ("what runs inside the device runs once", acts_run_once_inside),
     ("several threads load at once", threads_load_at_once),
     ("memory is freed with its last handle", memory_is_freed),
+    ("what storage writes in place is there on the device", what_storage_writes_is_there),
     ("what operations need is loaded once", operations::operations_are_prepared_once),
     ("casts equal the host's bit for bit", operations::casts_round_as_the_host),
     ("casts start and end anywhere", operations::casts_start_and_end_anywhere),
@@ -81,8 +82,6 @@ fn allocations_are_aligned(device: &dyn Device) -> Result<(), String> {
         expect(allocation.len_bytes() == len, || format!("{len} bytes became {}", allocation.len_bytes()))?;
         let aligned = len == 0 || allocation.address().is_multiple_of(align);
         expect(aligned, || format!("{len} bytes at {:#x}", allocation.address()))?;
-        let in_place = device.capabilities().in_place;
-        expect(allocation.host_ptr().is_some() || !in_place, || "in place, but no host pointer".to_owned())?;
     }
     Ok(())
 }
@@ -107,6 +106,29 @@ fn acts_run_once_inside(device: &dyn Device) -> Result<(), String> {
     let mut runs = 0;
     device.enter(&mut || runs += 1).map_err(text)?;
     expect(runs == 1, || format!("it ran {runs} times"))
+}
+
+fn what_storage_writes_is_there(device: &dyn Device) -> Result<(), String> {
+    if !device.capabilities().in_place {
+        return Ok(()); // Storage cannot write to it.
+    }
+    for len in [0, 1, BOUNDARY + 1, 3 << 20] {
+        let allocation = device.allocate_in_place(len as u64).map_err(text)?;
+        expect(allocation.len_bytes() == len as u64, || {
+            format!("{len} bytes became {}", allocation.len_bytes())
+        })?;
+        let start = allocation.host_ptr().ok_or("no host pointer")?;
+        expect(start.addr().get().is_multiple_of(BOUNDARY), || format!("{len} bytes at {start:p}"))?;
+        let sent = pattern(len as u64, len);
+        // SAFETY: `len` bytes of the host's memory, nobody else's.
+        unsafe { start.copy_from_nonoverlapping(std::ptr::NonNull::from(&*sent).cast(), len) };
+        expect(read(device, &allocation, 0, len)? == sent, || format!("{len} bytes differ on the device"))?;
+    }
+    match device.allocate_in_place(1 << 60) {
+        Err(DeviceError::OutOfMemory { needed_bytes, .. }) if needed_bytes == 1 << 60 => Ok(()),
+        Ok(_) => Err("2^60 bytes were allocated".to_owned()),
+        Err(other) => Err(format!("the error is {other}")),
+    }
 }
 
 fn memory_is_reported(device: &dyn Device) -> Result<(), String> {

@@ -52,6 +52,14 @@ pub trait Device: Send + Sync {
     /// [`DeviceError`] when the device could not be made current; `act` then does not run.
     fn enter(&self, act: &mut dyn FnMut()) -> Result<(), DeviceError>;
 
+    /// Allocates memory that storage can write straight into: the host's own, with [`Allocation::host_ptr`] on whole pages. Only
+    /// where [`Capabilities::in_place`] is set. Otherwise as [`allocate`](Device::allocate), but that dropping the last handle may
+    /// wait for what is queued on it.
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfMemory`] with the bytes needed.
+    fn allocate_in_place(&self, len_bytes: u64) -> Result<Arc<dyn Allocation>, DeviceError>;
+
     /// Allocates host memory from which [`Device::copy`] runs asynchronously (pinned memory), for every device of the driver.
     ///
     /// # Errors
@@ -257,9 +265,10 @@ impl Kept {
 /// What a device can do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Capabilities {
-    /// Storage can write into its memory: reads land in place, nothing is staged that need not be.
+    /// It shares the host's memory, or is the host: reads land in what [`Device::allocate_in_place`] gives, and nothing is
+    /// staged that need not be.
     pub in_place: bool,
-    /// Alignment of allocations.
+    /// Alignment of what [`Device::allocate`] gives.
     pub align_bytes: u64,
 }
 

@@ -18,6 +18,9 @@ pub struct Route {
     pub device: DeviceId,
     /// Whether each file of the checkpoint can be read straight into the device; `None`: all can.
     pub files: Option<Vec<bool>>,
+    /// Whether the device's memory is the host's own: the host itself, or a device that shares it. Threads can then write there
+    /// too, and what is allocated is counted as the host's.
+    pub is_hosts: bool,
     /// The longest single read; a multiple of 4096.
     pub read_len_bytes_max: u64,
 }
@@ -30,7 +33,12 @@ impl InPlace {
 
     /// Any file can be read straight into the host's own memory, so many bytes at once.
     pub fn host(read_len_bytes_max: u64) -> InPlace {
-        InPlace { routes: vec![Route { device: DeviceId::Host, files: None, read_len_bytes_max }] }
+        InPlace::shared(DeviceId::Host, read_len_bytes_max)
+    }
+
+    /// Any file can be read straight into the memory that a device shares with the host, so many bytes at once.
+    pub fn shared(device: DeviceId, read_len_bytes_max: u64) -> InPlace {
+        InPlace { routes: vec![Route { device, files: None, is_hosts: true, read_len_bytes_max }] }
     }
 
     /// Returns how a file gets straight into a device's memory, if it can.
@@ -48,6 +56,11 @@ impl InPlace {
             Some(files) => files.contains(&true),
             None => true,
         })
+    }
+
+    /// Tells whether a device's part of the result lies in the host's own memory.
+    pub fn is_hosts(&self, device: DeviceId) -> bool {
+        device == DeviceId::Host || self.of_device(device).is_some_and(|route| route.is_hosts)
     }
 
     fn of_device(&self, device: DeviceId) -> Option<&Route> {

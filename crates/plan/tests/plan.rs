@@ -122,6 +122,7 @@ fn in_place() -> impl Strategy<Value = InPlace> {
     let route = (files, 1u64..40).prop_map(|(files, pages)| Route {
         device: DeviceId::Host,
         files,
+        is_hosts: true,
         read_len_bytes_max: pages * 4096,
     });
     proptest::option::of(route).prop_map(|route| InPlace { routes: route.into_iter().collect() })
@@ -216,8 +217,12 @@ fn an_accelerator_that_some_files_are_read_into_directly_stages_the_rest() {
     let world = world(&[specs("a"), specs("b"), specs("c")], 8);
     let mut request = Request::all();
     request.device = DeviceId::Cuda(1);
-    let of_device =
-        |device| Route { device, files: Some(vec![true, false, true]), read_len_bytes_max: 64 << 10 };
+    let of_device = |device| Route {
+        device,
+        files: Some(vec![true, false, true]),
+        is_hosts: false,
+        read_len_bytes_max: 64 << 10,
+    };
     let direct =
         |device| Machine { in_place: InPlace { routes: vec![of_device(device)] }, ..Machine::default() };
     let plan = Plan::new(&world.checkpoint, &request, &direct(DeviceId::Cuda(1))).unwrap();
@@ -228,6 +233,24 @@ fn an_accelerator_that_some_files_are_read_into_directly_stages_the_rest() {
     // Another device's route says nothing about this one's memory.
     let plan = Plan::new(&world.checkpoint, &request, &direct(DeviceId::Cuda(0))).unwrap();
     assert_eq!(plan.promised().in_place_bytes, 0);
+}
+
+#[test]
+fn memory_that_an_accelerator_shares_with_the_host_is_planned_and_counted_as_the_hosts() {
+    let world = tiny();
+    let plan = |device, in_place| {
+        let mut request = Request::all();
+        request.device = device;
+        let machine = Machine { in_place, ..Machine::default() };
+        check(&world, &request, &machine);
+        Plan::new(&world.checkpoint, &request, &machine).unwrap()
+    };
+    let (host, shared) = (DeviceId::Host, DeviceId::Rocm(0));
+    let on_host = plan(host, InPlace::host(1 << 20));
+    let on_shared = plan(shared, InPlace::shared(shared, 1 << 20));
+    assert!(on_shared.promised().in_place_bytes > 0);
+    assert_eq!(on_shared.promised(), on_host.promised());
+    assert_eq!(plan(shared, InPlace::never()).promised().in_place_bytes, 0);
 }
 
 #[test]

@@ -176,13 +176,14 @@ unsafe impl Driver for Rocm {
                 (self.table.hipDeviceGetPCIBusId)(buffer, len, device)
             })
         });
+        let attribute = self.attribute(sys::ATTRIBUTE_INTEGRATED, device)? != 0;
         Ok(DeviceFacts {
+            integrated: attribute || is_mi300a(&architecture, &name),
             // Where the table of names is not installed, a device has none.
             name: if name.is_empty() { format!("AMD {architecture}") } else { name },
             total_bytes: total as u64,
             pci_bus_id: pci_bus_id.unwrap_or_default(),
             architecture,
-            integrated: self.attribute(sys::ATTRIBUTE_INTEGRATED, device)? != 0,
             processor_count: self.attribute(sys::ATTRIBUTE_MULTIPROCESSOR_COUNT, device)?.max(0) as u32,
             reads_pinned: self.attribute(sys::ATTRIBUTE_CAN_MAP_HOST_MEMORY, device)? != 0,
         })
@@ -563,6 +564,12 @@ unsafe impl Driver for Rocm {
     }
 }
 
+/// Tells whether a device is an MI300A, which shares the host's memory. Its architecture is also that of the MI300X, which does
+/// not; and not every runtime sets the attribute for it.
+fn is_mi300a(architecture: &str, name: &str) -> bool {
+    architecture == "gfx942" && name.contains("MI300A")
+}
+
 /// Contexts are devices' ordinals, from 1.
 fn device_of(context: Context) -> sys::Device {
     context.0.saturating_sub(1) as sys::Device
@@ -575,3 +582,15 @@ fn pointer(handle: usize) -> *mut c_void {
 
 /// Whoever may use AMD's GPUs for computing may open this.
 const KERNEL_DRIVER: &str = "/dev/kfd";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_two_devices_of_one_architecture_one_shares_the_hosts_memory() {
+        assert!(is_mi300a("gfx942", "AMD Instinct MI300A"));
+        assert!(!is_mi300a("gfx942", "AMD Instinct MI300X"));
+        assert!(!is_mi300a("gfx90a", "AMD Instinct MI250X"));
+    }
+}

@@ -26,6 +26,8 @@ pub(crate) struct Config {
     pub(crate) pools: bool,
     /// `unified=0`: the device does not reach pinned host memory by its address. Default: 1.
     pub(crate) unified: bool,
+    /// `integrated=1`: the device says that it shares the host's memory, and copies work there too. Default: 0.
+    pub(crate) integrated: bool,
     /// `batches=0`: the driver refuses batched copies. Default: 1.
     pub(crate) batches: bool,
     /// `peers=0`: no device reaches another's memory. Default: 1, each can be let to.
@@ -80,6 +82,7 @@ impl Default for Config {
             poison: true,
             pools: true,
             unified: true,
+            integrated: false,
             batches: true,
             peers: true,
             no_peers: Vec::new(),
@@ -111,6 +114,7 @@ impl Config {
                 "poison" => config.poison = number()? != 0,
                 "pools" => config.pools = number()? != 0,
                 "unified" => config.unified = number()? != 0,
+                "integrated" => config.integrated = number()? != 0,
                 "batches" => config.batches = number()? != 0,
                 "peers" => config.peers = number()? != 0,
                 "direct" => config.direct = number()? != 0,

@@ -261,10 +261,19 @@ impl Machine {
         let why = match self.owner(address, len_bytes) {
             Some(owner) if self.may_touch(device, owner, address) => return Ok(()),
             Some(owner) => format!("are of device {owner}, which device {device} may not touch"),
+            None if self.config.integrated && self.is_mapped(address, len_bytes) => return Ok(()),
             None => "are not inside an allocation".to_owned(),
         };
         self.violations.push(format!("{len_bytes} bytes at {address:#x} {why}"));
         Err(INVALID_VALUE)
+    }
+
+    /// Tells whether a range is in pinned memory that kernels reach.
+    fn is_mapped(&self, address: u64, len_bytes: u64) -> bool {
+        let before = self.pinned.range(..=address as usize).next_back();
+        before.is_some_and(|(start, pinned)| {
+            pinned.is_mapped && address + len_bytes <= (start + pinned.len) as u64
+        })
     }
 
     /// Returns the index of the device that has the allocation around a range.

@@ -140,6 +140,9 @@ impl Model {
 
     /// Plans a private load without doing it: every read, place and copy, and the memory they take.
     ///
+    /// A device other than the host is asked whether it shares the host's memory, which initializes its driver, as a load does, and
+    /// makes no context. Where there is no such device the plan is for one of memory of its own.
+    ///
     /// # Errors
     /// As [`load`](Model::load) before its first read.
     pub fn plan(&self, options: &LoadOptions) -> Result<Plan> {

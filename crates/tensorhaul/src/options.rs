@@ -103,8 +103,9 @@ impl LoadOptions {
     }
 
     /// Whether reads may land in the tensors' own memory instead of a staging buffer. Default:
-    /// preferred. Off makes the host load as an accelerator does, one copy more; required is an error
-    /// where the device's memory cannot be read into.
+    /// preferred, which concerns the host and devices that share its memory (GB10, Jetson, MI300A, APUs). Off makes
+    /// them load as other accelerators do, one copy more, the latter into ordinary device memory; required is an error where the
+    /// device's memory cannot be read into.
     pub fn in_place(self, in_place: Preference) -> Self {
         LoadOptions { in_place, ..self }
     }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::thread::{self, Scope, ScopedJoinHandle};
 use std::time::Instant;
 
+use tensorhaul_device::host::Host;
 use tensorhaul_device::{Allocation, Device, DeviceError, OperationKind, Stream};
 use tensorhaul_plan::{Arena, DeviceId, PlacedTensor, Plan, Request};
 use tensorhaul_stage::{Pinned, Ring};
@@ -98,11 +99,11 @@ enum Opening<'scope> {
 }
 
 impl<'scope> Side<'scope> {
-    pub(crate) fn new(id: DeviceId, found: Found) -> Side<'scope> {
+    pub(crate) fn new(id: DeviceId, found: Found, is_able: bool) -> Side<'scope> {
         Side {
             id,
             near_processors: found.near_processors(),
-            is_able: found.capabilities().in_place,
+            is_able,
             total_bytes: found.total_bytes(),
             opening: match found.opened() {
                 Some(device) => Opening::Done(Arc::clone(device), 0.0),
@@ -294,7 +295,8 @@ fn check_layouts(plan: &Plan, options: &LoadOptions) -> Result<()> {
 /// Refuses a plan that promises more than a device has in all, which is known before there is a context.
 fn check_total(plan: &Plan, options: &LoadOptions, device: DeviceId, total_bytes: u64) -> Result<()> {
     let needed_bytes = device_bytes(plan, device);
-    if options.allocator.is_some() || needed_bytes <= total_bytes {
+    let is_hosts = plan.machine().in_place.is_hosts(device);
+    if options.allocator.is_some() || needed_bytes <= total_bytes || is_hosts {
         return Ok(());
     }
     Err(DeviceError::TooSmall { device, needed_bytes, total_bytes }.into())
@@ -304,6 +306,9 @@ fn check_total(plan: &Plan, options: &LoadOptions, device: DeviceId, total_bytes
 fn check_free(plan: &Plan, options: &LoadOptions, device: &dyn Device) -> Result<()> {
     if options.allocator.is_some() || device.id() == DeviceId::Host {
         return Ok(()); // Another allocator has memory of its own; the host's system decides at the first touch.
+    }
+    if plan.machine().in_place.is_hosts(device.id()) {
+        return check_shared(plan, device.id());
     }
     let needed_bytes = device_bytes(plan, device.id());
     if needed_bytes <= device.memory()?.free_bytes {
@@ -316,6 +321,16 @@ fn check_free(plan: &Plan, options: &LoadOptions, device: &dyn Device) -> Result
         return Ok(());
     }
     Err(DeviceError::OutOfMemory { device: device.id(), needed_bytes, free_bytes: Some(free_bytes) }.into())
+}
+
+/// Refuses a plan that promises more than the host has, for a device that shares its memory: the driver takes all of it at once, and
+/// may count what the page cache holds as used, or know of its own part alone.
+fn check_shared(plan: &Plan, device: DeviceId) -> Result<()> {
+    let (needed_bytes, free_bytes) = (plan.promised().peak_host_bytes, Host.memory()?.free_bytes);
+    if needed_bytes <= free_bytes {
+        return Ok(());
+    }
+    Err(DeviceError::OutOfMemory { device, needed_bytes, free_bytes: Some(free_bytes) }.into())
 }
 
 /// Returns what a plan promises to take of a device: results and scratch, without the caller's own memory.
@@ -342,8 +357,9 @@ fn allocate(
             return Ok(memory);
         }
         let Some(allocator) = &options.allocator else {
-            return Ok(match is_by_storage {
-                true => device.allocate_for_storage(arena.len_bytes)?,
+            return Ok(match plan.machine().in_place.is_hosts(arena.device) {
+                true => device.allocate_in_place(arena.len_bytes)?,
+                false if is_by_storage => device.allocate_for_storage(arena.len_bytes)?,
                 false => device.allocate(arena.len_bytes)?,
             });
         };

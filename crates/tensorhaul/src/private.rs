@@ -9,7 +9,7 @@ use tensorhaul_plan::{DeviceId, External, InPlace, Machine, Plan, Request, Route
 use tensorhaul_stage::Ring;
 
 use crate::cancel::Cancel;
-use crate::devices;
+use crate::devices::{self, Found};
 use crate::error::{Error, Result};
 use crate::handover::{Emit, staging_layout};
 use crate::lanes::Reading;
@@ -31,8 +31,8 @@ pub(crate) fn plan(model: &Inner, options: &LoadOptions) -> Result<Plan> {
     mapping::check(model, &request)?;
     let probed = Probed::new(model, options);
     let ids = mapping::devices(&request);
-    // Accelerators are opened to make a plan only where it matters which reach each other; what storage can write into their memory
-    // is not known.
+    // Accelerators are opened to make a plan only where it matters which reach each other, so what direct storage can do is not known;
+    // they are described where they are there, because one may share the host's memory.
     let peers = match mapping::replicates(&request) {
         true => devices::open_all(&ids).map_or(Vec::new(), |opened| devices::peers(&opened)),
         false => Vec::new(),
@@ -40,7 +40,8 @@ pub(crate) fn plan(model: &Inner, options: &LoadOptions) -> Result<Plan> {
     let is_required = options.direct_storage == Preference::Required;
     let accelerators = ids.iter().filter(|id| is_required && **id != DeviceId::Host);
     let routes = accelerators.map(|id| storage::route_for_all(*id)).collect();
-    let able: Vec<_> = ids.iter().map(|id| (*id, *id == DeviceId::Host)).collect();
+    let able = |id: &DeviceId| devices::find(*id).is_ok_and(|found| is_able(&found, *id, options));
+    let able: Vec<_> = ids.iter().map(|id| (*id, able(id))).collect();
     let machine = machine(options, &able, peers, &probed, routes)?;
     Ok(Plan::new(&model.checkpoint, &request, &machine)?)
 }
@@ -69,7 +70,11 @@ fn attempt(model: &Inner, options: &LoadOptions, cancel: &Cancel, emit: &mut Emi
         let probed = Probed::new(model, options);
         (probed, finding.join().expect("finding a device does not panic"))
     });
-    let sides: Vec<_> = ids.iter().zip(found?).map(|(id, found)| Side::new(*id, found)).collect();
+    let sides = ids.iter().zip(found?).map(|(id, found)| {
+        let is_able = is_able(&found, *id, options);
+        Side::new(*id, found, is_able)
+    });
+    let sides: Vec<_> = sides.collect();
     thread::scope(|scope| {
         let (mut sides, peers) = before_the_plan(sides, &request, options, scope)?;
         let (storages, direct_storage_seconds) = timed(|| storages(model, options, &sides, &probed));
@@ -342,6 +347,12 @@ pub(crate) fn request(model: &Inner, options: &LoadOptions) -> Result<Request> {
     Ok(request)
 }
 
+/// Tells whether reads can land in the memory of a result on this device. Another allocator's is not known to be the host's.
+fn is_able(found: &Found, device: DeviceId, options: &LoadOptions) -> bool {
+    let is_own = options.allocator.is_none() || device == DeviceId::Host;
+    found.capabilities().in_place && is_own
+}
+
 /// Describes the machine to the planner: the devices of the load and whether storage can write into their memory, and the ways of direct storage.
 fn machine(
     options: &LoadOptions,
@@ -359,10 +370,13 @@ fn machine(
             let what = format!("{device}: storage cannot write into its memory");
             return Err(Error::bad_request(what));
         }
-        (Preference::Preferred | Preference::Required, _) if able.iter().any(|(_, is_able)| *is_able) => {
-            InPlace::host(buffer_len_bytes)
+        (Preference::Off, _) => InPlace::never(),
+        (Preference::Preferred | Preference::Required, _) => {
+            let shared = able.iter().filter(|(_, is_able)| *is_able);
+            let routes =
+                shared.flat_map(|(device, _)| InPlace::shared(*device, buffer_len_bytes).routes).collect();
+            InPlace { routes }
         }
-        _ => InPlace::never(),
     };
     let direct_align_bytes = storage::add_routes(&mut in_place, routes, probed.direct_align_bytes);
     Ok(Machine {

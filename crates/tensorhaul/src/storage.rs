@@ -163,7 +163,7 @@ impl Storage {
 
 /// The way into a device's memory for every file; what a load is planned with that requires direct storage.
 pub(crate) fn route_for_all(device: DeviceId) -> Route {
-    Route { device, files: None, read_len_bytes_max: READ_LEN_BYTES_MAX }
+    Route { device, files: None, is_hosts: false, read_len_bytes_max: READ_LEN_BYTES_MAX }
 }
 
 /// Adds routes to what a plan may read in place; returns the alignment that direct reads then need.
@@ -173,11 +173,11 @@ pub(crate) fn add_routes(in_place: &mut InPlace, routes: Vec<Route>, align_bytes
     align_bytes
 }
 
-/// Tells whether storage reads it straight into a device: of those reads that land in place, the ones on a route of chosen files.
+/// Tells whether storage reads it straight into a device: of those reads that land in place, the ones into memory that is not the host's.
 pub(crate) fn is_by_storage(plan: &Plan, read: &Read) -> bool {
     let Target::InPlace(Place { arena, .. }) = read.target else { return false };
     let route = plan.machine().in_place.route(plan.arenas()[arena as usize].device, read.extent.file);
-    route.is_some_and(|route| route.files.is_some())
+    route.is_some_and(|route| !route.is_hosts)
 }
 
 /// Tells of each arena whether storage reads into it.

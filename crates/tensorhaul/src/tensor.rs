@@ -119,7 +119,8 @@ impl Tensor {
         let offset = self.offset_bytes as usize;
         match &self.storage {
             Storage::Mapped(map) => map.as_ptr().wrapping_add(offset).cast_mut(),
-            Storage::Arena(_, arena) => match arena.host_ptr() {
+            // A device that shares the host's memory may have another address for it.
+            Storage::Arena(device, arena) => match arena.host_ptr().filter(|_| *device == DeviceId::Host) {
                 Some(start) => start.as_ptr().wrapping_add(offset),
                 None => std::ptr::without_provenance_mut(self.address() as usize),
             },
@@ -146,13 +147,15 @@ impl Tensor {
             _ if len == 0 => Ok(&[]),
             Storage::Mapped(map) => Ok(&map[begin..begin + len]),
             Storage::Arena(device, arena) => {
-                if arena.host_ptr().is_none() {
+                let start = arena.host_ptr().ok_or_else(|| {
                     let what = format!("the tensor is in memory of {device}, which the host cannot read");
-                    return Err(Error::bad_request(what));
-                }
-                // SAFETY: `new` checked the range; arenas of the host are initialized (the system zeroes them),
-                // live as long as `self`, and are written by nobody once their tensors are handed over.
-                Ok(unsafe { std::slice::from_raw_parts(self.data_ptr(), len) })
+                    Error::bad_request(what)
+                })?;
+                // SAFETY: `new` checked the range.
+                let start = unsafe { start.add(begin) };
+                // SAFETY: arenas of the host are initialized (the system zeroes them), live as long as `self`, and are
+                // written by nobody once their tensors are handed over.
+                Ok(unsafe { std::slice::from_raw_parts(start.as_ptr(), len) })
             }
         }
     }

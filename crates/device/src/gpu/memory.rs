@@ -16,10 +16,40 @@ pub(crate) struct Memory<D: Driver> {
     address: u64,
     len_bytes: u64,
     is_ordered: bool,
-    /// Streams that may still use the memory when it is dropped.
-    consumers: Mutex<Vec<StreamHandle>>,
+    consumers: Consumers,
+}
+
+/// Who may still use memory when it is dropped.
+#[derive(Default)]
+pub(super) struct Consumers {
+    streams: Mutex<Vec<StreamHandle>>,
     /// Owners of those streams, dropped behind the freeing.
     kept: Kept,
+}
+
+impl Consumers {
+    pub(super) fn add(&self, stream: u64) {
+        let (stream, mut streams) = (StreamHandle(stream as usize), lock(&self.streams));
+        if !streams.contains(&stream) {
+            streams.push(stream);
+        }
+    }
+
+    pub(super) fn keep(&self, owner: Arc<dyn Any + Send + Sync>) {
+        self.kept.add(owner);
+    }
+}
+
+impl<D: Driver> Shared<D> {
+    /// Makes the copy stream wait for everyone who may still use memory. The device is current.
+    pub(super) fn order_behind(&self, consumers: &Consumers) -> Result<(), DeviceError> {
+        let streams = std::mem::take(&mut *lock(&consumers.streams));
+        // Consumers that named no stream work on the default stream, or have waited.
+        for stream in [self.compute, DEFAULT_STREAM].into_iter().chain(streams) {
+            self.fence(stream, self.copy).map_err(|error| self.failed(error))?;
+        }
+        Ok(())
+    }
 }
 
 impl<D: Driver> Memory<D> {
@@ -73,8 +103,7 @@ impl<D: Driver> Memory<D> {
             address: 0,
             len_bytes: 0,
             is_ordered: false,
-            consumers: Mutex::default(),
-            kept: Kept::default(),
+            consumers: Consumers::default(),
         }
     }
 
@@ -91,11 +120,7 @@ impl<D: Driver> Memory<D> {
             // SAFETY: the last handle goes away; the call waits for the device.
             return unsafe { shared.driver.free(self.start) }.map_err(failed);
         }
-        let consumers = std::mem::take(&mut *lock(&self.consumers));
-        // Consumers that named no stream work on the default stream, or have waited.
-        for stream in [shared.compute, DEFAULT_STREAM].into_iter().chain(consumers) {
-            shared.fence(stream, shared.copy).map_err(failed)?;
-        }
+        shared.order_behind(&self.consumers)?;
         // SAFETY: the last handle goes away, and everyone's work is ordered before this.
         unsafe { shared.driver.free_ordered(self.start, shared.copy) }.map_err(failed)
     }
@@ -127,14 +152,11 @@ unsafe impl<D: Driver> Allocation for Memory<D> {
     }
 
     fn release_after(&self, stream: u64) {
-        let (stream, mut consumers) = (StreamHandle(stream as usize), lock(&self.consumers));
-        if !consumers.contains(&stream) {
-            consumers.push(stream);
-        }
+        self.consumers.add(stream);
     }
 
     fn keep(&self, owner: Arc<dyn Any + Send + Sync>) {
-        self.kept.add(owner);
+        self.consumers.keep(owner);
     }
 }
 

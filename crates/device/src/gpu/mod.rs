@@ -7,6 +7,7 @@
 //! - One copy stream, one compute stream; neither waits for the default stream.
 //! - Memory comes from the stream-ordered allocator where there is one, allocated on the copy stream and fenced,
 //!   so that the compute stream may write it too.
+//! - Memory that the device shares with the host is freed once everybody's work is done, because the host's allocator knows no streams.
 //! - Memory is freed behind whatever may still use it: both streams, the default stream, and every
 //!   stream a consumer named with [`Allocation::release_after`]. If that order cannot be had, it is leaked.
 //! - The calling thread's own current device and capture mode are put back after every call.
@@ -21,6 +22,7 @@ mod peers;
 mod staging;
 pub mod table;
 pub mod topology;
+mod unified;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -35,6 +37,7 @@ use memory::Memory;
 use peers::Peers;
 use tensorhaul_plan::DeviceId;
 use tensorhaul_stage::{HostMemory, StagingMemory};
+use unified::Unified;
 
 use crate::contract::{
     Allocation, Capabilities, Device, DeviceError, Event, MemoryInfo, Piece, Stream, StridedCopy,
@@ -104,7 +107,7 @@ impl<D: Driver> Found<D> {
 
     /// Returns what it can do; the same as once it is open.
     pub fn capabilities(&self) -> Capabilities {
-        CAPABILITIES
+        capabilities(&self.facts)
     }
 
     /// Returns the processors whose memory is nearest to it; empty when all are as near, or nobody knows.
@@ -392,7 +395,7 @@ impl<D: Driver> Device for Gpu<D> {
     }
 
     fn capabilities(&self) -> Capabilities {
-        CAPABILITIES
+        capabilities(&self.shared.facts)
     }
 
     fn memory(&self) -> Result<MemoryInfo, DeviceError> {
@@ -414,6 +417,11 @@ impl<D: Driver> Device for Gpu<D> {
         let _bound = self.shared.bind()?;
         act();
         Ok(())
+    }
+
+    fn allocate_in_place(&self, len_bytes: u64) -> Result<Arc<dyn Allocation>, DeviceError> {
+        debug_assert!(self.capabilities().in_place, "asked before");
+        Ok(Arc::new(Unified::allocate(&self.shared, len_bytes)?))
     }
 
     fn staging_memory(&self, len_bytes: usize) -> Result<Box<dyn StagingMemory>, DeviceError> {
@@ -613,5 +621,8 @@ const SCATTER_MIN: usize = 8;
 /// From here on a copy's bytes take longer than its call, some 5 us at 12 GB/s, and copy engines read faster than kernels.
 const SCATTER_MEAN_LEN_BYTES: usize = 64 << 10;
 
-/// Both vendors' allocators align to 256 bytes at least.
-const CAPABILITIES: Capabilities = Capabilities { in_place: false, align_bytes: 256 };
+/// A device that shares the host's memory, and reaches it where the host's driver has pinned it, has one residency for
+/// tensors: what storage wrote is where kernels read. Both vendors' allocators align to 256 bytes at least.
+fn capabilities(facts: &DeviceFacts) -> Capabilities {
+    Capabilities { in_place: facts.integrated && facts.reads_pinned, align_bytes: 256 }
+}

@@ -74,6 +74,10 @@ impl Device for Host {
         Ok(())
     }
 
+    fn allocate_in_place(&self, len_bytes: u64) -> Result<Arc<dyn Allocation>, DeviceError> {
+        self.allocate(len_bytes)
+    }
+
     fn staging_memory(&self, len_bytes: usize) -> Result<Box<dyn StagingMemory>, DeviceError> {
         match HostMemory::allocate(len_bytes) {
             Ok(memory) => Ok(Box::new(memory)),

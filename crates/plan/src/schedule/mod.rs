@@ -12,7 +12,6 @@ mod wanted;
 
 use std::sync::Arc;
 
-use crate::DeviceId;
 use crate::checkpoint::{Checkpoint, TensorId};
 use crate::plan::{Machine, Plan, PlanError, Promised, Read, Target};
 use crate::request::Request;
@@ -112,7 +111,8 @@ fn promise(plan: &Plan) -> Promised {
     let own = |is_scratch| {
         plan.arenas.iter().filter(move |arena| !arena.is_external && arena.is_scratch == is_scratch)
     };
-    let on_host = plan.arenas.iter().filter(|arena| !arena.is_external && arena.device == DeviceId::Host);
+    let is_hosts = |device| plan.machine.in_place.is_hosts(device);
+    let on_host = plan.arenas.iter().filter(|arena| !arena.is_external && is_hosts(arena.device));
     Promised {
         payload_bytes: plan.tensors.iter().map(|tensor| tensor.len_bytes).sum(),
         needed_bytes: plan.reads.iter().map(|read| read.payload_bytes).sum(),

@@ -7,7 +7,7 @@ use super::segment::{Segment, Way};
 use crate::checkpoint::Checkpoint;
 use crate::extent::{Extent, Stride};
 use crate::in_place::Route;
-use crate::placement::{DeviceId, Place};
+use crate::placement::Place;
 use crate::plan::{Brought, Copy, Machine, Operation, PlacedTensor, Read, Steps, Target};
 
 /// Reads in the order of their segments, the copies of staged ones, and the tensors that each brings bytes of.
@@ -234,8 +234,8 @@ impl Reads {
                 }
             };
             // Only engines that read on threads leave gaps out, and those write to host memory.
-            let can_land = segment.device == DeviceId::Host
-                && machine.in_place.route(segment.device, segment.file).is_some();
+            let route = machine.in_place.route(segment.device, segment.file);
+            let can_land = route.is_some_and(|route| route.is_hosts);
             let target = if can_land && is_dense {
                 Target::InPlace(target)
             } else {

@@ -72,6 +72,7 @@ pub(crate) mod call {
     pub(crate) const FREE: &str = "cuMemFree_v2";
     pub(crate) const HOST_ALLOCATE: &str = "cuMemHostAlloc";
     pub(crate) const HOST_REGISTER: &str = "cuMemHostRegister_v2";
+    pub(crate) const HOST_ADDRESS: &str = "cuMemHostGetDevicePointer_v2";
     pub(crate) const COPY_IN: &str = "cuMemcpyHtoDAsync_v2";
     pub(crate) const COPY_BATCH: &str = "cuMemcpyBatchAsync";
     pub(crate) const COPY_OUT: &str = "cuMemcpyDtoHAsync_v2";

@@ -27,7 +27,8 @@ struct Real {
 impl Real {
     fn new(config: &str) -> Real {
         let forwarding = Sim::new(&format!("forward={}", real_path().display()));
-        sim::configure(real(), config);
+        // Small, because the suite fills it several times over.
+        sim::configure(real(), &format!("memory=67108864;{config}"));
         Real { forwarding }
     }
 

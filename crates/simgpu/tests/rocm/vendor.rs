@@ -69,6 +69,7 @@ pub(crate) mod call {
     pub(crate) const FREE: &str = "hipFree";
     pub(crate) const HOST_ALLOCATE: &str = "hipHostMalloc";
     pub(crate) const HOST_REGISTER: &str = "hipHostRegister";
+    pub(crate) const HOST_ADDRESS: &str = "hipHostGetDevicePointer";
     pub(crate) const COPY_IN: &str = "hipMemcpyHtoDAsync";
     pub(crate) const COPY_BATCH: &str = "hipMemcpyBatchAsync";
     pub(crate) const COPY_OUT: &str = "hipMemcpyDtoHAsync";

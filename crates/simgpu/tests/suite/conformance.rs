@@ -8,7 +8,13 @@ use crate::vendor;
 
 #[test]
 fn the_backend_passes_the_conformance_suite() {
-    for config in ["", "delay_us=200", "pools=0;delay_us=200;seed=7", "batches=0"] {
+    for config in [
+        "",
+        "delay_us=200",
+        "pools=0;delay_us=200;seed=7",
+        "batches=0",
+        "integrated=1;delay_us=50;memory=67108864",
+    ] {
         let sim = Sim::new(config);
         let device = vendor::open(0).unwrap();
         for verdict in conformance::run(&device) {

@@ -16,3 +16,4 @@ pub(crate) mod peers;
 pub(crate) mod quantized;
 mod several;
 pub(crate) mod sim;
+mod unified;

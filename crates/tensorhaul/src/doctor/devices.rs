@@ -52,6 +52,8 @@ pub struct DeviceFact {
     /// Memory in all.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub total_bytes: Option<u64>,
+    /// Whether its memory is the host's own, so that reads land in it at once and nothing is copied.
+    pub shares_memory: bool,
     /// Its PCI Express link, where it has one that the system tells of.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub link: Option<PciLink>,
@@ -137,6 +139,7 @@ fn devices_of(vendor: &Vendor) -> Vec<DeviceFact> {
                 works: true,
                 description: Some(format!("{}, {}", facts.name, facts.architecture)),
                 total_bytes: Some(facts.total_bytes),
+                shares_memory: facts.integrated && facts.reads_pinned,
                 link: topology::link(&facts.pci_bus_id).as_ref().map(PciLink::of),
                 driver: Some(format!("{} ({})", driver.library(), driver.version())),
                 ..DeviceFact::new(name)
