@@ -16,6 +16,7 @@ use tensorhaul::{
 };
 use tensorhaul_device::Device;
 use tensorhaul_device::gpu::{Context, Driver, StreamHandle};
+use tensorhaul_device::host::Host;
 
 use crate::suite::load::{assert_same_bytes, checkpoint, options, read_back};
 use crate::suite::quantized::{self, onto};
@@ -216,24 +217,22 @@ fn memory_that_is_refused_is_an_error_of_its_kind_and_leaves_nothing() {
 fn more_than_the_host_has_is_refused_before_the_first_read() {
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let path = folder.path().join("huge.safetensors");
-    let header = format!(r#"{{"huge":{{"dtype":"U8","shape":[{HUGE}],"data_offsets":[0,{HUGE}]}}}}"#);
+    let len = 2 * Host.memory().unwrap().total_bytes; // Of a sparse file.
+    let header = format!(r#"{{"huge":{{"dtype":"U8","shape":[{len}],"data_offsets":[0,{len}]}}}}"#);
     let header = format!("{header:128}");
     let mut file = fs::File::create(&path).unwrap();
     file.write_all(&(header.len() as u64).to_le_bytes()).unwrap();
     file.write_all(header.as_bytes()).unwrap();
-    file.set_len(8 + header.len() as u64 + HUGE).unwrap();
+    file.set_len(8 + header.len() as u64 + len).unwrap();
     let model = Model::open(&path).unwrap();
     let sim = Sim::new("integrated=1");
     // The device says that it has less, which concerns what is its own alone.
-    let error = model.load(&options()).unwrap_err();
+    let error = model.load(&options().staging_bytes(256 << 20)).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::OutOfMemory);
     assert!(error.one_line().contains(" bytes do not fit, "), "{}", error.one_line());
     assert_eq!(sim.report().calls(call::HOST_REGISTER), 0);
     sim.assert_clean("after the refusal");
 }
-
-/// 8 TiB, which a sparse file has on any filesystem, and no machine that runs tests has free.
-const HUGE: u64 = 8 << 40;
 
 #[test]
 fn memory_is_freed_once_its_consumer_is_done() {
