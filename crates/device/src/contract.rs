@@ -213,6 +213,13 @@ pub trait Device: Send + Sync {
     /// [`DeviceError`] when the wait could not be queued.
     fn follow(&self, stream: u64) -> Result<(), DeviceError>;
 
+    /// Calls `act` with the driver's raw handle of a stream, while the device is current on this thread: for libraries of the
+    /// vendor that queue work of their own. The host has no streams; `act` gets 0.
+    ///
+    /// # Errors
+    /// [`DeviceError`] when the device could not be made current; `act` was then not called.
+    fn lend(&self, stream: Stream, act: &mut dyn FnMut(u64)) -> Result<(), DeviceError>;
+
     /// Returns the processors whose memory is nearest to the device; empty when all are as near, or nobody knows.
     fn near_processors(&self) -> Vec<u32>;
 

@@ -41,6 +41,7 @@ pub mod plan;
 pub mod quant;
 pub mod request;
 mod schedule;
+pub mod share;
 pub mod slice;
 mod text;
 
@@ -58,4 +59,5 @@ pub use plan::{
     Staged, Steps, Target,
 };
 pub use request::{Dequantize, External, Layout, Request, Select};
+pub use share::{Share, ShareError, SharePromised};
 pub use slice::{Slice, SliceError, SliceRange};

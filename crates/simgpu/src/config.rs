@@ -38,6 +38,8 @@ pub(crate) struct Config {
     /// `capturing=1`: somebody in this process captures a stream. Calls that would end the capture, from threads whose
     /// capture mode is not relaxed, are violations. Default: 0.
     pub(crate) capturing: bool,
+    /// `meeting_ms`: how long the ranks of a communicator wait for each other before that is an error. Default: 10000.
+    pub(crate) meeting_ms: u64,
     /// `gfx`: the architecture that HIP names, with its features as HIP writes them. Default: `gfx942:sramecc+:xnack-`.
     pub(crate) gfx: String,
     /// `direct=0`: storage cannot write into devices, as without a kernel that lets it; libraries for it fall back where they may.
@@ -87,6 +89,7 @@ impl Default for Config {
             peers: true,
             no_peers: Vec::new(),
             capturing: false,
+            meeting_ms: 10_000,
             gfx: "gfx942:sramecc+:xnack-".to_owned(),
             direct: true,
             direct_parameters: true,
@@ -122,6 +125,7 @@ impl Config {
                 "direct_insists" => config.direct_insists = number()? != 0,
                 "direct_short" => config.direct_short = number()?,
                 "capturing" => config.capturing = number()? != 0,
+                "meeting_ms" => config.meeting_ms = number()?,
                 "gfx" => config.gfx = value.to_owned(),
                 "forward" => {
                     let library = if value.is_empty() { CUDA_LIBRARY } else { value };

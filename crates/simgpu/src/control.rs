@@ -59,7 +59,7 @@ pub(crate) unsafe extern "C" fn simgpu_fail(text: *const c_char) -> i32 {
 
 /// Writes what happened as lines `key value` into `text`, at most `len` bytes with the terminator; returns the
 /// bytes that it takes. Keys: `call.NAME`, `live.allocations`, `live.bytes`, `live.streams`, `live.events`,
-/// `live.pinned`, `live.modules`, `live.contexts`, `violation`.
+/// `live.pinned`, `live.modules`, `live.communicators`, `live.contexts`, `violation`.
 ///
 /// # Safety
 /// `text` is writable for `len` bytes.
@@ -75,6 +75,7 @@ pub(crate) unsafe extern "C" fn simgpu_report(text: *mut c_char, len: usize) -> 
         lines.push(format!("live.streams {}", machine.streams.len()));
         lines.push(format!("live.events {}", machine.events.len()));
         lines.push(format!("live.modules {}", machine.modules.len()));
+        lines.push(format!("live.communicators {}", crate::nccl::live()));
         lines.push(format!("live.pinned {}", machine.pinned.len()));
         lines.extend(machine.storage.report());
         lines.extend(machine.violations.iter().map(|violation| format!("violation {violation}")));

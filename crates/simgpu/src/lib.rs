@@ -2,7 +2,7 @@
 //!
 //! The library exports the functions of NVIDIA's driver that the CUDA backend looks up, and those of AMD's HIP runtime that
 //! the ROCm backend does, its run-time compiler included, over one machine: its devices are every vendor's. The unmodified backends are pointed at it by
-//! `TENSORHAUL_CUDA_LIBRARY` and `TENSORHAUL_HIP_LIBRARY` and cannot tell the difference but by speed. What a
+//! `TENSORHAUL_CUDA_LIBRARY` and `TENSORHAUL_HIP_LIBRARY` (communicators by `TENSORHAUL_NCCL_LIBRARY` and `TENSORHAUL_RCCL_LIBRARY`) and cannot tell the difference but by speed. What a
 //! real driver would let pass, this one counts: copies outside an allocation, copies from memory that is not
 //! pinned, kernels that touch what they must not, objects never freed. What a real driver does once a year, it does
 //! on demand: any call fails at any use, memory runs out, a device is lost, work is late. Kernels are the host
@@ -23,5 +23,6 @@ mod forward;
 mod hip;
 mod hiprtc;
 mod kernels;
+mod nccl;
 mod ptx;
 mod stream;

@@ -197,7 +197,7 @@ impl Event {
         }
     }
 
-    fn complete(&self, recording: u64) {
+    pub(crate) fn complete(&self, recording: u64) {
         let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
         counts.pending.remove(&recording);
         self.completed.notify_all();

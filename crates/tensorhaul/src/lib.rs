@@ -63,6 +63,7 @@ mod report;
 pub mod save;
 #[cfg(feature = "conformance")]
 pub mod selftest;
+pub mod share;
 mod shares;
 mod sidecar;
 mod storage;
@@ -93,9 +94,10 @@ pub use tensor::{Element, Tensor};
 pub use tensorhaul_device::conformance;
 pub use tensorhaul_device::{Allocation, Kept, cast};
 pub use tensorhaul_direct::{Compatibility, DirectMode};
+pub use tensorhaul_exchange as exchange;
 pub use tensorhaul_io::memory::{FailsAt, Faults};
 pub use tensorhaul_plan::placement::UnknownDevice;
 pub use tensorhaul_plan::{
-    Checkpoint, DeviceId, DeviceMap, DeviceMapError, Dtype, DtypeKind, File, Plan, Promised, Request, Select,
-    Slice, TensorId, TensorInfo, TensorRef, quant,
+    Assembled, Assembly, Checkpoint, DeviceId, DeviceMap, DeviceMapError, Dtype, DtypeKind, File, Part, Plan,
+    Promised, Request, Select, Share, SharePromised, Slice, TensorId, TensorInfo, TensorRef, assembly, quant,
 };

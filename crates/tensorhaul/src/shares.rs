@@ -34,6 +34,18 @@ impl Shares {
         Shares::of_devices(if devices.is_empty() { vec![DeviceId::Host] } else { devices }, plan)
     }
 
+    /// Shares out a plan whose reads are all the work of one device, whosever their bytes are.
+    pub(crate) fn of_reader(device: DeviceId, plan: &Plan) -> Shares {
+        Shares {
+            devices: vec![device],
+            of_arena: vec![0; plan.arenas().len()],
+            of_read: vec![0; plan.reads().len()],
+            of_operation: vec![0; plan.operations().len()],
+            lands: vec![false],
+            staged: vec![plan.staged()],
+        }
+    }
+
     fn of_devices(devices: Vec<DeviceId>, plan: &Plan) -> Shares {
         let count = devices.len();
         let number = |device: &DeviceId| devices.binary_search(device);

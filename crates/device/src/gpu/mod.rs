@@ -583,6 +583,12 @@ impl<D: Driver> Device for Gpu<D> {
         Ok(())
     }
 
+    fn lend(&self, stream: Stream, act: &mut dyn FnMut(u64)) -> Result<(), DeviceError> {
+        let _bound = self.shared.bind()?;
+        act(self.shared.stream(stream).0 as u64);
+        Ok(())
+    }
+
     fn near_processors(&self) -> Vec<u32> {
         topology::near_processors(&self.shared.facts.pci_bus_id)
     }

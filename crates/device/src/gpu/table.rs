@@ -111,14 +111,16 @@ macro_rules! driver_table {
         $visibility:vis struct $name:ident {
             $(fn $required:ident($($argument:ty),* $(,)?) $(-> $returned:ty)?;)*
             optional:
-            $(fn $optional:ident($($optional_argument:ty),* $(,)?);)*
+            $(fn $optional:ident($($optional_argument:ty),* $(,)?) $(-> $optional_returned:ty)?;)*
         }
     ) => {
         $(#[$doc])*
         #[allow(non_snake_case, reason = "the driver's own names")]
         $visibility struct $name {
             $(pub(crate) $required: unsafe extern "C" fn($($argument),*) -> $crate::driver_table!(@returned $($returned)?),)*
-            $(pub(crate) $optional: Option<unsafe extern "C" fn($($optional_argument),*) -> i32>,)*
+            $(pub(crate) $optional: Option<
+                unsafe extern "C" fn($($optional_argument),*) -> $crate::driver_table!(@returned $($optional_returned)?),
+            >,)*
             pub(crate) path: std::path::PathBuf,
             /// Keeps the functions mapped.
             _library: libloading::Library,

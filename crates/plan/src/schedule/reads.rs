@@ -33,12 +33,13 @@ pub(super) fn reads(
     let mut rest = segments;
     while let [segment, ..] = rest {
         let count = match segment.way {
-            Way::InPlace | Way::Pieces => 1,
+            Way::InPlace => 1,
+            Way::Pieces => alike(rest),
             Way::Staged | Way::Alone => together(rest),
         };
         let (now, later) = rest.split_at(count);
         match segment.way {
-            Way::Pieces => reads.add_pieces(segment, machine, &mut tally),
+            Way::Pieces => reads.add_pieces(now, machine, &mut tally),
             _ => reads.add_all(checkpoint, now, machine, &mut tally),
         }
         rest = later;
@@ -76,6 +77,20 @@ fn together(segments: &[Segment]) -> usize {
         count += 1;
     }
     count
+}
+
+/// Counts the segments from the first on that are the same pieces of the same file, for tensors on several devices.
+fn alike(segments: &[Segment]) -> usize {
+    let pieces = |segment: &Segment| {
+        let Steps { count, source_stride_bytes, .. } = segment.steps;
+        (segment.file, segment.begin, segment.end, segment.piece_len_bytes, count, source_stride_bytes)
+    };
+    let first = &segments[0];
+    // Those for operations may have to wait for each other.
+    let is_alike = |segment: &&Segment| {
+        segment.way == Way::Pieces && segment.operation.is_none() && pieces(segment) == pieces(first)
+    };
+    if first.operation.is_some() { 1 } else { 1 + segments[1..].iter().take_while(is_alike).count() }
 }
 
 impl Segment {
@@ -213,50 +228,53 @@ impl Reads {
         self.reads.push(Read { extent, stride: None, target, brought, payload_bytes, after });
     }
 
-    /// Adds the reads of a segment's pieces: as many in each as fill a buffer, back to back.
-    fn add_pieces(&mut self, segment: &Segment, machine: &Machine, tally: &mut Tally<'_>) {
-        let (piece, steps) = (segment.piece_len_bytes, segment.steps);
+    /// Adds the reads of pieces that segments have in common: as many in each as fill a buffer, back to back.
+    fn add_pieces(&mut self, segments: &[Segment], machine: &Machine, tally: &mut Tally<'_>) {
+        let first_segment = &segments[0];
+        let (piece, steps) = (first_segment.piece_len_bytes, first_segment.steps);
         let step_max = (machine.buffer_len_bytes / piece).max(1);
         for first in (0..steps.count).step_by(step_max as usize) {
             let count = step_max.min(steps.count - first);
             let (stride, read) = (steps.source_stride_bytes, self.reads.len() as u32);
             let (first_copy, first_brought) = (self.copies.len() as u32, self.brought.len() as u32);
-            let target = Place {
-                offset_bytes: segment.target.offset_bytes + first * steps.target_stride_bytes,
-                ..segment.target
-            };
-            let is_dense = steps.target_stride_bytes == piece;
-            let (len_bytes, steps) = match is_dense {
-                true => (piece * count, Steps::ONCE),
-                false => {
-                    let target_stride_bytes = steps.target_stride_bytes;
-                    (piece, Steps { count, source_stride_bytes: piece, target_stride_bytes })
+            let mut in_place = None;
+            for segment in segments {
+                let target_stride_bytes = segment.steps.target_stride_bytes;
+                let offset_bytes = segment.target.offset_bytes + first * target_stride_bytes;
+                let target = Place { offset_bytes, ..segment.target };
+                let is_dense = target_stride_bytes == piece;
+                // Only engines that read on threads leave gaps out, and those write to host memory.
+                let route = machine.in_place.route(segment.device, segment.file);
+                let can_land = route.is_some_and(|route| route.is_hosts);
+                if can_land && is_dense && segments.len() == 1 {
+                    in_place = Some(target);
+                } else {
+                    let (len_bytes, steps) = match is_dense {
+                        true => (piece * count, Steps::ONCE),
+                        false => (piece, Steps { count, source_stride_bytes: piece, target_stride_bytes }),
+                    };
+                    self.copies.push(Copy { source_offset_bytes: 0, target, len_bytes, steps });
                 }
-            };
-            // Only engines that read on threads leave gaps out, and those write to host memory.
-            let route = machine.in_place.route(segment.device, segment.file);
-            let can_land = route.is_some_and(|route| route.is_hosts);
-            let target = if can_land && is_dense {
-                Target::InPlace(target)
-            } else {
-                self.copies.push(Copy { source_offset_bytes: 0, target, len_bytes, steps });
-                Target::Staged { copies: first_copy..self.copies.len() as u32 }
-            };
-            match segment.operation {
-                Some(operation) => self.brought.extend(tally.operation(operation, read)),
-                None => self.brought.extend(tally.tensor(segment.tensors.start, read)),
+                match segment.operation {
+                    Some(operation) => self.brought.extend(tally.operation(operation, read)),
+                    None => self.brought.extend(tally.tensor(segment.tensors.start, read)),
+                }
             }
+            let target = match in_place {
+                Some(place) => Target::InPlace(place),
+                None => Target::Staged { copies: first_copy..self.copies.len() as u32 },
+            };
             self.reads.push(Read {
                 extent: Extent {
-                    file: segment.file,
-                    offset_bytes: segment.begin + first * stride,
+                    file: first_segment.file,
+                    offset_bytes: first_segment.begin + first * stride,
                     len_bytes: (count - 1) * stride + piece,
                 },
                 stride: Some(Stride { piece_len_bytes: piece, piece_count: count, stride_bytes: stride }),
                 target,
                 brought: first_brought..self.brought.len() as u32,
                 payload_bytes: count * piece,
-                after: segment.after.clone(),
+                after: first_segment.after.clone(),
             });
         }
     }

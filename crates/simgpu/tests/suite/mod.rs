@@ -15,5 +15,6 @@ mod overlap;
 pub(crate) mod peers;
 pub(crate) mod quantized;
 mod several;
+mod shared;
 pub(crate) mod sim;
 mod unified;

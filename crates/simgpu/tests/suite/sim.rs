@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use libloading::{Library, Symbol};
+use tensorhaul::exchange::{NCCL_LIBRARY_VARIABLE, RCCL_LIBRARY_VARIABLE};
 
 use crate::vendor;
 
@@ -76,6 +77,10 @@ fn library() -> &'static Library {
         unsafe { std::env::set_var(vendor::LIBRARY_VARIABLE, &path) };
         // SAFETY: as above.
         unsafe { std::env::set_var(vendor::LIBRARY_VARIABLE_OF_OTHERS, "/nowhere") };
+        for variable in [NCCL_LIBRARY_VARIABLE, RCCL_LIBRARY_VARIABLE] {
+            // SAFETY: as above.
+            unsafe { std::env::set_var(variable, &path) };
+        }
         // SAFETY: the project's own library; it has no initializers.
         unsafe { Library::new(&path) }.unwrap_or_else(|error| panic!("{}: {error}", path.display()))
     })

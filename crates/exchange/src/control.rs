@@ -1,0 +1,420 @@
+//! How ranks of a node find each other, agree, and learn of each other's end: a Unix socket, rank 0 in the middle.
+//!
+//! Every message is a tag and eight bytes. A peer that ends without a word has failed.
+
+use std::fs;
+use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::io::Errno;
+use rustix::net::RecvFlags;
+
+use crate::error::ExchangeError;
+use crate::launch::Launched;
+
+/// Where and how long the ranks of a node look for each other.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rendezvous {
+    /// The socket's path, the same on all ranks.
+    pub path: PathBuf,
+    /// How long a rank waits for the others, then and later. Default: 5 minutes, because ranks come when their process has imported what
+    /// it imports.
+    pub timeout: Duration,
+}
+
+impl Rendezvous {
+    /// Returns the place of a job: what [`RENDEZVOUS_VARIABLE`] says, else a name made of the job in a folder that only this user
+    /// enters.
+    ///
+    /// # Errors
+    /// [`ExchangeError::Socket`] when the folder cannot be made, [`ExchangeError::Stranger`] when it is somebody else's.
+    pub fn of(launched: &Launched) -> Result<Rendezvous, ExchangeError> {
+        let path = match std::env::var_os(RENDEZVOUS_VARIABLE).filter(|path| !path.is_empty()) {
+            Some(path) => path.into(),
+            None => own_folder()?.join(file_name(&launched.job)),
+        };
+        Ok(Rendezvous { path, timeout: TIMEOUT_DEFAULT })
+    }
+}
+
+/// Makes the folder of this user's sockets, in the place that all processes of the user share.
+fn own_folder() -> Result<PathBuf, ExchangeError> {
+    let user = rustix::process::geteuid().as_raw();
+    let path = std::env::temp_dir().join(format!("tensorhaul-{user}"));
+    let failed = |source| ExchangeError::Socket { path: path.clone(), doing: "making the folder", source };
+    match fs::DirBuilder::new().mode(0o700).create(&path) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(failed(error)),
+        _ => {}
+    }
+    let found = fs::symlink_metadata(&path).map_err(failed)?;
+    if !found.is_dir() || found.uid() != user || found.mode() & 0o077 != 0 {
+        let what = "it is no folder that this user alone may enter".to_owned();
+        return Err(ExchangeError::Stranger { path, what });
+    }
+    Ok(path)
+}
+
+/// Makes a file name of a job: sockets have paths of at most 108 bytes, so that the rest of a long one becomes a number.
+fn file_name(job: &str) -> String {
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
+    let plain: String =
+        job.bytes().map(|byte| if is_plain(byte) { byte as char } else { '_' }).take(40).collect();
+    format!("{plain}-{:016x}.sock", hash(job.as_bytes()))
+}
+
+/// # Source
+/// Fowler, Noll, Vo: FNV-1a, 64 bits.
+fn hash(bytes: &[u8]) -> u64 {
+    bytes
+        .iter()
+        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3))
+}
+
+/// A rank's connection to the others.
+#[derive(Debug)]
+pub struct Control {
+    rank: u32,
+    size: u32,
+    rendezvous: Rendezvous,
+    /// Of rank 0: to the others, in their order. Of another: to rank 0.
+    peers: Mutex<Vec<UnixStream>>,
+}
+
+impl Control {
+    /// Meets the other ranks of the node. Rank 0 listens until all have come, and then removes the socket.
+    ///
+    /// # Errors
+    /// [`ExchangeError::TimedOut`] when not all come, [`ExchangeError::Stranger`] when somebody of another job does or listens there,
+    /// [`ExchangeError::Socket`] when the system refuses.
+    pub fn meet(launched: &Launched, rendezvous: Rendezvous) -> Result<Control, ExchangeError> {
+        let Launched { local_rank: rank, local_size: size, .. } = *launched;
+        let until = Instant::now() + rendezvous.timeout;
+        let nonce = hash(launched.job.as_bytes());
+        let peers = match (rank, size) {
+            (_, 1) => Vec::new(),
+            (0, _) => receive_all(&rendezvous, size, nonce, until)?,
+            _ => vec![go_to_first(&rendezvous, rank, size, nonce, until)?],
+        };
+        Ok(Control { rank, size, rendezvous, peers: Mutex::new(peers) })
+    }
+
+    /// Returns this rank's place on the node.
+    pub fn rank(&self) -> u32 {
+        self.rank
+    }
+
+    /// Returns the number of ranks on the node.
+    pub fn size(&self) -> u32 {
+        self.size
+    }
+
+    /// Returns how long a rank waits for others.
+    pub fn timeout(&self) -> Duration {
+        self.rendezvous.timeout
+    }
+
+    /// Waits until every rank has come, and compares what they brought. See [`Exchange::agree`](crate::Exchange::agree).
+    ///
+    /// # Errors
+    /// [`ExchangeError::Disagree`], [`ExchangeError::PeerLost`], [`ExchangeError::TimedOut`].
+    pub fn agree(&self, fingerprint: u64) -> Result<(), ExchangeError> {
+        let mut peers = self.lock();
+        if self.rank > 0 {
+            self.write(&mut peers[0], 0, Tag::Agree, fingerprint)?;
+            return match self.read(&mut peers[0], 0, "agreeing")? {
+                (Tag::Agreed, _) => Ok(()),
+                (Tag::Disagree, peer) => Err(ExchangeError::Disagree { peer: peer as u32 }),
+                _ => Err(ExchangeError::PeerLost { peer: Some(0) }),
+            };
+        }
+        let mut differs = None;
+        for (peer, stream) in (1..).zip(peers.iter_mut()) {
+            match self.read(stream, peer, "agreeing")? {
+                (Tag::Agree, brought) if brought == fingerprint => {}
+                (Tag::Agree, _) => differs = differs.or(Some(peer)),
+                _ => return Err(ExchangeError::PeerLost { peer: Some(peer) }),
+            }
+        }
+        let (tag, value) = differs.map_or((Tag::Agreed, 0), |peer| (Tag::Disagree, u64::from(peer)));
+        for (peer, stream) in (1..).zip(peers.iter_mut()) {
+            self.write(stream, peer, tag, value)?;
+        }
+        differs.map_or(Ok(()), |peer| Err(ExchangeError::Disagree { peer }))
+    }
+
+    /// Gives every rank the bytes that rank 0 has; the others pass as many of their own, which are written over.
+    ///
+    /// # Errors
+    /// [`ExchangeError::PeerLost`], [`ExchangeError::TimedOut`].
+    pub fn spread(&self, bytes: &mut [u8]) -> Result<(), ExchangeError> {
+        let mut peers = self.lock();
+        for (peer, stream) in (0..).zip(peers.iter_mut()) {
+            for piece in bytes.chunks_mut(8) {
+                let mut word = [0; 8];
+                if self.rank == 0 {
+                    word[..piece.len()].copy_from_slice(piece);
+                    self.write(stream, peer + 1, Tag::Bytes, u64::from_le_bytes(word))?;
+                    continue;
+                }
+                match self.read(stream, 0, "spreading the communicator's name")? {
+                    (Tag::Bytes, value) => piece.copy_from_slice(&value.to_le_bytes()[..piece.len()]),
+                    _ => return Err(ExchangeError::PeerLost { peer: Some(0) }),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Tells whether the peers that this rank is connected to are there, without waiting. Rank 0 knows of all.
+    ///
+    /// # Errors
+    /// [`ExchangeError::PeerLost`].
+    pub fn check(&self) -> Result<(), ExchangeError> {
+        let Ok(peers) = self.peers.try_lock() else { return Ok(()) }; // Somebody waits for them just now.
+        let first = u32::from(self.rank == 0);
+        for (peer, stream) in (first..).zip(peers.iter()) {
+            let mut tag = [0];
+            let looked =
+                rustix::net::recv(stream.as_fd(), &mut tag[..], RecvFlags::PEEK | RecvFlags::DONTWAIT);
+            let is_there = match looked {
+                Ok((_, 0)) => false,
+                Ok(_) => tag[0] != Tag::Aborted as u8,
+                Err(Errno::AGAIN | Errno::INTR) => true,
+                Err(_) => false,
+            };
+            if !is_there {
+                return Err(ExchangeError::PeerLost { peer: (self.rank == 0).then_some(peer) });
+            }
+        }
+        Ok(())
+    }
+
+    /// Tells the peers that this rank has failed.
+    pub fn abort(&self) {
+        self.leave(Tag::Aborted);
+    }
+
+    fn leave(&self, tag: Tag) {
+        for stream in self.lock().iter_mut() {
+            // Who is gone already needs no word.
+            let _ = stream.write_all(&frame(tag, self.rank.into()));
+        }
+    }
+
+    fn write(&self, stream: &mut UnixStream, peer: u32, tag: Tag, value: u64) -> Result<(), ExchangeError> {
+        stream.write_all(&frame(tag, value)).map_err(|_| ExchangeError::PeerLost { peer: Some(peer) })
+    }
+
+    fn read(
+        &self,
+        stream: &mut UnixStream,
+        peer: u32,
+        doing: &'static str,
+    ) -> Result<(Tag, u64), ExchangeError> {
+        read(stream).map_err(|error| match error.kind() {
+            io::ErrorKind::WouldBlock => ExchangeError::TimedOut { doing, after: self.timeout() },
+            _ => ExchangeError::PeerLost { peer: Some(peer) },
+        })
+    }
+
+    /// A panic elsewhere leaves at worst a message half read, which the next reader takes for a lost peer.
+    fn lock(&self) -> MutexGuard<'_, Vec<UnixStream>> {
+        self.peers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Control {
+    fn drop(&mut self) {
+        self.leave(Tag::Done);
+    }
+}
+
+/// Listens until all others have come.
+fn receive_all(
+    rendezvous: &Rendezvous,
+    size: u32,
+    nonce: u64,
+    until: Instant,
+) -> Result<Vec<UnixStream>, ExchangeError> {
+    let path = &rendezvous.path;
+    let failed = |doing| move |source| ExchangeError::Socket { path: path.clone(), doing, source };
+    let listener = listen(path)?;
+    let _socket = RemovedAtEnd(path);
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(failed("closing it to others"))?;
+    listener.set_nonblocking(true).map_err(failed("listening"))?;
+    let mut peers: Vec<Option<UnixStream>> = (1..size).map(|_| None).collect();
+    while peers.iter().any(Option::is_none) {
+        let mut stream = match listener.accept() {
+            Ok((stream, _)) => stream,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                wait(rendezvous, until, "meeting")?;
+                continue;
+            }
+            Err(error) => return Err(failed("accepting a rank")(error)),
+        };
+        stream.set_nonblocking(false).map_err(failed("accepting a rank"))?;
+        stream.set_read_timeout(Some(HELLO_TIMEOUT)).map_err(failed("accepting a rank"))?;
+        // Who says nothing that is understood was no rank.
+        let Ok(hello) = read_hello(&mut stream) else { continue };
+        stream.set_read_timeout(Some(rendezvous.timeout)).map_err(failed("accepting a rank"))?;
+        let what = match hello {
+            Hello { nonce: other, .. } if other != nonce => "a rank of another job came".to_owned(),
+            Hello { size: other, .. } if other != size => {
+                format!("a rank came that counts {other} ranks on the node, not {size}")
+            }
+            Hello { rank, .. } => match peers.get_mut((rank as usize).wrapping_sub(1)) {
+                Some(place @ None) => {
+                    *place = Some(stream);
+                    continue;
+                }
+                _ => format!("rank {rank} came twice"),
+            },
+        };
+        // The stranger sees its end; the others see this rank's.
+        return Err(ExchangeError::Stranger { path: path.clone(), what });
+    }
+    let mut peers: Vec<_> = peers.into_iter().flatten().collect();
+    for stream in &mut peers {
+        stream.write_all(&frame(Tag::Welcome, nonce)).map_err(failed("welcoming a rank"))?;
+    }
+    Ok(peers)
+}
+
+/// Binds the socket, over one that a process left which is no more.
+fn listen(path: &Path) -> Result<UnixListener, ExchangeError> {
+    let failed = |source| ExchangeError::Socket { path: path.to_owned(), doing: "listening", source };
+    match UnixListener::bind(path) {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
+        bound => return bound.map_err(failed),
+    }
+    if UnixStream::connect(path).is_ok() {
+        let what = "another job's rank 0 listens there".to_owned();
+        return Err(ExchangeError::Stranger { path: path.to_owned(), what });
+    }
+    fs::remove_file(path).map_err(failed)?;
+    UnixListener::bind(path).map_err(failed)
+}
+
+/// Removes a socket when nobody is to come any more.
+struct RemovedAtEnd<'p>(&'p Path);
+
+impl Drop for RemovedAtEnd<'_> {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(self.0); // If it is gone already, so be it.
+    }
+}
+
+/// Connects to rank 0, which may come later, or find a socket there that nobody listens to.
+fn go_to_first(
+    rendezvous: &Rendezvous,
+    rank: u32,
+    size: u32,
+    nonce: u64,
+    until: Instant,
+) -> Result<UnixStream, ExchangeError> {
+    let path = &rendezvous.path;
+    let failed = |doing| move |source| ExchangeError::Socket { path: path.clone(), doing, source };
+    let mut stream = loop {
+        match UnixStream::connect(path) {
+            Ok(stream) => break stream,
+            Err(error)
+                if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) =>
+            {
+                wait(rendezvous, until, "meeting")?;
+            }
+            Err(error) => return Err(failed("connecting")(error)),
+        }
+    };
+    stream.set_read_timeout(Some(rendezvous.timeout)).map_err(failed("connecting"))?;
+    let hello =
+        [frame(Tag::Hello, nonce), frame(Tag::Place, u64::from(rank) << 32 | u64::from(size))].concat();
+    stream.write_all(&hello).map_err(failed("saying which rank this is"))?;
+    match read(&mut stream) {
+        Ok((Tag::Welcome, other)) if other == nonce => Ok(stream),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+            Err(ExchangeError::TimedOut { doing: "meeting", after: rendezvous.timeout })
+        }
+        _ => Err(ExchangeError::PeerLost { peer: Some(0) }),
+    }
+}
+
+fn wait(rendezvous: &Rendezvous, until: Instant, doing: &'static str) -> Result<(), ExchangeError> {
+    if Instant::now() >= until {
+        return Err(ExchangeError::TimedOut { doing, after: rendezvous.timeout });
+    }
+    thread::sleep(MEETING_POLL);
+    Ok(())
+}
+
+/// What a rank says first.
+struct Hello {
+    nonce: u64,
+    rank: u32,
+    size: u32,
+}
+
+fn read_hello(stream: &mut UnixStream) -> io::Result<Hello> {
+    let ((Tag::Hello, nonce), (Tag::Place, place)) = (read(stream)?, read(stream)?) else {
+        return Err(io::ErrorKind::InvalidData.into());
+    };
+    Ok(Hello { nonce, rank: (place >> 32) as u32, size: place as u32 })
+}
+
+fn frame(tag: Tag, value: u64) -> [u8; FRAME_LEN] {
+    let mut frame = [tag as u8; FRAME_LEN];
+    frame[1..].copy_from_slice(&value.to_le_bytes());
+    frame
+}
+
+fn read(stream: &mut UnixStream) -> io::Result<(Tag, u64)> {
+    let mut frame = [0; FRAME_LEN];
+    stream.read_exact(&mut frame)?;
+    let [tag, value @ ..] = frame;
+    let tag = TAGS.into_iter().find(|known| *known as u8 == tag).ok_or(io::ErrorKind::InvalidData)?;
+    Ok((tag, u64::from_le_bytes(value)))
+}
+
+/// What a message is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Tag {
+    Hello = 1,
+    Place,
+    Welcome,
+    Agree,
+    Agreed,
+    Disagree,
+    Bytes,
+    Aborted,
+    Done,
+}
+
+const TAGS: [Tag; 9] = [
+    Tag::Hello,
+    Tag::Place,
+    Tag::Welcome,
+    Tag::Agree,
+    Tag::Agreed,
+    Tag::Disagree,
+    Tag::Bytes,
+    Tag::Aborted,
+    Tag::Done,
+];
+
+const FRAME_LEN: usize = 9;
+
+/// How often a rank that meets the others looks again.
+const MEETING_POLL: Duration = Duration::from_millis(5);
+
+/// A rank says which it is as soon as it has connected.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
+
+const TIMEOUT_DEFAULT: Duration = Duration::from_secs(300);
+
+/// Names another path for the ranks' socket, the same on all ranks of a node.
+pub const RENDEZVOUS_VARIABLE: &str = "TENSORHAUL_RENDEZVOUS";

@@ -1,0 +1,351 @@
+//! Ranks connected by NVIDIA's NCCL, or AMD's RCCL.
+
+use std::env;
+use std::ffi::{CStr, c_char, c_int};
+use std::path::{Path, PathBuf};
+use std::ptr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use tensorhaul_device::gpu::table::{TableError, held};
+
+use crate::control::Control;
+use crate::nccl_sys::{Comm, IN_PROGRESS, Table, UINT8, UNIQUE_ID_BYTES, UniqueId, VERSION_MIN};
+use crate::{Exchange, ExchangeError, Message};
+
+/// Whose library.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Vendor {
+    /// NVIDIA's NCCL.
+    Nccl,
+    /// AMD's RCCL.
+    Rccl,
+}
+
+impl Vendor {
+    fn name(self) -> &'static str {
+        match self {
+            Vendor::Nccl => "NCCL",
+            Vendor::Rccl => "RCCL",
+        }
+    }
+
+    fn variable(self) -> &'static str {
+        match self {
+            Vendor::Nccl => NCCL_LIBRARY_VARIABLE,
+            Vendor::Rccl => RCCL_LIBRARY_VARIABLE,
+        }
+    }
+
+    fn files(self) -> [&'static str; 2] {
+        match self {
+            Vendor::Nccl => ["libnccl.so.2", "libnccl.so"],
+            Vendor::Rccl => ["librccl.so.1", "librccl.so"],
+        }
+    }
+
+    /// Loads the library: the one that the user names, one that the process has already (frameworks bring theirs, in folders that the
+    /// loader does not search), or the system's.
+    fn load(self) -> Result<Table, ExchangeError> {
+        let of_user = env::var_os(self.variable()).filter(|path| !path.is_empty());
+        let table = match (of_user, held(self.files()[1])) {
+            (Some(path), _) => Table::load(&[PathBuf::from(path)]),
+            (None, Some((library, path))) => Table::look_up(library, &path),
+            (None, None) => Table::load(&self.files().map(PathBuf::from)),
+        };
+        let unusable = |source: TableError| ExchangeError::Library {
+            name: self.name(),
+            variable: self.variable(),
+            source,
+        };
+        table.map_err(unusable)
+    }
+}
+
+/// A communicator of a node's ranks, each with a device of its own.
+pub struct Nccl {
+    vendor: Vendor,
+    version: i32,
+    shared: Arc<Shared>,
+    watch: Option<JoinHandle<()>>,
+}
+
+/// What the rank's own thread and the one that watches the peers both use.
+struct Shared {
+    table: Table,
+    control: Control,
+    state: Mutex<State>,
+    is_over: AtomicBool,
+}
+
+/// The communicator, and since when a call is under way.
+struct State {
+    comm: CommHandle,
+    began: Option<Instant>,
+    is_aborted: bool,
+}
+
+#[derive(Clone, Copy)]
+struct CommHandle(Comm);
+
+// SAFETY: a communicator may be used by any thread, one at a time; but for `ncclCommAbort`, which NCCL allows beside a call of another.
+unsafe impl Send for CommHandle {}
+
+impl Nccl {
+    /// Connects the ranks that have met, each with the device that is current on its thread. Waits for all of them.
+    ///
+    /// # Errors
+    /// [`ExchangeError::Library`] and [`ExchangeError::TooOld`] when the library cannot be used, [`ExchangeError::Call`] when a call of it
+    /// failed; and those of [`Control::agree`].
+    pub fn connect(vendor: Vendor, control: Control) -> Result<Nccl, ExchangeError> {
+        let loaded = vendor.load().and_then(|table| Ok((version(&table)?, table)));
+        let (version, table) = match loaded {
+            Ok(loaded) => loaded,
+            Err(error) => {
+                control.abort();
+                return Err(error);
+            }
+        };
+        let connected = connect(&table, &control, version);
+        let comm = match connected {
+            Ok(comm) => comm,
+            Err(error) => {
+                control.abort();
+                return Err(error);
+            }
+        };
+        let state = State { comm: CommHandle(comm), began: None, is_aborted: false };
+        let shared =
+            Arc::new(Shared { table, control, state: Mutex::new(state), is_over: AtomicBool::new(false) });
+        let watched = Arc::clone(&shared);
+        // Without the thread a call that hangs because a peer is gone would hang for ever; the exchange works all the same.
+        let watch =
+            thread::Builder::new().name("tensorhaul-peers".to_owned()).spawn(move || watched.watch()).ok();
+        Ok(Nccl { vendor, version, shared, watch })
+    }
+}
+
+fn version(table: &Table) -> Result<c_int, ExchangeError> {
+    let mut version = 0;
+    // SAFETY: writes one integer.
+    table.check("ncclGetVersion", None, unsafe { (table.ncclGetVersion)(&raw mut version) })?;
+    match version >= VERSION_MIN {
+        true => Ok(version),
+        false => Err(ExchangeError::TooOld { library: table.path.clone(), version }),
+    }
+}
+
+fn connect(table: &Table, control: &Control, version: c_int) -> Result<Comm, ExchangeError> {
+    // Libraries of different versions do not understand each other.
+    control.agree(version as u64)?;
+    let mut id = UniqueId { internal: [0; UNIQUE_ID_BYTES] };
+    if control.rank() == 0 {
+        // SAFETY: writes one identifier.
+        table.check("ncclGetUniqueId", None, unsafe { (table.ncclGetUniqueId)(&raw mut id) })?;
+    }
+    control.spread(&mut id.internal)?;
+    let (mut comm, rank, size) = (ptr::null_mut(), control.rank() as c_int, control.size() as c_int);
+    // SAFETY: writes one handle; the identifier is the one that rank 0 made, and every rank calls this once.
+    let code = unsafe { (table.ncclCommInitRank)(&raw mut comm, size, id, rank) };
+    table.check("ncclCommInitRank", None, code)?;
+    Ok(comm)
+}
+
+impl Table {
+    fn check(&self, call: &'static str, comm: Option<Comm>, code: c_int) -> Result<(), ExchangeError> {
+        if code == 0 || code == IN_PROGRESS {
+            return Ok(());
+        }
+        // SAFETY: takes any number.
+        let named = text(unsafe { (self.ncclGetErrorString)(code) }).unwrap_or_else(|| "unknown".to_owned());
+        let detail = self.ncclGetLastError.and_then(|last| {
+            // SAFETY: takes a communicator that lives, or none.
+            text(unsafe { last(comm.unwrap_or(ptr::null_mut())) })
+        });
+        Err(ExchangeError::Call { call, code, text: named, detail })
+    }
+}
+
+fn text(start: *const c_char) -> Option<String> {
+    if start.is_null() {
+        return None;
+    }
+    // SAFETY: the library's own text, terminated and kept by it.
+    let text = unsafe { CStr::from_ptr(start) }.to_string_lossy();
+    Some(text.trim().to_owned()).filter(|text| !text.is_empty())
+}
+
+impl Shared {
+    /// Aborts the communicator when a peer is gone or a call does not return: NCCL waits for ever, also inside its calls.
+    fn watch(&self) {
+        while !self.is_over.load(Ordering::Acquire) {
+            thread::sleep(WATCH_POLL);
+            let began = self.lock().began;
+            let is_late = began.is_some_and(|began| began.elapsed() > self.control.timeout());
+            if (is_late || self.control.check().is_err()) && self.abort() {
+                return;
+            }
+        }
+    }
+
+    /// Aborts the communicator, unless a call of it has just begun: one that does not wait for anybody returns soon, and must not lose its
+    /// communicator meanwhile. Returns whether it is aborted.
+    fn abort(&self) -> bool {
+        let mut state = self.lock();
+        if state.is_aborted {
+            return true;
+        }
+        if state.began.is_some_and(|began| began.elapsed() < CALL_GRACE) {
+            return false;
+        }
+        state.is_aborted = true;
+        self.control.abort();
+        // SAFETY: the communicator lives, and no call of it begins after this; NCCL lets one that waits for peers end.
+        let code = unsafe { (self.table.ncclCommAbort)(state.comm.0) };
+        if let Err(error) = self.table.check("ncclCommAbort", None, code) {
+            tracing::warn!(%error, "a communicator could not be aborted");
+        }
+        true
+    }
+
+    /// Queues one group. The lock is not held in NCCL's calls, which may wait for peers: `abort` must be able to end them.
+    fn group(
+        &self,
+        comm: Comm,
+        sends: &[Message],
+        receives: &[Message],
+        stream: u64,
+    ) -> Result<(), ExchangeError> {
+        let (table, stream) = (&self.table, ptr::without_provenance_mut(stream as usize));
+        // SAFETY: takes nothing.
+        table.check("ncclGroupStart", Some(comm), unsafe { (table.ncclGroupStart)() })?;
+        let queued = sends.iter().try_for_each(|send| {
+            let (source, len) =
+                (ptr::with_exposed_provenance(send.address as usize), send.len_bytes as usize);
+            // SAFETY: the caller of `exchange` keeps the memory and the stream until the message is complete.
+            let code = unsafe { (table.ncclSend)(source, len, UINT8, send.peer as c_int, comm, stream) };
+            table.check("ncclSend", Some(comm), code)
+        });
+        let queued = queued.and_then(|()| {
+            receives.iter().try_for_each(|receive| {
+                let target = ptr::with_exposed_provenance_mut(receive.address as usize);
+                let (len, peer) = (receive.len_bytes as usize, receive.peer as c_int);
+                // SAFETY: as above.
+                let code = unsafe { (table.ncclRecv)(target, len, UINT8, peer, comm, stream) };
+                table.check("ncclRecv", Some(comm), code)
+            })
+        });
+        // Also after a failure: a group that was begun is ended.
+        // SAFETY: takes nothing.
+        let ended = table.check("ncclGroupEnd", Some(comm), unsafe { (table.ncclGroupEnd)() });
+        queued.and(ended)
+    }
+
+    /// A panic elsewhere cannot leave the state half changed: every change is one plain write.
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Exchange for Nccl {
+    fn rank(&self) -> u32 {
+        self.shared.control.rank()
+    }
+
+    fn size(&self) -> u32 {
+        self.shared.control.size()
+    }
+
+    fn name(&self) -> String {
+        let (Vendor::Nccl | Vendor::Rccl) = self.vendor;
+        let file = Path::file_name(&self.shared.table.path).unwrap_or_default().to_string_lossy();
+        format!("{} {} ({file})", self.vendor.name(), self.version)
+    }
+
+    fn timeout(&self) -> Duration {
+        self.shared.control.timeout()
+    }
+
+    fn agree(&self, fingerprint: u64) -> Result<(), ExchangeError> {
+        self.shared.control.agree(fingerprint)
+    }
+
+    unsafe fn exchange(
+        &self,
+        sends: &[Message],
+        receives: &[Message],
+        stream: u64,
+    ) -> Result<(), ExchangeError> {
+        if sends.is_empty() && receives.is_empty() {
+            return Ok(());
+        }
+        let comm = {
+            let mut state = self.shared.lock();
+            if state.is_aborted {
+                return Err(ExchangeError::PeerLost { peer: None });
+            }
+            state.began = Some(Instant::now());
+            state.comm.0
+        };
+        let queued = self.shared.group(comm, sends, receives, stream);
+        let mut state = self.shared.lock();
+        state.began = None;
+        match queued {
+            // What a call says that was ended from outside is not why.
+            Err(_) if state.is_aborted => Err(ExchangeError::PeerLost { peer: None }),
+            queued => queued,
+        }
+    }
+
+    fn check(&self) -> Result<(), ExchangeError> {
+        let state = self.shared.lock();
+        if state.is_aborted {
+            return Err(ExchangeError::PeerLost { peer: None });
+        }
+        self.shared.control.check()?;
+        let Some(ask) = self.shared.table.ncclCommGetAsyncError else { return Ok(()) };
+        let mut failed = 0;
+        // SAFETY: the communicator lives while the lock is held and it is not aborted; writes one integer.
+        let code = unsafe { ask(state.comm.0, &raw mut failed) };
+        self.shared.table.check("ncclCommGetAsyncError", Some(state.comm.0), code)?;
+        self.shared.table.check("a transfer", Some(state.comm.0), failed)
+    }
+
+    fn abort(&self) {
+        // A call of another thread, against the contract, is given the time that it has.
+        while !self.shared.abort() {
+            thread::sleep(WATCH_POLL);
+        }
+    }
+}
+
+impl Drop for Nccl {
+    fn drop(&mut self) {
+        self.shared.is_over.store(true, Ordering::Release);
+        if let Some(watch) = self.watch.take() {
+            let _ = watch.join(); // It does not panic; and if it did, there would be nothing to do.
+        }
+        let state = self.shared.lock();
+        if !state.is_aborted {
+            // SAFETY: the communicator lives, its exchanges are complete, and nobody uses it any more.
+            let code = unsafe { (self.shared.table.ncclCommDestroy)(state.comm.0) };
+            if let Err(error) = self.shared.table.check("ncclCommDestroy", None, code) {
+                tracing::warn!(%error, "a communicator could not be destroyed");
+            }
+        }
+    }
+}
+
+/// How long a call may take that waits for nobody.
+const CALL_GRACE: Duration = Duration::from_secs(1);
+
+/// How long a peer may be gone before a call that waits for it is ended.
+const WATCH_POLL: Duration = Duration::from_millis(20);
+
+/// Names another library instead of `libnccl.so.2`, for tests and for those in folders that the loader does not search.
+pub const NCCL_LIBRARY_VARIABLE: &str = "TENSORHAUL_NCCL_LIBRARY";
+
+/// As [`NCCL_LIBRARY_VARIABLE`], instead of `librccl.so.1`.
+pub const RCCL_LIBRARY_VARIABLE: &str = "TENSORHAUL_RCCL_LIBRARY";

@@ -1,0 +1,68 @@
+//! What connects this process to the other ranks of its node, from what its launcher has set.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use tensorhaul_exchange::{Control, Exchange, InProcess, Launched, Nccl, Rendezvous, Vendor, launch};
+use tensorhaul_plan::DeviceId;
+
+use crate::devices;
+use crate::error::{Error, ErrorKind, Result};
+
+/// How the ranks of a node find each other, where the defaults do not do.
+#[derive(Clone, Debug, Default)]
+pub struct NodeOptions {
+    /// The path of their socket, the same on all of them. Default: `TENSORHAUL_RENDEZVOUS`, else one made of the job.
+    pub path: Option<PathBuf>,
+    /// How long a rank waits for others. Default: 5 minutes.
+    pub timeout: Option<Duration>,
+}
+
+/// Tells which rank this process is, by the variables that torchrun, Slurm and MPI's launchers set; `None` where nobody did.
+///
+/// # Errors
+/// [`ErrorKind::BadRequest`] when they are set in part, or contradict each other.
+pub fn launched() -> Result<Option<Launched>> {
+    let lookup = |name: &str| std::env::var_os(name).map(|value| value.to_string_lossy().into_owned());
+    Ok(launch::launched(lookup)?)
+}
+
+/// Connects this process, which loads onto `device`, to the other ranks of its node. Waits for all of them. Each has a device of its own.
+///
+/// # Errors
+/// [`ErrorKind::Unsupported`] for the host's memory, of which ranks that are processes have no links; [`ErrorKind::Device`] when the device
+/// or the vendor's communication library cannot be used; [`ErrorKind::Io`] when others do not come in time, and
+/// [`ErrorKind::BadRequest`] when those of another job do.
+pub fn node_exchange(
+    launched: &Launched,
+    device: DeviceId,
+    options: &NodeOptions,
+) -> Result<Box<dyn Exchange>> {
+    let mut rendezvous = match &options.path {
+        Some(path) => Rendezvous { path: path.clone(), ..Rendezvous::of(launched)? },
+        None => Rendezvous::of(launched)?,
+    };
+    rendezvous.timeout = options.timeout.unwrap_or(rendezvous.timeout);
+    if launched.local_size == 1 {
+        let alone = InProcess::ranks(1, rendezvous.timeout).pop();
+        return Ok(Box::new(alone.expect("one rank was asked for")));
+    }
+    let vendor = match device {
+        DeviceId::Cuda(_) => Vendor::Nccl,
+        DeviceId::Rocm(_) => Vendor::Rccl,
+        other => {
+            let what = format!(
+                "{other}: processes cannot exchange what is there; load without sharing, or onto a device each"
+            );
+            return Err(Error::new(ErrorKind::Unsupported, what));
+        }
+    };
+    let device = devices::open(device)?;
+    let control = Control::meet(launched, rendezvous)?;
+    let (mut control, mut connected) = (Some(control), None);
+    device.enter(&mut || {
+        connected = control.take().map(|control| Nccl::connect(vendor, control));
+    })?;
+    let connected = connected.expect("a device that is entered runs what it was given");
+    Ok(Box::new(connected?))
+}
