@@ -155,7 +155,7 @@ pub(crate) fn assemble(model: &Inner, parallel: &Parallel, request: &mut Request
         if let Some(ranks) = file.header().metadata().get(RANKS) {
             let what =
                 format!("is one rank's part already ({ranks}), and cannot be cut again; load it whole");
-            return Err(Error::bad_request(what).in_file(&model.folder.join(file.name())));
+            return Err(Error::bad_request(what).in_file(model.folder.join(file.name())));
         }
     }
     let assembly = parallel.with_partition(model, request.dequantize.as_ref(), |partition| {
