@@ -25,7 +25,7 @@ pub(crate) struct Sharing {
     tp_size: Option<u32>,
 
     /// Load every tensor-parallel rank in this process, one on each of these devices
-    #[arg(long, value_name = "DEVICES", value_delimiter = ',', conflicts_with_all = ["tp_rank", "tp_size", "device_map"])]
+    #[arg(long, value_name = "DEVICES", value_delimiter = ',', conflicts_with_all = ["tp_rank", "tp_size"])]
     tp_devices: Vec<DeviceId>,
 
     /// Which of --pp-size stages of layers, from 0

@@ -1,9 +1,10 @@
 //! A vendor's library, opened: its calls with their errors typed, and never in compatibility mode unless asked for.
 
+use std::collections::HashMap;
 use std::env;
 use std::ffi::{CStr, c_int, c_void};
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::ptr;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
@@ -36,6 +37,8 @@ pub struct Library {
     closes: bool,
     /// Libraries with threads and kernel state do not survive a fork.
     process: u32,
+    /// Files that are registered, by their descriptors: the library takes each once, for whatever device.
+    files: Mutex<HashMap<RawFd, Weak<Registered>>>,
 }
 
 /// What is open in this process: settings are of the process, and opening may take seconds.
@@ -89,6 +92,7 @@ impl Library {
             compatibility,
             closes: false,
             process: std::process::id(),
+            files: Mutex::default(),
         };
         let is_allowed = compatibility == Compatibility::Allowed;
         let is_told = library.set_parameter(sys::PARAMETER_ALLOW_COMPATIBILITY, is_allowed);
@@ -304,22 +308,37 @@ impl std::fmt::Display for ReadFailed {
 /// A file that the library knows; dropping it makes the library forget it.
 pub(crate) struct Registered {
     library: Arc<Library>,
+    fd: RawFd,
     handle: FileHandle,
 }
 
 impl Registered {
-    /// Registers a descriptor, which must stay open for the life of the value.
-    pub(crate) fn file(library: &Arc<Library>, file: BorrowedFd<'_>) -> Result<Registered, CallFailed> {
+    /// Registers a descriptor, which must stay open for the life of the value, or returns what registered it before.
+    pub(crate) fn file(library: &Arc<Library>, file: BorrowedFd<'_>) -> Result<Arc<Registered>, CallFailed> {
+        let fd = file.as_raw_fd();
+        // Held across the call, so that nobody registers the same file meanwhile.
+        let mut files = loop {
+            let files = library.files.lock().unwrap_or_else(PoisonError::into_inner);
+            match files.get(&fd).map(Weak::upgrade) {
+                None => break files,
+                Some(Some(registered)) => return Ok(registered),
+                // The last owner is about to make the library forget it.
+                Some(None) => drop(files),
+            }
+            std::thread::yield_now();
+        };
         let mut descriptor = Descriptor {
             kind: sys::HANDLE_TYPE_FD,
-            handle: DescriptorHandle { fd: file.as_raw_fd() },
+            handle: DescriptorHandle { fd },
             fs_ops: ptr::null(),
         };
         let mut handle = ptr::null_mut();
         // SAFETY: both are valid for the call, which writes the handle.
         let status = unsafe { (library.table.handle_register)(&raw mut handle, &raw mut descriptor) };
         library.check("HandleRegister", status)?;
-        Ok(Registered { library: Arc::clone(library), handle })
+        let registered = Arc::new(Registered { library: Arc::clone(library), fd, handle });
+        files.insert(fd, Arc::downgrade(&registered));
+        Ok(registered)
     }
 
     pub(crate) fn handle(&self) -> FileHandle {
@@ -330,6 +349,8 @@ impl Registered {
 impl Drop for Registered {
     fn drop(&mut self) {
         if self.library.process == std::process::id() {
+            let mut files = self.library.files.lock().unwrap_or_else(PoisonError::into_inner);
+            files.remove(&self.fd);
             // SAFETY: registered above, and no read of it is under way: engines end before they let go of their files.
             unsafe { (self.library.table.handle_deregister)(self.handle) };
         }

@@ -14,7 +14,7 @@ use crate::refusal::Refusal;
 
 /// A file that direct storage has read from.
 pub struct DirectFile {
-    pub(crate) registered: Registered,
+    pub(crate) registered: Arc<Registered>,
     pub(crate) number: u32,
     /// Keeps the descriptors open that are registered.
     pub(crate) files: Arc<[OpenFile]>,

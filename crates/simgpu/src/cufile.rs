@@ -21,6 +21,8 @@ pub(crate) struct Storage {
     /// Whether what cannot be read directly is read through the host.
     compatible: bool,
     files: HashMap<usize, Arc<File>>,
+    /// The handle of each descriptor that is registered.
+    descriptors: HashMap<i32, usize>,
     /// Start to length.
     buffers: BTreeMap<u64, u64>,
     /// Reads that are done and not yet asked for.
@@ -36,6 +38,7 @@ impl Default for Storage {
             opened: 0,
             compatible: true,
             files: HashMap::new(),
+            descriptors: HashMap::new(),
             buffers: BTreeMap::new(),
             batches: HashMap::new(),
             reads: 0,
@@ -162,7 +165,11 @@ unsafe fn handle_register(name: &'static str, handle: *mut *mut c_void, file: *m
         }
         // Read through the page cache: simulated memory need not be aligned as the disk wants it.
         let file = File::open(format!("/proc/self/fd/{fd}")).map_err(|_| INVALID_VALUE)?;
+        if machine.storage.descriptors.contains_key(&fd) {
+            return Err(ALREADY_REGISTERED);
+        }
         let number = machine.new_handle();
+        machine.storage.descriptors.insert(fd, number);
         machine.storage.files.insert(number, Arc::new(file));
         // SAFETY: the caller passes a pointer that may be written.
         unsafe { handle.write(ptr::without_provenance_mut(number)) };
@@ -172,6 +179,7 @@ unsafe fn handle_register(name: &'static str, handle: *mut *mut c_void, file: *m
 
 fn handle_deregister(name: &'static str, handle: *mut c_void) {
     let _ = status(name, |machine| {
+        machine.storage.descriptors.retain(|_, number| *number != handle.addr());
         if machine.storage.files.remove(&handle.addr()).is_none() {
             machine.violations.push(format!("{name} of a file that is not registered"));
         }
@@ -559,6 +567,7 @@ pub(crate) unsafe extern "C" fn cuFileGetVersion(version: *mut c_int) -> Status 
 }
 
 const NOT_INITIALIZED: i32 = 5001;
+const ALREADY_REGISTERED: i32 = 5028;
 const IO_NOT_SUPPORTED: i32 = 5008;
 const INVALID_POINTER: i32 = 5012;
 const OUTSIDE_REGISTERED: i32 = 5016;

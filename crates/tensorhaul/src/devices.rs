@@ -1,8 +1,7 @@
 //! Devices that loads use, and the staging rings they leave for the next load.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::mem;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
@@ -33,7 +32,8 @@ impl Kept {
 /// Opening a device takes tenths of a second and pinning half a second for each GB, so both are kept.
 static KEPT: Mutex<BTreeMap<DeviceId, Kept>> = Mutex::new(BTreeMap::new());
 
-static PINNING_WAS_REFUSED: AtomicBool = AtomicBool::new(false);
+/// Accelerators that refused to pin the last ring given to them.
+static REFUSE_TO_PIN: Mutex<BTreeSet<DeviceId>> = Mutex::new(BTreeSet::new());
 
 /// Lets go of the devices and the pinned staging memory that loads of this process have kept. Loads under
 /// way and tensors handed over are not touched; the next load opens and pins anew.
@@ -238,16 +238,19 @@ pub(crate) fn pin(device: &dyn Device, ring: &Ring) -> Result<Option<Pinned>> {
         return Ok(Some(pinned));
     }
     let pinned = ring.pin(|memory| device.pin(memory))?;
-    if device.id() != DeviceId::Host {
-        PINNING_WAS_REFUSED.store(pinned.is_none(), Ordering::Relaxed);
-    }
+    let mut refuse = REFUSE_TO_PIN.lock().unwrap_or_else(PoisonError::into_inner);
+    match pinned {
+        None if device.id() != DeviceId::Host => refuse.insert(device.id()),
+        _ => refuse.remove(&device.id()),
+    };
+    drop(refuse);
     Ok(pinned)
 }
 
 /// Tells whether an accelerator refused to pin the last ring. What refuses (a container, a platform) does so for the life of the
 /// process, and a load that reads before it pins would read twice.
 pub(crate) fn pinning_was_refused(id: DeviceId) -> bool {
-    id != DeviceId::Host && PINNING_WAS_REFUSED.load(Ordering::Relaxed)
+    REFUSE_TO_PIN.lock().unwrap_or_else(PoisonError::into_inner).contains(&id)
 }
 
 /// Returns a staging ring of memory that the device's driver allocated.
@@ -271,7 +274,9 @@ pub(crate) fn forget_failed(error: &Error) {
         && let Some(id) = error.device()
     {
         let kept = lock().remove(&id);
-        drop(kept);
+        if let Some(parents) = kept.filter(|kept| !kept.is_ours()) {
+            mem::forget(parents); // What a parent of this process kept is not this process's to free.
+        }
     }
 }
 

@@ -102,6 +102,7 @@ fn attempt(model: &Inner, options: &LoadOptions, cancel: &Cancel, emit: &mut Emi
         let temperatures = Temperatures::new(model, &plan, &probed);
         let mut fallbacks = std::mem::take(&mut probed.fallbacks);
         fallbacks.extend(storages.iter().flat_map(Storage::fallbacks));
+        fallbacks.extend(storages.iter().filter_map(|storage| storage.staged_fallback(&plan)));
         if options.dequantization.is_some() {
             fallbacks.extend(quantized::warnings(model)?);
         }

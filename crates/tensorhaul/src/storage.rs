@@ -1,5 +1,6 @@
 //! Direct storage in a load: which files storage reads straight into the device, and why not the others.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tensorhaul_device::{Allocation, Device, STORAGE_ALIGN_BYTES};
@@ -89,10 +90,10 @@ impl Storage {
         files.contains(&true).then(|| Route { files: Some(files), ..route_for_all(self.device) })
     }
 
-    /// Refuses a plan that reads a file otherwise, with the reason for each.
+    /// Refuses a plan that reads a file otherwise, with the reason for each. What is staged anyway, because it is short, does not count.
     pub(crate) fn check_required(&self, plan: &Plan, model: &Inner) -> Result<()> {
-        let is_read = |file: u32| plan.reads().iter().any(|read| read.extent.file == file);
-        let refused: Vec<_> = self.refused.iter().filter(|(file, _)| is_read(*file)).collect();
+        let staged = self.staged(plan);
+        let refused: Vec<_> = self.refused.iter().filter(|(file, _)| staged.contains_key(file)).collect();
         let told = refused.iter().take(TOLD_MAX).map(|(file, why)| {
             let path = model.file_path(*file as usize);
             format!("{}: {why}", path.file_name().unwrap_or(path.as_os_str()).display())
@@ -111,6 +112,30 @@ impl Storage {
         })
     }
 
+    /// Sums by file what is long enough for direct storage and goes to the device through the ring.
+    fn staged(&self, plan: &Plan) -> BTreeMap<u32, u64> {
+        let mut staged = BTreeMap::new();
+        for read in plan.reads() {
+            let own = plan.copies(read).iter();
+            let own = own.filter(|copy| plan.arenas()[copy.target.arena as usize].device == self.device);
+            let len_bytes: u64 = own.map(|copy| copy.len_bytes * copy.steps.count).sum();
+            if len_bytes >= LONG_LEN_BYTES {
+                *staged.entry(read.extent.file).or_default() += len_bytes;
+            }
+        }
+        staged
+    }
+
+    /// Tells of bytes in files that storage can read, but that are staged: parts of rows, and what several devices take.
+    pub(crate) fn staged_fallback(&self, plan: &Plan) -> Option<Fallback> {
+        let is_taken = |file: &u32| self.files.get(*file as usize).is_some_and(Option::is_some);
+        let staged: u64 =
+            self.staged(plan).iter().filter(|(file, _)| is_taken(file)).map(|(_, len_bytes)| len_bytes).sum();
+        let what = format!("{staged} bytes for {} are read through the staging ring", self.device);
+        let why = "direct storage reads whole, aligned tensors for one device";
+        (staged > 0).then(|| Fallback::new(what, why))
+    }
+
     /// Returns what is read otherwise, and why, one line for each reason.
     pub(crate) fn fallbacks(&self) -> Vec<Fallback> {
         let mut reasons: Vec<(&str, u64)> = Vec::new();
@@ -122,7 +147,11 @@ impl Storage {
         }
         let told = reasons.into_iter().map(|(why, files)| {
             let files = if files == 1 { "1 file is".to_owned() } else { format!("{files} files are") };
-            Fallback::new(format!("{files} read through the staging ring instead of by direct storage"), why)
+            let what = format!(
+                "{files} read through the staging ring instead of by direct storage into {}",
+                self.device
+            );
+            Fallback::new(what, why)
         });
         told.collect()
     }
@@ -148,8 +177,8 @@ impl Storage {
             Direct::new(&prepared.device, library, files, allocations, options.direct_mode);
         if let Some(unregistered) = unregistered {
             let what = format!(
-                "direct storage reads into {} of {count} arenas through memory of its own",
-                unregistered.count
+                "direct storage reads into {} of {count} arenas of {} through memory of its own",
+                unregistered.count, self.device
             );
             fallbacks.push(Fallback::new(what, unregistered.error));
         }
@@ -220,6 +249,9 @@ const IS_HOT: &str = "the page cache holds all of it, which is faster";
 
 /// What the libraries themselves read at once; 8 in flight are 128 MiB, as deep as `io_uring` goes.
 const READ_LEN_BYTES_MAX: u64 = 16 << 20;
+
+/// The planner stages shorter runs, so that neighbours share a request.
+const LONG_LEN_BYTES: u64 = 64 << 10;
 
 /// So many files are told of by name.
 const TOLD_MAX: usize = 4;

@@ -112,7 +112,7 @@ fn what_the_page_cache_holds_is_copied_from_there_unless_direct_storage_is_requi
     assert_eq!(
         reasons(&loaded),
         [
-            "1 file is read through the staging ring instead of by direct storage: the page cache holds all of it, which is faster"
+            "1 file is read through the staging ring instead of by direct storage into cuda:0: the page cache holds all of it, which is faster"
         ]
     );
     assert!(loaded.report.bytes_direct_storage > 0);

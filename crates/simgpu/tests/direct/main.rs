@@ -11,6 +11,7 @@ mod hipfile;
 mod load;
 mod processes;
 mod quantized;
+mod several;
 mod vendor {
     //! What the simulator's set-up asks: here, both vendors' libraries are the simulator.
 

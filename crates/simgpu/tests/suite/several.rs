@@ -5,6 +5,7 @@ use std::num::NonZero;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
+use tensorhaul::save::{SaveOptions, SaveTensor, save};
 use tensorhaul::{
     Dequantization, DeviceId, DeviceMap, Dtype, EngineChoice, ErrorKind, ExternalMemory, LoadOptions, Loaded,
     Model, Report,
@@ -406,4 +407,64 @@ fn the_callers_own_memory_is_given_for_each_device() {
     );
     drop(devices);
     sim.assert_clean("after the caller's own memory");
+}
+
+/// Layers of few and many bytes, each with a scale, one after the other in one file.
+fn uneven_layers(folder: &std::path::Path) -> Model {
+    let sizes = [60u64, 5, 400, 16, 60, 32, 8, 1500, 60, 60, 5, 32, 16, 400, 60, 8, 60, 5, 32, 60];
+    let codes: Vec<u8> =
+        (0..1501 * 1024u32).map(|at| (at.wrapping_mul(0x9e37_79b9) >> 25) as u8 & 0x7b).collect();
+    let scale = 0.5f32.to_le_bytes();
+    let tensor = |name: String, dtype, shape: Vec<u64>, bytes: &'static [u8]| SaveTensor {
+        name,
+        dtype,
+        shape,
+        bytes: Box::new(bytes),
+    };
+    let (codes, scale): (&[u8], &[u8]) = (codes.leak(), scale.to_vec().leak()); // For the life of the test's process.
+    let tensors = sizes.iter().enumerate().flat_map(|(layer, rows)| {
+        let len_bytes = *rows as usize * 1024;
+        let name = |part: &str| format!("model.layers.{layer}.up_proj.{part}");
+        let from = layer * 7;
+        [
+            tensor(name("weight"), Dtype::F8E4m3, vec![*rows, 1024], &codes[from..from + len_bytes]),
+            tensor(name("weight_scale"), Dtype::F32, vec![1], scale),
+        ]
+    });
+    save(folder, tensors.collect(), &SaveOptions::default()).unwrap();
+    let config = r#"{"quantization_config": {"quant_method": "fp8", "activation_scheme": "static"}}"#;
+    std::fs::write(folder.join("config.json"), config).unwrap();
+    Model::open(folder).unwrap()
+}
+
+#[test]
+fn reads_for_several_devices_wait_for_what_lies_where_they_land_on_each() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let model = uneven_layers(folder.path());
+    let dequantize = |options: LoadOptions| options.dequantize(Dequantization::to(Dtype::Bf16));
+    let expected = model.load(&dequantize(LoadOptions::default())).unwrap().tensors;
+    let layers: BTreeSet<u32> =
+        expected.iter().map(|(name, _)| name.split('.').nth(2).unwrap().parse().unwrap()).collect();
+    for (config, salt) in
+        [("", 1u32), ("delay_us=300;seed=5", 2), ("peers=0", 3), ("peers=0;delay_us=300;seed=7", 4)]
+    {
+        let sim = Sim::new(&format!("devices=2;{config}"));
+        let of = |layer: &u32| match layer.wrapping_mul(2_654_435_761).wrapping_add(salt * 77) >> 3 & 3 {
+            0 => vec![id(0), id(1)],
+            1 => vec![id(1), id(0)],
+            device => vec![id(device - 2)],
+        };
+        let entries = layers.iter().map(|layer| (format!("model.layers.{layer}"), of(layer)));
+        let map = DeviceMap::new(entries).unwrap();
+        for staging_bytes in [64 << 10, 1 << 20] {
+            let options = dequantize(options(&map)).staging_bytes(staging_bytes);
+            // Little more than the largest layer's codes.
+            let loaded = model.load(&options.transient_bytes(1560 << 10)).unwrap();
+            for (name, tensor) in loaded.tensors.iter() {
+                let expected = expected.get(name).unwrap().bytes().unwrap();
+                assert!(tensor.to_host().unwrap() == expected, "{config}: {name} on {}", tensor.device());
+            }
+        }
+        sim.assert_clean(config);
+    }
 }
