@@ -327,11 +327,8 @@ impl Registered {
             }
             std::thread::yield_now();
         };
-        let mut descriptor = Descriptor {
-            kind: sys::HANDLE_TYPE_FD,
-            handle: DescriptorHandle { fd },
-            fs_ops: ptr::null(),
-        };
+        let mut descriptor =
+            Descriptor { kind: sys::HANDLE_TYPE_FD, handle: DescriptorHandle { fd }, fs_ops: ptr::null() };
         let mut handle = ptr::null_mut();
         // SAFETY: both are valid for the call, which writes the handle.
         let status = unsafe { (library.table.handle_register)(&raw mut handle, &raw mut descriptor) };
