@@ -166,7 +166,7 @@ unsafe fn handle_register(name: &'static str, handle: *mut *mut c_void, file: *m
         // Read through the page cache: simulated memory need not be aligned as the disk wants it.
         let file = File::open(format!("/proc/self/fd/{fd}")).map_err(|_| INVALID_VALUE)?;
         if machine.storage.descriptors.contains_key(&fd) {
-            return Err(ALREADY_REGISTERED);
+            return Err(FILE_ALREADY_REGISTERED);
         }
         let number = machine.new_handle();
         machine.storage.descriptors.insert(fd, number);
@@ -567,7 +567,6 @@ pub(crate) unsafe extern "C" fn cuFileGetVersion(version: *mut c_int) -> Status 
 }
 
 const NOT_INITIALIZED: i32 = 5001;
-const ALREADY_REGISTERED: i32 = 5028;
 const IO_NOT_SUPPORTED: i32 = 5008;
 const INVALID_POINTER: i32 = 5012;
 const OUTSIDE_REGISTERED: i32 = 5016;
@@ -576,6 +575,7 @@ const INVALID_VALUE: i32 = 5022;
 const ALREADY_REGISTERED: i32 = 5023;
 const NOT_REGISTERED: i32 = 5024;
 const ALREADY_OPEN: i32 = 5026;
+const FILE_ALREADY_REGISTERED: i32 = 5028;
 const NO_SUCH_FILE: i32 = 5027;
 const INTERNAL: i32 = 5030;
 const NO_CONTEXT: i32 = 5047;
