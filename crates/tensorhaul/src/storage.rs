@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tensorhaul_device::{Allocation, Device, STORAGE_ALIGN_BYTES};
 use tensorhaul_direct::{Direct, DirectFile, Library, Probe};
 use tensorhaul_io::Residency;
-use tensorhaul_plan::{DeviceId, InPlace, Place, Plan, Read, Route, plan::Target};
+use tensorhaul_plan::{Brought, DeviceId, InPlace, Place, Plan, Read, Route, plan::Target};
 
 use crate::error::{Error, Result};
 use crate::model::{Inner, Source};
@@ -92,8 +92,9 @@ impl Storage {
 
     /// Refuses a plan that reads a file otherwise, with the reason for each. What is staged anyway, because it is short, does not count.
     pub(crate) fn check_required(&self, plan: &Plan, model: &Inner) -> Result<()> {
-        let staged = self.staged(plan);
-        let refused: Vec<_> = self.refused.iter().filter(|(file, _)| staged.contains_key(file)).collect();
+        let staged = self.staged(plan, false);
+        let is_long = |file: &u32| staged.get(file).is_some_and(|len_bytes| *len_bytes >= LONG_LEN_BYTES);
+        let refused: Vec<_> = self.refused.iter().filter(|(file, _)| is_long(file)).collect();
         let told = refused.iter().take(TOLD_MAX).map(|(file, why)| {
             let path = model.file_path(*file as usize);
             format!("{}: {why}", path.file_name().unwrap_or(path.as_os_str()).display())
@@ -112,14 +113,24 @@ impl Storage {
         })
     }
 
-    /// Sums by file what is long enough for direct storage and goes to the device through the ring.
-    fn staged(&self, plan: &Plan) -> BTreeMap<u32, u64> {
+    /// Sums by file what goes to the device through the ring; of `only_long`, what belongs to tensors that direct storage is for.
+    fn staged(&self, plan: &Plan, only_long: bool) -> BTreeMap<u32, u64> {
+        let is_own = |place: Place| plan.arenas()[place.arena as usize].device == self.device;
+        let is_long = |brought: &Brought| match *brought {
+            Brought::Tensor(tensor) => {
+                let tensor = &plan.tensors()[tensor as usize];
+                tensor.len_bytes >= LONG_LEN_BYTES && is_own(tensor.place)
+            }
+            Brought::Operation(operation) => {
+                let sources = &plan.operations()[operation as usize].sources;
+                sources.iter().any(|source| source.len_bytes >= LONG_LEN_BYTES && is_own(source.place))
+            }
+        };
         let mut staged = BTreeMap::new();
         for read in plan.reads() {
-            let own = plan.copies(read).iter();
-            let own = own.filter(|copy| plan.arenas()[copy.target.arena as usize].device == self.device);
+            let own = plan.copies(read).iter().filter(|copy| is_own(copy.target));
             let len_bytes: u64 = own.map(|copy| copy.len_bytes * copy.steps.count).sum();
-            if len_bytes >= LONG_LEN_BYTES {
+            if len_bytes > 0 && (!only_long || plan.brought(read).iter().any(is_long)) {
                 *staged.entry(read.extent.file).or_default() += len_bytes;
             }
         }
@@ -129,8 +140,9 @@ impl Storage {
     /// Tells of bytes in files that storage can read, but that are staged: parts of rows, and what several devices take.
     pub(crate) fn staged_fallback(&self, plan: &Plan) -> Option<Fallback> {
         let is_taken = |file: &u32| self.files.get(*file as usize).is_some_and(Option::is_some);
+        let staged = self.staged(plan, true);
         let staged: u64 =
-            self.staged(plan).iter().filter(|(file, _)| is_taken(file)).map(|(_, len_bytes)| len_bytes).sum();
+            staged.iter().filter(|(file, _)| is_taken(file)).map(|(_, len_bytes)| len_bytes).sum();
         let what = format!("{staged} bytes for {} are read through the staging ring", self.device);
         let why = "direct storage reads whole, aligned tensors for one device";
         (staged > 0).then(|| Fallback::new(what, why))
