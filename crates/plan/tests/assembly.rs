@@ -137,6 +137,8 @@ proptest! {
         let mut request = Request::all();
         request.assembly = Some(Arc::new(Assembly { tensors: tensors.clone() }));
         request.over_read_max = over_read_max;
+        let promised = *Plan::new(&world.checkpoint, &request, &machine).unwrap().promised();
+        prop_assert_eq!(promised.needed_bytes, promised.payload_bytes, "slices share no byte");
         check(&world, &request, &machine, |name, _| {
             expected[tensors.iter().position(|tensor| tensor.name == name).unwrap()].clone()
         });

@@ -28,7 +28,7 @@ pub(crate) struct Storage {
 }
 
 impl Storage {
-    /// Opens direct storage and tries every file, where the load wants that; `None` where it does not.
+    /// Opens direct storage and tries every file; what stands in the way is kept with the files it concerns.
     pub(crate) fn decide(
         model: &Inner,
         options: &LoadOptions,

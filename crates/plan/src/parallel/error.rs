@@ -223,8 +223,11 @@ impl fmt::Display for ParallelError {
             E::Unmatched { tensors, count } => {
                 write!(f, "no rule names {}", tensors.join(", "))?;
                 match count - tensors.len() {
-                    0 => f.write_str("; replicate what is unmatched, or add rules"),
-                    more => write!(f, " and {more} more; replicate what is unmatched, or add rules"),
+                    0 => f.write_str("; replicate what is unmatched (--unmatched replicate), or add rules"),
+                    more => write!(
+                        f,
+                        " and {more} more; replicate what is unmatched (--unmatched replicate), or add rules"
+                    ),
                 }
             }
             E::Overlap { tensor, first, second } => {

@@ -203,10 +203,14 @@ impl Reads {
             if len_bytes == 0 {
                 continue; // A gap between its pieces.
             }
-            // What several take counts once.
-            let fresh_bytes = within.end.saturating_sub(covered_end.max(within.start));
-            payload_bytes += len_bytes.min(fresh_bytes);
-            covered_end = covered_end.max(within.end);
+            // What several take counts once. Rows of pieces lie in each other's gaps, as those of neighbouring ranks do.
+            payload_bytes += if segment.steps.is_once() {
+                let fresh_bytes = within.end.saturating_sub(covered_end.max(within.start));
+                covered_end = covered_end.max(within.end);
+                fresh_bytes
+            } else {
+                len_bytes
+            };
             after = join(&after, &segment.after);
             let read = self.reads.len() as u32;
             match segment.operation {
@@ -225,6 +229,7 @@ impl Reads {
             None => Target::Staged { copies: first_copy..self.copies.len() as u32 },
         };
         let brought = first_brought..self.brought.len() as u32;
+        let payload_bytes = payload_bytes.min(extent.len_bytes); // Of pieces that several take.
         self.reads.push(Read { extent, stride: None, target, brought, payload_bytes, after });
     }
 

@@ -158,14 +158,16 @@ fn tensors_that_no_rule_names_are_listed_or_replicated() {
     let mut model = with(llama(), "model.layers.0.mlp.extra.weight", Dtype::Bf16, &[6]);
     assert_eq!(
         refused(&model, Ranks::alone()),
-        "no rule names model.layers.0.mlp.extra.weight; replicate what is unmatched, or add rules"
+        "no rule names model.layers.0.mlp.extra.weight; replicate what is unmatched (--unmatched replicate), or add rules"
     );
     for number in 0..30 {
         model = with(model, &format!("more.{number}"), Dtype::Bf16, &[1]);
     }
     let text = refused(&model, Ranks::alone());
     assert!(
-        text.ends_with("more.17, more.18 and 11 more; replicate what is unmatched, or add rules"),
+        text.ends_with(
+            "more.17, more.18 and 11 more; replicate what is unmatched (--unmatched replicate), or add rules"
+        ),
         "{text}"
     );
 
