@@ -107,6 +107,8 @@ const WORDS: [(&[&str], Effect); 6] = [
             "mla_kv_a_proj",
             "moe_tp_experts",
             "moe_identity_expert",
+            "megamoe_experts",
+            "megamoe_router",
             "ep_router",
             "ep_dispatch_experts",
         ],

@@ -258,11 +258,14 @@ const SECTIONS_MAX: u64 = 64;
 const EXTENDS_MAX: u32 = 4;
 
 /// The tables, by name.
-pub(super) const EMBEDDED: [(&str, &str); 10] = [
+pub(super) const EMBEDDED: [(&str, &str); 13] = [
     ("llama", include_str!("rules/llama.json")),
     ("mixtral", include_str!("rules/mixtral.json")),
+    ("minimax_m2", include_str!("rules/minimax_m2.json")),
     ("qwen_moe", include_str!("rules/qwen_moe.json")),
     ("gemma", include_str!("rules/gemma.json")),
+    ("llama4", include_str!("rules/llama4.json")),
+    ("multimodal", include_str!("rules/multimodal.json")),
     ("phi3", include_str!("rules/phi3.json")),
     ("deepseek", include_str!("rules/deepseek.json")),
     ("gpt_oss", include_str!("rules/gpt_oss.json")),

@@ -199,7 +199,7 @@ fn an_architecture_without_a_table_names_those_with_one() {
     );
     let text = Rules::of(&ModelConfig::default()).unwrap_err().to_string();
     assert!(text.starts_with("config.json names no architecture; there are rules for BertFor"), "{text}");
-    assert_eq!(Rules::architectures().len(), 17);
+    assert_eq!(Rules::architectures().len(), 36);
 }
 
 #[test]

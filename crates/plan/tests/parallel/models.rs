@@ -147,23 +147,80 @@ pub(crate) fn llama(architecture: &str, sizes: &Sizes) -> Model {
     building.finish(&[("intermediate_size", sizes.intermediate)])
 }
 
-/// Gemma 3 that sees: the language model is one of its parts, and has a configuration of its own.
-pub(crate) fn gemma3_vision(sizes: &Sizes) -> Model {
-    let mut model = llama("Gemma3ForCausalLM", sizes);
-    model.tensors.retain(|tensor| tensor.name != "lm_head.weight");
-    for tensor in &mut model.tensors {
-        tensor.name.insert_str(0, "language_model.");
+/// Models that see: the language model is one of their parts, and has a configuration of its own. Its names stand behind `prefix`, those of
+/// other parts in the list.
+pub(crate) fn seeing(architecture: &str, mut language: Model, prefix: [&str; 2], others: &[&str]) -> Model {
+    for tensor in &mut language.tensors {
+        let [from, to] = prefix;
+        tensor.name = match tensor.name.strip_prefix(from) {
+            Some(rest) => format!("{to}{rest}"),
+            None => tensor.name.clone(),
+        };
     }
-    for name in [
+    for name in others {
+        let tensor = Tensor { name: (*name).to_owned(), dtype: Dtype::Bf16, shape: vec![6, 4] };
+        language.tensors.push(tensor);
+    }
+    let (start, end) = (language.config.find("\"arch").unwrap(), language.config.find("],").unwrap() + 2);
+    language.config.replace_range(start..end, "");
+    let config = format!("{{\"architectures\":[\"{architecture}\"],\"text_config\":{}}}", language.config);
+    Model { config, ..language }
+}
+
+pub(crate) fn gemma3_vision(sizes: &Sizes) -> Model {
+    let others = [
         "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight",
         "multi_modal_projector.mm_soft_emb_norm.weight",
-    ] {
-        model.tensors.push(Tensor { name: name.to_owned(), dtype: Dtype::Bf16, shape: vec![6, 4] });
+    ];
+    let language = llama("Gemma3ForCausalLM", sizes);
+    seeing("Gemma3ForConditionalGeneration", language, ["", "language_model."], &others)
+}
+
+/// Qwen that sees, as its files are named today, and as they were.
+pub(crate) fn qwen_vision(sizes: &Sizes) -> [Model; 2] {
+    let language = || llama("Qwen2ForCausalLM", sizes);
+    [
+        seeing(
+            "Qwen2_5_VLForConditionalGeneration",
+            language(),
+            ["", ""],
+            &["visual.blocks.0.mlp.gate_proj.weight"],
+        ),
+        seeing(
+            "Qwen3VLForConditionalGeneration",
+            language(),
+            ["model.", "model.language_model."],
+            &["model.visual.blocks.0.mlp.linear_fc1.weight"],
+        ),
+    ]
+}
+
+/// Llama 4: layers with stacked experts, `[experts, in, out]`, gate before up, in turns with dense ones.
+pub(crate) fn llama4(sizes: &Sizes) -> Model {
+    let Sizes { hidden, moe_intermediate, experts, .. } = *sizes;
+    let mut building = Building::new("Llama4ForCausalLM", sizes);
+    building.outside();
+    for layer in 0..sizes.layers {
+        let at = format!("model.layers.{layer}");
+        building.attention(&at);
+        let at = format!("{at}.feed_forward");
+        if layer % 2 == 0 {
+            building.mlp(&at, MLP, sizes.intermediate);
+            continue;
+        }
+        building.linear(&format!("{at}.router"), experts, hidden);
+        building.mlp(&format!("{at}.shared_expert"), MLP, moe_intermediate);
+        building.push(
+            format!("{at}.experts.gate_up_proj"),
+            Dtype::Bf16,
+            &[experts, hidden, 2 * moe_intermediate],
+        );
+        building.push(format!("{at}.experts.down_proj"), Dtype::Bf16, &[experts, moe_intermediate, hidden]);
     }
-    let text = model.config.replace("\"architectures\":[\"Gemma3ForCausalLM\"],", "");
-    model.config =
-        format!("{{\"architectures\":[\"Gemma3ForConditionalGeneration\"],\"text_config\":{text}}}");
-    model
+    let others = ["vision_model.model.layers.0.mlp.fc1.weight", "multi_modal_projector.linear_1.weight"];
+    let language =
+        building.finish(&[("intermediate_size", moe_intermediate), ("num_local_experts", experts)]);
+    seeing("Llama4ForConditionalGeneration", language, ["", "language_model."], &others)
 }
 
 pub(crate) fn phi3(sizes: &Sizes) -> Model {
@@ -183,7 +240,27 @@ pub(crate) fn phi3(sizes: &Sizes) -> Model {
 }
 
 pub(crate) fn mixtral(sizes: &Sizes) -> Model {
-    let mut building = Building::new("MixtralForCausalLM", sizes);
+    with_experts_of_mixtral("MixtralForCausalLM", sizes)
+}
+
+/// MiniMax M2: Mixtral's names, and norms over all heads.
+pub(crate) fn minimax_m2(sizes: &Sizes) -> Model {
+    let mut model = with_experts_of_mixtral("MiniMaxM2ForCausalLM", sizes);
+    for layer in 0..sizes.layers {
+        let at = format!("model.layers.{layer}");
+        for (name, len) in [
+            ("self_attn.q_norm.weight", sizes.heads * sizes.head_dim),
+            ("self_attn.k_norm.weight", sizes.kv_heads * sizes.head_dim),
+            ("block_sparse_moe.e_score_correction_bias", sizes.experts),
+        ] {
+            model.tensors.push(Tensor { name: format!("{at}.{name}"), dtype: Dtype::F32, shape: vec![len] });
+        }
+    }
+    model
+}
+
+fn with_experts_of_mixtral(architecture: &str, sizes: &Sizes) -> Model {
+    let mut building = Building::new(architecture, sizes);
     building.outside();
     for layer in 0..sizes.layers {
         let at = format!("model.layers.{layer}");
@@ -216,7 +293,7 @@ pub(crate) fn qwen_moe(architecture: &str, sizes: &Sizes) -> Model {
     building.finish(&[("intermediate_size", sizes.intermediate), ("num_experts", sizes.experts)])
 }
 
-/// DeepSeek V2 and V3, with a layer that predicts a further token; FP8 with scales in blocks where `block` is not 0.
+/// DeepSeek V2, V3 and V3.2, with a layer that predicts a further token; FP8 with scales in blocks where `block` is not 0.
 pub(crate) fn deepseek(architecture: &str, sizes: &Sizes) -> Model {
     let Sizes { hidden, heads, q_lora, kv_lora, nope, rope, head_dim, .. } = *sizes;
     let mut building = Building::new(architecture, sizes);
@@ -232,29 +309,25 @@ pub(crate) fn deepseek(architecture: &str, sizes: &Sizes) -> Model {
         building.norm(&format!("{attention}.kv_a_layernorm"), kv_lora);
         building.scaled(&format!("{attention}.kv_b_proj"), heads * (nope + head_dim), kv_lora);
         building.scaled(&format!("{attention}.o_proj"), hidden, heads * head_dim);
-        if layer < sizes.dense_layers {
-            building.mlp(&format!("{at}.mlp"), MLP, sizes.intermediate);
-            continue;
+        if architecture == "DeepseekV32ForCausalLM" {
+            building.scaled(&format!("{attention}.indexer.wq_b"), heads * head_dim, q_lora);
+            building.norm(&format!("{attention}.indexer.k_norm"), head_dim);
         }
-        building.linear(&format!("{at}.mlp.gate"), sizes.experts, hidden);
-        building.push(format!("{at}.mlp.gate.e_score_correction_bias"), Dtype::F32, &[sizes.experts]);
-        for expert in 0..sizes.experts {
-            building.mlp(&format!("{at}.mlp.experts.{expert}"), MLP, sizes.moe_intermediate);
-        }
-        building.mlp(&format!("{at}.mlp.shared_experts"), MLP, sizes.moe_intermediate);
+        building.routed_mlp(&at, layer);
     }
-    let at = format!("model.layers.{}", sizes.layers);
-    building.linear(&format!("{at}.embed_tokens"), sizes.vocab, hidden);
-    building.norm(&format!("{at}.enorm"), hidden);
-    building.norm(&format!("{at}.hnorm"), hidden);
-    building.linear(&format!("{at}.eh_proj"), hidden, 2 * hidden);
-    building.norm(&format!("{at}.shared_head.norm"), hidden);
-    building.linear(&format!("{at}.shared_head.head"), sizes.vocab, hidden);
-    building.finish(&[
-        ("intermediate_size", sizes.intermediate),
-        ("n_routed_experts", sizes.experts),
-        ("num_nextn_predict_layers", 1),
-    ])
+    building.predicting()
+}
+
+/// GLM 4.5 to 4.7: Llama's attention, DeepSeek's experts and layer that predicts a further token.
+pub(crate) fn glm4_moe(sizes: &Sizes) -> Model {
+    let mut building = Building::new("Glm4MoeForCausalLM", sizes);
+    building.outside();
+    for layer in 0..=sizes.layers {
+        let at = format!("model.layers.{layer}");
+        building.attention(&at);
+        building.routed_mlp(&at, layer);
+    }
+    building.predicting()
 }
 
 /// gpt-oss: experts in stacks, MXFP4 where `block` is not 0, else as its BF16 exports have them, `[experts, in, out]`.
@@ -470,6 +543,37 @@ impl<'s> Building<'s> {
         self.scaled(&format!("{at}.{}", names[0]), intermediate, hidden);
         self.scaled(&format!("{at}.{}", names[1]), intermediate, hidden);
         self.scaled(&format!("{at}.{}", names[2]), hidden, intermediate);
+    }
+
+    /// DeepSeek's: dense in the first layers, then experts beside a shared one.
+    fn routed_mlp(&mut self, at: &str, layer: u64) {
+        let Sizes { hidden, experts, intermediate, moe_intermediate, dense_layers, .. } = *self.sizes;
+        if layer < dense_layers {
+            return self.mlp(&format!("{at}.mlp"), MLP, intermediate);
+        }
+        self.linear(&format!("{at}.mlp.gate"), experts, hidden);
+        self.push(format!("{at}.mlp.gate.e_score_correction_bias"), Dtype::F32, &[experts]);
+        for expert in 0..experts {
+            self.mlp(&format!("{at}.mlp.experts.{expert}"), MLP, moe_intermediate);
+        }
+        self.mlp(&format!("{at}.mlp.shared_experts"), MLP, moe_intermediate);
+    }
+
+    /// Ends with what the layer that predicts a further token has beside an ordinary one.
+    fn predicting(mut self) -> Model {
+        let Sizes { hidden, vocab, layers, intermediate, experts, .. } = *self.sizes;
+        let at = format!("model.layers.{layers}");
+        self.linear(&format!("{at}.embed_tokens"), vocab, hidden);
+        self.norm(&format!("{at}.enorm"), hidden);
+        self.norm(&format!("{at}.hnorm"), hidden);
+        self.linear(&format!("{at}.eh_proj"), hidden, 2 * hidden);
+        self.norm(&format!("{at}.shared_head.norm"), hidden);
+        self.linear(&format!("{at}.shared_head.head"), vocab, hidden);
+        self.finish(&[
+            ("intermediate_size", intermediate),
+            ("n_routed_experts", experts),
+            ("num_nextn_predict_layers", 1),
+        ])
     }
 
     fn finish(self, more: &[(&str, u64)]) -> Model {

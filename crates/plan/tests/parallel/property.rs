@@ -64,6 +64,14 @@ fn concat(arrays: &[Array]) -> Array {
     Array { shape, data: arrays.iter().flat_map(|array| array.data.iter().copied()).collect() }
 }
 
+/// The last dimensions of arrays of three, one after the other.
+fn beside(arrays: &[Array; 2]) -> Array {
+    let [rows, cols] = [arrays[0].shape[0] * arrays[0].shape[1], arrays[0].shape[2]].map(|n| n as usize);
+    let row = |row: usize| arrays.iter().flat_map(move |array| &array.data[row * cols..(row + 1) * cols]);
+    let data = (0..rows).flat_map(row).copied().collect();
+    Array { shape: vec![arrays[0].shape[0], arrays[0].shape[1], 2 * cols as u64], data }
+}
+
 /// A new first dimension.
 fn stack(arrays: &[Array]) -> Array {
     let shape = [&[arrays.len() as u64], arrays[0].shape.as_slice()].concat();
@@ -94,7 +102,7 @@ impl Expected<'_> {
                 return false;
             }
         }
-        let is_vision = name.starts_with("vision");
+        let is_vision = ["vision", "visual", "model.visual"].iter().any(|part| name.starts_with(part));
         if let Some(layer) = number_behind("layers").or(number_behind("layer")).filter(|_| !is_vision) {
             let mut lens = vec![self.sizes.layers / stages; stages as usize];
             for extra in 0..self.sizes.layers % stages {
@@ -136,14 +144,21 @@ impl Expected<'_> {
         let (out, input) =
             if is_stack && !is_made && !is_bias { (first + 1, first) } else { (first, first + 1) };
         Some(match last {
+            _ if name.contains("visual") => whole.clone(),
             "q_proj" | "q_b_proj" | "kv_b_proj" | "query_key_value" | "sinks" | "query" | "key" | "value" => {
                 whole.chunk(0, heads.0, heads.1)
             }
             "k_proj" | "v_proj" => whole.chunk(0, kv_heads.0, kv_heads.1),
+            "q_norm" if whole.shape[0] > self.sizes.head_dim => whole.chunk(0, heads.0, heads.1),
+            "k_norm" if whole.shape[0] > self.sizes.head_dim => whole.chunk(0, kv_heads.0, kv_heads.1),
             "qkv_proj" => {
                 let [q, kv] =
                     [self.sizes.heads, self.sizes.kv_heads].map(|heads| heads * self.sizes.head_dim);
                 whole.sections(&[q, kv, kv], &[heads, kv_heads, kv_heads])
+            }
+            "gate_up_proj" if name.contains("feed_forward") => {
+                let halves = [whole.chunk(out, 0, 2), whole.chunk(out, 1, 2)];
+                beside(&halves.map(|half| half.chunk(out, rank, size)))
             }
             "gate_up_proj" if first == 0 => whole.sections(&[whole.shape[0] / 2; 2], &[heads; 2]),
             "gate_proj" | "up_proj" | "w1" | "w3" | "dense_h_to_4h" | "gate_up_proj" => {
@@ -221,6 +236,7 @@ pub(crate) fn zoo() -> Vec<(Model, Sizes)> {
     let wide = Sizes { hidden: 32, moe_intermediate: 96, block: 32, ..TINY };
     let blocks = Sizes { nope: 2, hidden: 12, q_lora: 8, block: 2, ..TINY };
     let llama = |architecture: &str, sizes: Sizes| (models::llama(architecture, &sizes), sizes);
+    let [qwen_sees, qwen3_sees] = models::qwen_vision(&grouped(2));
     vec![
         llama("LlamaForCausalLM", TINY),
         llama("LlamaForCausalLM", grouped(1)),
@@ -230,14 +246,21 @@ pub(crate) fn zoo() -> Vec<(Model, Sizes)> {
         llama("Gemma2ForCausalLM", grouped(12)),
         llama("Gemma3ForCausalLM", grouped(1)),
         (models::gemma3_vision(&grouped(2)), grouped(2)),
+        (qwen_sees, grouped(2)),
+        (qwen3_sees, grouped(2)),
+        llama("SmolLM3ForCausalLM", grouped(4)),
         (models::phi3(&grouped(24)), grouped(24)),
         (models::phi3(&grouped(4)), grouped(4)),
         (models::mixtral(&grouped(2)), grouped(2)),
+        (models::minimax_m2(&grouped(2)), grouped(2)),
+        (models::llama4(&grouped(8)), grouped(8)),
+        (models::glm4_moe(&grouped(4)), grouped(4)),
         (models::qwen_moe("Qwen2MoeForCausalLM", &TINY), TINY),
         (models::qwen_moe("Qwen3MoeForCausalLM", &grouped(4)), grouped(4)),
         (models::deepseek("DeepseekV2ForCausalLM", &TINY), TINY),
         (models::deepseek("DeepseekV3ForCausalLM", &TINY), TINY),
         (models::deepseek("DeepseekV3ForCausalLM", &blocks), blocks),
+        (models::deepseek("DeepseekV32ForCausalLM", &blocks), blocks),
         (models::gpt_oss(&grouped(8)), grouped(8)),
         (models::gpt_oss(&wide), wide),
         (models::gpt_neox(&TINY), TINY),
@@ -263,7 +286,7 @@ fn for_all_groups(
     let config = ModelConfig::parse(model.config.as_bytes()).unwrap();
     let rules = Rules::of(&config).unwrap();
     let partition = Partition::new(checkpoint, &config, &rules, setup).unwrap();
-    let heads = ["lm_head.weight", "embed_out.weight"];
+    let heads = ["lm_head.weight", "language_model.lm_head.weight", "embed_out.weight"];
     let is_tied =
         config.architectures[0] != "BertModel" && heads.iter().all(|head| checkpoint.find(head).is_none());
     let ep_sizes: &[u32] = if config.experts.is_some() { &[1, 2, 4] } else { &[1] };
@@ -432,6 +455,7 @@ fn fuse(arrays: &mut BTreeMap<String, Array>) {
         (&["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"][..], "self_attn.qkv_proj"),
         (&["self.query", "self.key", "self.value"], "self.qkv"),
         (&["mlp.gate_proj", "mlp.up_proj"], "mlp.gate_up_proj"),
+        (&["feed_forward.gate_proj", "feed_forward.up_proj"], "feed_forward.gate_up_proj"),
         (&["shared_expert.gate_proj", "shared_expert.up_proj"], "shared_expert.gate_up_proj"),
         (&["shared_experts.gate_proj", "shared_experts.up_proj"], "shared_experts.gate_up_proj"),
         (&["self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"], "self_attn.fused_qkv_a_proj"),
