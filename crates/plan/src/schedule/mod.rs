@@ -13,7 +13,8 @@ mod wanted;
 use std::sync::Arc;
 
 use crate::checkpoint::{Checkpoint, TensorId};
-use crate::plan::{Machine, Plan, PlanError, Promised, Read, Target};
+use crate::machine::Machine;
+use crate::plan::{Plan, PlanError, Promised, Read, Target};
 use crate::request::Request;
 use lifetimes::Lifetimes;
 use place::{Placed, place};

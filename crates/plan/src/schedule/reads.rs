@@ -7,8 +7,9 @@ use super::segment::{Segment, Way};
 use crate::checkpoint::Checkpoint;
 use crate::extent::{Extent, Stride};
 use crate::in_place::Route;
+use crate::machine::Machine;
 use crate::placement::Place;
-use crate::plan::{Brought, Copy, Machine, Operation, PlacedTensor, Read, Steps, Target};
+use crate::plan::{Brought, Copy, Operation, PlacedTensor, Read, Steps, Target};
 
 /// Reads in the order of their segments, the copies of staged ones, and the tensors that each brings bytes of.
 #[derive(Default)]

@@ -5,7 +5,8 @@ use std::ops::Range;
 
 use super::segment::{Segment, Way};
 use crate::checkpoint::Checkpoint;
-use crate::plan::{Machine, OverRead, Steps};
+use crate::machine::Machine;
+use crate::plan::{OverRead, Steps};
 
 /// Decides for every row of pieces; returns the tensors for which more has to be read than the request allows.
 ///
