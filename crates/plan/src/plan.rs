@@ -16,7 +16,7 @@ use crate::request::Request;
 use crate::schedule;
 pub use error::PlanError;
 pub use operation::{Operation, Source};
-pub use promised::{OverRead, Promised, Staged};
+pub use promised::{OverRead, OverReadReason, Promised, Staged};
 pub use read::{Brought, Copy, Read, Steps, Target};
 
 /// An immutable transfer schedule: prints as text, serializes as JSON, and is obeyed to the byte.
@@ -131,7 +131,8 @@ impl Plan {
         })
     }
 
-    /// Returns the tensors for which more is read than the request allows on the whole, the worst first.
+    /// Returns tensors for which more is read than the request allows on the whole, the worst first: as few as account for what is too
+    /// much. None where the plan stays inside its bound.
     pub fn over_reads(&self) -> &[OverRead] {
         &self.over_reads
     }

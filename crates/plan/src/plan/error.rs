@@ -127,6 +127,11 @@ pub enum PlanError {
         /// Why.
         source: SliceError,
     },
+    /// A bound on what is read that is no factor of what is needed.
+    BadOverReadMax {
+        /// The number given.
+        found: String,
+    },
     /// A quantized tensor whose packed bytes are more than the caller allows to wait.
     OverTransientBudget {
         /// The result's name.
@@ -223,6 +228,12 @@ impl fmt::Display for PlanError {
             }
             PlanError::DeviceMap(error) => error.fmt(f),
             PlanError::Cut { name, .. } => write!(f, "tensor {name:?} has no such part"),
+            PlanError::BadOverReadMax { found } => {
+                write!(
+                    f,
+                    "reading at most {found} times what is needed cannot be kept; give a number from 1 on"
+                )
+            }
             PlanError::OverTransientBudget { name, needed_bytes, max_bytes } => {
                 write!(
                     f,
