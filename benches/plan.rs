@@ -24,9 +24,9 @@ use criterion::measurement::WallTime;
 use criterion::{BatchSize, BenchmarkGroup, BenchmarkId, Criterion, Throughput};
 use safetensors::tensor::Metadata;
 use tensorhaul_plan::header::{Header, NewTensor, encode};
-use tensorhaul_plan::plan::Machine;
+
 use tensorhaul_plan::quant::{Configs, Group, Survey, Values, Window};
-use tensorhaul_plan::{Checkpoint, Dequantize, Dtype, File, InPlace, Plan, Request};
+use tensorhaul_plan::{Checkpoint, Dequantize, Dtype, File, InPlace, Machine, Plan, Request};
 
 const TENSOR_COUNTS: [usize; 2] = [100_000, 1_000_000];
 

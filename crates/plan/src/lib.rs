@@ -35,6 +35,7 @@ pub mod extent;
 pub mod header;
 pub mod in_place;
 pub mod index;
+pub mod machine;
 pub mod parallel;
 pub mod placement;
 pub mod plan;
@@ -53,10 +54,11 @@ pub use extent::{Extent, Stride};
 pub use header::{Header, HeaderError, TensorInfo};
 pub use in_place::{InPlace, Route};
 pub use index::{Index, IndexError};
+pub use machine::Machine;
 pub use placement::{Arena, DeviceId, Place};
 pub use plan::{
-    Brought, Copy, Machine, Operation, OverRead, PlacedTensor, Plan, PlanError, Promised, Read, Source,
-    Staged, Steps, Target,
+    Brought, Copy, Operation, OverRead, OverReadReason, PlacedTensor, Plan, PlanError, Promised, Read,
+    Source, Staged, Steps, Target,
 };
 pub use request::{Dequantize, External, Layout, Request, Select};
 pub use share::{Share, ShareError, SharePromised};

@@ -17,8 +17,9 @@ use serde::Serialize;
 use crate::assembly::{Assembled, Assembly, Source};
 use crate::checkpoint::Checkpoint;
 use crate::in_place::InPlace;
+use crate::machine::Machine;
 use crate::placement::{Arena, DeviceId, Place};
-use crate::plan::{Copy, Machine, PlacedTensor, Plan, PlanError, Read};
+use crate::plan::{Copy, PlacedTensor, Plan, PlanError, Read};
 use crate::request::Request;
 
 /// What every rank of a node reads, sends and receives: data, the same on all of them.

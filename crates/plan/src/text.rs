@@ -10,16 +10,18 @@ use serde::{Serialize, Serializer};
 use crate::dtype::Dtype;
 use crate::extent::Stride;
 use crate::placement::Arena;
-use crate::plan::{Copy, Plan, Read, Steps, Target};
+use crate::plan::{Copy, OverRead, Plan, Read, Steps, Target};
 
 impl fmt::Display for Plan {
-    /// Prints every file, arena, read and tensor, a line each. Offsets and lengths are bytes; a tensor
+    /// Prints every file, arena, read and tensor, a line each, and what passes the bound on reading. Offsets and lengths are bytes; a tensor
     /// is `name dtype [shape]  file+offset  len -> arena+offset`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let promised = self.promised();
         writeln!(f, "tensors        {:>16}", self.tensors().len())?;
         writeln!(f, "payload        {:>16} bytes", promised.payload_bytes)?;
+        writeln!(f, "needed         {:>16} bytes", promised.needed_bytes)?;
         writeln!(f, "read           {:>16} bytes in {} reads", promised.read_bytes, promised.reads)?;
+        writeln!(f, "alignment      {:>16} bytes", promised.alignment_bytes)?;
         writeln!(f, "in place       {:>16} bytes", promised.in_place_bytes)?;
         writeln!(f, "copies         {:>16}", promised.copies)?;
         if promised.operations > 0 {
@@ -31,6 +33,12 @@ impl fmt::Display for Plan {
         writeln!(f, "peak host      {:>16} bytes", promised.peak_host_bytes)?;
         writeln!(f, "direct align   {:>16} bytes", self.machine().direct_align_bytes)?;
 
+        if !self.over_reads().is_empty() {
+            writeln!(f, "\nread in vain beyond the bound")?;
+        }
+        for OverRead { name, over_bytes, reason } in self.over_reads() {
+            writeln!(f, "  {name}  {over_bytes} bytes: {reason}")?;
+        }
         writeln!(f, "\nfiles")?;
         for (number, file) in self.checkpoint().files().iter().enumerate() {
             writeln!(
@@ -144,7 +152,7 @@ fn after(f: &mut fmt::Formatter<'_>, read: &Read) -> fmt::Result {
 }
 
 impl Serialize for Plan {
-    /// Serializes `promised`, `machine`, `files`, `arenas`, `operations`, `reads` and `tensors`; every number is bytes or an
+    /// Serializes `promised`, `over_reads`, `machine`, `files`, `arenas`, `operations`, `reads` and `tensors`; every number is bytes or an
     /// index into one of these lists.
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let files = self.checkpoint().files().iter().map(|file| FileView {
@@ -152,8 +160,9 @@ impl Serialize for Plan {
             len_bytes: file.len_bytes(),
             data_start_bytes: file.header().data_start_bytes(),
         });
-        let mut plan = serializer.serialize_struct("Plan", 7)?;
+        let mut plan = serializer.serialize_struct("Plan", 8)?;
         plan.serialize_field("promised", self.promised())?;
+        plan.serialize_field("over_reads", self.over_reads())?;
         plan.serialize_field("machine", self.machine())?;
         plan.serialize_field("files", &files.collect::<Vec<_>>())?;
         plan.serialize_field("arenas", self.arenas())?;

@@ -9,8 +9,8 @@ use std::sync::Arc;
 use proptest::prelude::*;
 use tensorhaul_plan::assembly::{Assembled, Assembly, Part, Source};
 use tensorhaul_plan::{
-    Brought, DeviceId, DeviceMap, Dtype, Extent, External, InPlace, Machine, Plan, PlanError, Request, Slice,
-    SliceRange, Target,
+    Brought, DeviceId, DeviceMap, Dtype, Extent, External, InPlace, Machine, OverReadReason, Plan, PlanError,
+    Request, Select, Slice, SliceRange, Target,
 };
 
 use support::{Spec, World, execute, naive, world};
@@ -265,8 +265,83 @@ fn pieces_too_short_to_be_read_apart_are_told() {
     request.slices = vec![("w".to_owned(), Slice::new([0..4096, 0..8]))];
     let plan = Plan::new(&world.checkpoint, &request, &Machine::default()).unwrap();
     let [over] = plan.over_reads() else { panic!("{:?}", plan.over_reads()) };
-    assert_eq!((over.name.as_str(), over.piece_len_bytes), ("w", 32));
+    assert_eq!((over.name.as_str(), over.reason), ("w", OverReadReason::ShortPieces { piece_len_bytes: 32 }));
     assert_eq!(over.over_bytes, 4095 * 256 + 32 - 4096 * 32);
+}
+
+/// A checkpoint of long tensors with others between them, so many bytes each; and the names of the long ones.
+fn long_and_short(gap_len_bytes: &[u64]) -> (World, Vec<String>) {
+    let mut specs = vec![("a.long".to_owned(), Dtype::U8, vec![1 << 20])];
+    for (number, len_bytes) in gap_len_bytes.iter().enumerate() {
+        specs.push((format!("b.gap.{number}"), Dtype::U8, vec![*len_bytes]));
+        specs.push((format!("c.long.{number}"), Dtype::U8, vec![100 << 10]));
+    }
+    let kept = specs.iter().map(|(name, ..)| name.clone()).filter(|name| name.contains("long"));
+    let kept = kept.collect();
+    (world(&[specs], 8), kept)
+}
+
+#[test]
+fn gaps_between_neighbours_are_read_along_within_the_bound_the_narrowest_first() {
+    let gaps = [30 << 10, 10 << 10, 20 << 10, 5 << 10];
+    let (world, kept) = long_and_short(&gaps);
+    let plan = |over_read_max, direct_align_bytes| {
+        let mut request = Request::of(Select::Names(kept.clone()));
+        request.device = DeviceId::Cuda(0);
+        request.over_read_max = over_read_max;
+        let machine = Machine { direct_align_bytes, ..Machine::default() };
+        let plan = Plan::new(&world.checkpoint, &request, &machine).unwrap();
+        let promised = *plan.promised();
+        let allowed_bytes = (promised.needed_bytes as f64 * over_read_max) as u64;
+        assert!(promised.read_bytes <= allowed_bytes, "{promised:?}");
+        assert_eq!(plan.over_reads(), []);
+        (promised.reads, promised.read_bytes - promised.needed_bytes)
+    };
+    // 1.4 MiB are needed.
+    assert_eq!(plan(1.0, 1), (5, 0), "nothing is read in vain, not a byte");
+    assert_eq!(plan(1.005, 1), (4, 5 << 10));
+    assert_eq!(plan(1.02, 1), (3, 15 << 10));
+    assert_eq!(plan(1.03, 1), (2, 35 << 10));
+    assert_eq!(plan(1.5, 1), (1, 65 << 10));
+    // Whole blocks are paid for first, and what lies between the same two is read along for nothing.
+    let (reads, over_bytes) = plan(1.02, 4096);
+    assert!(reads == 3 && over_bytes > 15 << 10, "{reads} {over_bytes}");
+}
+
+#[test]
+fn blocks_of_direct_reads_are_told_where_they_pass_the_bound() {
+    let names = |kind: &str| (0..100).map(|n| format!("{n:03}.{kind}")).collect::<Vec<_>>();
+    let specs = names("small").into_iter().zip(names("large"));
+    let specs =
+        specs.flat_map(|(small, large)| [(small, Dtype::U8, vec![100]), (large, Dtype::U8, vec![1_000_000])]);
+    let world = world(&[specs.collect()], 8);
+    let plan = |direct_align_bytes| {
+        let request = Request::of(Select::Names(names("small")));
+        let machine = Machine { direct_align_bytes, ..Machine::default() };
+        Plan::new(&world.checkpoint, &request, &machine).unwrap()
+    };
+    assert_eq!((plan(1).promised().read_bytes, plan(1).over_reads()), (10_000, &[][..]));
+    let plan = plan(4096);
+    let promised = plan.promised();
+    assert_eq!(promised.alignment_bytes, promised.read_bytes - promised.needed_bytes);
+    let told: u64 = plan.over_reads().iter().map(|over| over.over_bytes).sum();
+    assert!(told >= promised.read_bytes - promised.needed_bytes * 102 / 100, "{told} {promised:?}");
+    let reason = OverReadReason::Alignment { align_bytes: 4096 };
+    assert!(plan.over_reads().iter().all(|over| over.reason == reason && over.name.ends_with("small")));
+    assert!(plan.to_string().contains("3996 bytes: direct reads are whole blocks of 4096 bytes\n"), "{plan}");
+}
+
+#[test]
+fn a_bound_below_what_is_needed_is_refused() {
+    let world = world(&[vec![("w".to_owned(), Dtype::F32, vec![4])]], 8);
+    for (bound, text) in [(0.5, "0.5"), (f64::NAN, "NaN"), (f64::INFINITY, "inf")] {
+        let mut request = Request::all();
+        request.over_read_max = bound;
+        let error = Plan::new(&world.checkpoint, &request, &Machine::default()).unwrap_err();
+        let expected =
+            format!("reading at most {text} times what is needed cannot be kept; give a number from 1 on");
+        assert_eq!(error.to_string(), expected);
+    }
 }
 
 #[test]

@@ -8,11 +8,11 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use proptest::prelude::*;
-use tensorhaul_plan::plan::{Machine, Target};
+use tensorhaul_plan::plan::Target;
 use tensorhaul_plan::quant::{Codes, Element, Family, Group, Recipe, Role, ZeroPoint};
 use tensorhaul_plan::{
-    Brought, Dequantize, DeviceId, Dtype, External, InPlace, Layout, Place, Plan, PlanError, Request, Route,
-    Select, Slice, SliceRange, Stride,
+    Brought, Dequantize, DeviceId, Dtype, External, InPlace, Layout, Machine, Place, Plan, PlanError,
+    Request, Route, Select, Slice, SliceRange, Stride,
 };
 
 use support::{Spec, World, execute, naive, world};

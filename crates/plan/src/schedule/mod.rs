@@ -2,8 +2,10 @@
 
 mod assembled;
 mod lifetimes;
+mod over_reads;
 mod place;
 mod reads;
+mod requests;
 mod routes;
 mod scratch;
 mod segment;
@@ -13,11 +15,14 @@ mod wanted;
 use std::sync::Arc;
 
 use crate::checkpoint::{Checkpoint, TensorId};
-use crate::plan::{Machine, Plan, PlanError, Promised, Read, Target};
+use crate::machine::Machine;
+use crate::plan::{Plan, PlanError, Promised, Read, Target};
 use crate::request::Request;
 use lifetimes::Lifetimes;
+use over_reads::over_reads;
 use place::{Placed, place};
 use reads::{Reads, reads};
+use requests::requests;
 use routes::route;
 use scratch::{Scratch, scratch};
 use segment::Segment;
@@ -33,6 +38,10 @@ pub(crate) fn plan(
     assert!(machine.in_place.routes.iter().all(|route| is_length(route.read_len_bytes_max)));
     assert!(machine.buffer_count > 0);
     assert!(machine.direct_align_bytes.is_power_of_two() && machine.direct_align_bytes <= BUFFER_ALIGN_BYTES);
+    let over_read_max = request.over_read_max;
+    if !(over_read_max.is_finite() && over_read_max >= 1.0) {
+        return Err(PlanError::BadOverReadMax { found: over_read_max.to_string() });
+    }
     let wanted = wanted(checkpoint, request, machine)?;
     let lifetimes = Lifetimes::new(request, &wanted);
     let Placed { mut tensors, mut arenas, mut segments, names, dims } =
@@ -40,7 +49,7 @@ pub(crate) fn plan(
     let Scratch { mut operations, payloads, mut small, mut large } =
         scratch(checkpoint, request, &wanted, &tensors, &mut arenas, machine)?;
     let mut lists = [&mut segments, &mut small, &mut large];
-    let over_reads = route(checkpoint, &mut lists, request.over_read_max, machine);
+    let mut vain = route(&mut lists, over_read_max, machine);
     let is_in_order = |a: &Segment, b: &Segment| (a.file, a.begin) <= (b.file, b.begin);
     if !segments.is_sorted_by(is_in_order) {
         segments.sort_by_key(|segment| (segment.file, segment.begin, segment.end));
@@ -48,8 +57,9 @@ pub(crate) fn plan(
     if !operations.is_empty() {
         segments = in_order(checkpoint, small, segments, large, &payloads);
     }
+    let requests = requests(checkpoint, &segments, over_read_max, machine);
     let Reads { reads, copies, brought } =
-        reads(checkpoint, &segments, &mut tensors, &mut operations, machine);
+        reads(checkpoint, &segments, &requests, &mut tensors, &mut operations, machine);
 
     let mut plan = Plan {
         checkpoint: Arc::clone(checkpoint),
@@ -61,11 +71,15 @@ pub(crate) fn plan(
         brought,
         names,
         dims,
-        over_reads,
+        over_reads: Vec::new(),
         machine: machine.clone(),
         promised: Promised::default(),
     };
-    plan.promised = promise(&plan);
+    plan.promised = promise(&plan, requests.alignment_bytes);
+    plan.over_reads = over_reads(checkpoint, over_read_max, &plan.promised, || {
+        vain.extend(requests.aligned(checkpoint, &segments, machine));
+        vain
+    });
     match request.target_bytes_max {
         Some(max_bytes) if plan.promised.target_bytes > max_bytes => {
             Err(PlanError::OverBudget { needed_bytes: plan.promised.target_bytes, max_bytes })
@@ -102,7 +116,7 @@ fn in_order(
     small
 }
 
-fn promise(plan: &Plan) -> Promised {
+fn promise(plan: &Plan, alignment_bytes: u64) -> Promised {
     let is_staged = |target: &Target| matches!(target, Target::Staged { .. });
     let in_place = plan.reads.iter().filter(|read| !is_staged(&read.target));
     let staged = plan.staged();
@@ -117,6 +131,7 @@ fn promise(plan: &Plan) -> Promised {
         payload_bytes: plan.tensors.iter().map(|tensor| tensor.len_bytes).sum(),
         needed_bytes: plan.reads.iter().map(|read| read.payload_bytes).sum(),
         read_bytes: plan.reads.iter().map(Read::len_bytes).sum(),
+        alignment_bytes,
         reads: plan.reads.len() as u64,
         copies: plan.copies.len() as u64,
         operations: plan.operations.len() as u64,

@@ -7,8 +7,9 @@ use super::segment::{Destination, Segment, Way, gather};
 use super::wanted::Wanted;
 use crate::checkpoint::{Checkpoint, TensorId};
 use crate::extent::align_up;
+use crate::machine::Machine;
 use crate::placement::{Arena, DeviceId, Place};
-use crate::plan::{Machine, PlacedTensor, Steps};
+use crate::plan::{PlacedTensor, Steps};
 use crate::request::Request;
 
 /// Tensors and arenas of the result; the segments of what lands in it as stored; the names and the dims that are not the checkpoint's.

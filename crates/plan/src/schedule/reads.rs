@@ -1,14 +1,15 @@
-//! From segments to reads: what shares a request, where requests are cut, what each brings.
+//! From requests to reads: where requests are cut, what each brings.
 
 use std::ops::Range;
 
-use super::place::IN_PLACE_LEN_BYTES_MIN;
+use super::requests::{Requests, extents};
 use super::segment::{Segment, Way};
 use crate::checkpoint::Checkpoint;
 use crate::extent::{Extent, Stride};
 use crate::in_place::Route;
+use crate::machine::Machine;
 use crate::placement::Place;
-use crate::plan::{Brought, Copy, Machine, Operation, PlacedTensor, Read, Steps, Target};
+use crate::plan::{Brought, Copy, Operation, PlacedTensor, Read, Steps, Target};
 
 /// Reads in the order of their segments, the copies of staged ones, and the tensors that each brings bytes of.
 #[derive(Default)]
@@ -21,6 +22,7 @@ pub(super) struct Reads {
 pub(super) fn reads(
     checkpoint: &Checkpoint,
     segments: &[Segment],
+    requests: &Requests,
     tensors: &mut [PlacedTensor],
     operations: &mut [Operation],
     machine: &Machine,
@@ -30,74 +32,13 @@ pub(super) fn reads(
     reads.copies.reserve(segments.len());
     reads.brought.reserve(segments.len().max(tensors.len()));
     let mut tally = Tally::new(tensors, operations);
-    let mut rest = segments;
-    while let [segment, ..] = rest {
-        let count = match segment.way {
-            Way::InPlace => 1,
-            Way::Pieces => alike(rest),
-            Way::Staged | Way::Alone => together(rest),
-        };
-        let (now, later) = rest.split_at(count);
-        match segment.way {
+    for now in requests.of(segments) {
+        match now[0].way {
             Way::Pieces => reads.add_pieces(now, machine, &mut tally),
             _ => reads.add_all(checkpoint, now, machine, &mut tally),
         }
-        rest = later;
     }
     reads
-}
-
-/// Counts the staged segments from the first on that one request is cheaper for than several.
-fn together(segments: &[Segment]) -> usize {
-    let first = &segments[0];
-    let (mut count, mut first_operation) = (1, first.operation.unwrap_or(u32::MAX));
-    let (mut end, mut is_long) = (first.end, first.is_long());
-    for pair in segments.windows(2) {
-        let (before, next) = (&pair[0], &pair[1]);
-        let is_staged = matches!(next.way, Way::Staged | Way::Alone);
-        if first.file != next.file || next.begin < before.begin || !is_staged {
-            break;
-        }
-        let gap_len_bytes = next.begin.saturating_sub(end);
-        let is_apart = next.begin >= end;
-        let stands_alone = before.way == Way::Alone || next.way == Way::Alone;
-        // Each device has a lane of its own: what is worth a request does not wait for another's.
-        let is_elsewhere = before.device != next.device && (is_long || next.is_long());
-        // A request must not wait for an operation that waits for it.
-        let waits_for_itself = next.after.end > first_operation;
-        if gap_len_bytes > GAP_LEN_BYTES_MAX
-            || (gap_len_bytes > 0 && stands_alone)
-            || (is_apart && is_elsewhere)
-            || waits_for_itself
-        {
-            break;
-        }
-        first_operation = first_operation.min(next.operation.unwrap_or(u32::MAX));
-        (end, is_long) = (end.max(next.end), is_long || next.is_long());
-        count += 1;
-    }
-    count
-}
-
-/// Counts the segments from the first on that are the same pieces of the same file, for tensors on several devices.
-fn alike(segments: &[Segment]) -> usize {
-    let pieces = |segment: &Segment| {
-        let Steps { count, source_stride_bytes, .. } = segment.steps;
-        (segment.file, segment.begin, segment.end, segment.piece_len_bytes, count, source_stride_bytes)
-    };
-    let first = &segments[0];
-    // Those for operations may have to wait for each other.
-    let is_alike = |segment: &&Segment| {
-        segment.way == Way::Pieces && segment.operation.is_none() && pieces(segment) == pieces(first)
-    };
-    if first.operation.is_some() { 1 } else { 1 + segments[1..].iter().take_while(is_alike).count() }
-}
-
-impl Segment {
-    /// Tells whether it is worth a request of its own.
-    fn is_long(&self) -> bool {
-        self.end - self.begin >= IN_PLACE_LEN_BYTES_MIN
-    }
 }
 
 /// Counts the reads of each tensor and of each operation, each read once for all it brings of one.
@@ -147,10 +88,7 @@ impl Reads {
         tally: &mut Tally<'_>,
     ) {
         let first = &now[0];
-        let file_len = checkpoint.files()[first.file as usize].len_bytes();
-        let end = now.iter().map(|segment| segment.end).max().unwrap_or(first.end);
-        let whole = Extent { file: first.file, offset_bytes: first.begin, len_bytes: end - first.begin };
-        let cover = whole.cover(machine.direct_align_bytes, file_len);
+        let (_, cover) = extents(checkpoint, now, machine);
         let in_place = first.way == Way::InPlace;
         let route = machine.in_place.route(first.device, first.file).filter(|_| in_place);
         let (max, phase) = match route {
@@ -326,7 +264,3 @@ fn join(a: &Range<u32>, b: &Range<u32>) -> Range<u32> {
         _ => a.start.min(b.start)..a.end.max(b.end),
     }
 }
-
-/// Gaps up to this are read along and dropped: at 2 GB/s that is 16 us, less than a request.
-const GAP_LEN_BYTES_MAX: u64 = 32 << 10;
-const _: () = assert!(GAP_LEN_BYTES_MAX < IN_PLACE_LEN_BYTES_MIN, "a run in place is never read along");

@@ -1,76 +1,76 @@
 //! Whether rows of pieces are read whole, or piece by piece.
 
-use std::cmp::Reverse;
 use std::ops::Range;
 
+use super::over_reads::{Vain, allowed_bytes};
 use super::segment::{Segment, Way};
-use crate::checkpoint::Checkpoint;
-use crate::plan::{Machine, OverRead, Steps};
+use crate::extent::{align_down, align_up};
+use crate::machine::Machine;
+use crate::plan::{OverReadReason, Steps};
 
-/// Decides for every row of pieces; returns the tensors for which more has to be read than the request allows.
+/// Decides for every row of pieces; returns what is read in vain of rows that are read whole.
 ///
 /// Reading the gaps costs their bytes, leaving them out costs a request a piece. Whichever is cheaper is done, but where all gaps that
 /// would be read pass what the request allows, the widest are left out first. Pieces that several tensors take from the same rows (the
 /// slices of neighbouring ranks) fill each other's gaps.
-pub(super) fn route(
-    checkpoint: &Checkpoint,
-    lists: &mut [&mut Vec<Segment>],
-    over_read_max: f64,
-    machine: &Machine,
-) -> Vec<OverRead> {
+pub(super) fn route(lists: &mut [&mut Vec<Segment>], over_read_max: f64, machine: &Machine) -> Vec<Vain> {
     if lists.iter().all(|list| list.iter().all(|segment| segment.steps.is_once())) {
         return Vec::new();
     }
     let all: Vec<&Segment> = lists.iter().flat_map(|list| list.iter()).collect();
-    let (over_reads, by_pieces) = decide(checkpoint, &all, over_read_max);
+    let (whole, by_pieces) = decide(&all, over_read_max, machine.direct_align_bytes);
     let all = lists.iter_mut().flat_map(|list| list.iter_mut());
     all.zip(by_pieces).filter(|(_, by_pieces)| *by_pieces).for_each(|(segment, _)| segment.way = Way::Pieces);
     lists.iter_mut().for_each(|list| apart(list, machine));
-    over_reads
+    whole
 }
 
-/// Returns for every segment whether it is read by its pieces.
-fn decide(checkpoint: &Checkpoint, segments: &[&Segment], over_read_max: f64) -> (Vec<OverRead>, Vec<bool>) {
+/// Returns what is read in vain of rows that are read whole, and for every segment whether it is read by its pieces.
+fn decide(segments: &[&Segment], over_read_max: f64, align_bytes: u64) -> (Vec<Vain>, Vec<bool>) {
     let mut by_pieces = vec![false; segments.len()];
-    let payload_bytes: u64 = segments.iter().map(|segment| segment.len_bytes()).sum();
-    let mut over_reads = Vec::new();
     let staged = staged(segments);
-    let mut clusters = clusters(segments, &staged);
-    if !clusters.is_empty() {
-        let allowed_bytes = ((over_read_max - 1.0).max(0.0) * payload_bytes as f64) as u64;
-        // The widest gaps last, so that they are the first to go.
-        clusters.sort_by_key(|cluster| (cluster.gap_len_bytes(), cluster.first));
-        let mut over_bytes: u64 = 0;
-        for cluster in &clusters {
-            let is_cheaper = cluster.gap_len_bytes() <= REQUEST_BYTES;
-            let is_allowed = over_bytes + cluster.over_bytes <= allowed_bytes;
-            let is_short = cluster.piece_len_bytes < PIECE_LEN_BYTES_MIN;
-            if is_cheaper && (is_allowed || is_short) {
-                over_bytes += cluster.over_bytes;
-                if !is_allowed {
-                    over_reads.push(cluster);
-                }
-                continue;
-            }
-            for member in &staged[cluster.members.clone()] {
-                by_pieces[*member as usize] = !segments[*member as usize].steps.is_once();
-            }
+    let Clusters { mut clusters, needed_bytes, aligned_bytes } =
+        Clusters::new(segments, &staged, align_bytes);
+    // The widest gaps last, so that they are the first to go. What is read whole in any case is paid for before.
+    clusters.sort_by_key(|cluster| (!cluster.is_whole_anyway(), cluster.gap_len_bytes(), cluster.first));
+    let mut left_bytes = allowed_bytes(over_read_max, needed_bytes).saturating_sub(aligned_bytes);
+    let mut whole = Vec::new();
+    for cluster in &clusters {
+        let is_allowed = cluster.gap_len_bytes() <= REQUEST_BYTES && cluster.cost_bytes <= left_bytes;
+        if cluster.is_whole_anyway() || is_allowed {
+            left_bytes = left_bytes.saturating_sub(cluster.cost_bytes);
+            whole.push(cluster.vain());
+            continue;
+        }
+        for member in &staged[cluster.members.clone()] {
+            by_pieces[*member as usize] = !segments[*member as usize].steps.is_once();
         }
     }
-    over_reads.sort_by_key(|cluster| (Reverse(cluster.over_bytes), cluster.first));
-    (over_reads.into_iter().map(|cluster| cluster.over_read(checkpoint)).collect(), by_pieces)
+    (whole, by_pieces)
+}
+
+/// Rows of pieces by where they lie, and what all segments take together.
+struct Clusters {
+    /// Those with something between their pieces.
+    clusters: Vec<Cluster>,
+    /// Bytes of all segments; what several take counts once.
+    needed_bytes: u64,
+    /// Bytes that whole blocks add around everything else.
+    aligned_bytes: u64,
 }
 
 /// Rows of pieces that lie among each other.
 struct Cluster {
     /// Where the first begins.
     first: (u32, u64),
-    end: u64,
     /// Range of the staged segments.
     members: Range<usize>,
     piece_len_bytes: u64,
     piece_count: u64,
+    /// Bytes between the pieces.
     over_bytes: u64,
+    /// As above, with what whole blocks add at the ends.
+    cost_bytes: u64,
 }
 
 impl Cluster {
@@ -79,22 +79,15 @@ impl Cluster {
         self.over_bytes / self.piece_count
     }
 
-    fn over_read(&self, checkpoint: &Checkpoint) -> OverRead {
-        let (file, begin) = self.first;
-        let header = checkpoint.files()[file as usize].header();
-        let starts_before =
-            |index: &usize| header.data_start_bytes() + header.tensor(*index).data_offsets.0 <= begin;
-        // The last tensor that begins before the cluster.
-        let (mut low, mut high) = (0, header.len());
-        while low < high {
-            let middle = low + (high - low) / 2;
-            if starts_before(&middle) { low = middle + 1 } else { high = middle }
-        }
-        OverRead {
-            name: header.tensor(low - 1).name.to_owned(),
-            over_bytes: self.over_bytes,
-            piece_len_bytes: self.piece_len_bytes,
-        }
+    /// Tells whether its pieces are too short, and too close together, to be worth a request each.
+    fn is_whole_anyway(&self) -> bool {
+        self.piece_len_bytes < PIECE_LEN_BYTES_MIN && self.gap_len_bytes() <= REQUEST_BYTES
+    }
+
+    fn vain(&self) -> Vain {
+        let (file, offset_bytes) = self.first;
+        let reason = OverReadReason::ShortPieces { piece_len_bytes: self.piece_len_bytes };
+        Vain { file, offset_bytes, over_bytes: self.over_bytes, reason }
     }
 }
 
@@ -109,39 +102,58 @@ fn staged(segments: &[&Segment]) -> Vec<u32> {
     staged
 }
 
-/// Returns the clusters with something between their pieces.
-fn clusters(segments: &[&Segment], staged: &[u32]) -> Vec<Cluster> {
-    let mut clusters: Vec<Cluster> = Vec::new();
-    let mut rest = 0..staged.len();
-    while let Some(index) = rest.next() {
-        let first = segments[staged[index] as usize];
-        let mut cluster = Cluster {
-            first: (first.file, first.begin),
-            end: first.end,
-            members: index..index + 1,
-            piece_len_bytes: first.piece_len_bytes,
-            piece_count: first.steps.count,
-            over_bytes: 0,
-        };
-        let mut needed = first.len_bytes();
-        while let Some(next) = staged.get(rest.start).map(|next| segments[*next as usize])
-            && next.file == first.file
-            && next.begin < cluster.end
-        {
-            rest.start += 1;
-            cluster.members.end = rest.start;
-            cluster.end = cluster.end.max(next.end);
-            cluster.piece_len_bytes = cluster.piece_len_bytes.min(next.piece_len_bytes);
-            cluster.piece_count += next.steps.count;
-            needed += next.len_bytes();
+impl Clusters {
+    fn new(segments: &[&Segment], staged: &[u32], align_bytes: u64) -> Clusters {
+        let cover =
+            |segment: &Segment| align_down(segment.begin, align_bytes)..align_up(segment.end, align_bytes);
+        let in_place = segments.iter().filter(|segment| segment.way == Way::InPlace);
+        let (mut covered_bytes, mut needed_bytes) = in_place.fold((0, 0), |(covered, needed), segment| {
+            let cover = cover(segment);
+            (covered + cover.end - cover.start, needed + segment.len_bytes())
+        });
+        let (mut clusters, mut once_bytes) = (Vec::new(), needed_bytes);
+        let mut last_block = (0, 0); // Of neighbours the block between them counts once.
+        let mut rest = 0..staged.len();
+        while let Some(index) = rest.next() {
+            let first = segments[staged[index] as usize];
+            let mut cluster = Cluster {
+                first: (first.file, first.begin),
+                members: index..index + 1,
+                piece_len_bytes: first.piece_len_bytes,
+                piece_count: first.steps.count,
+                over_bytes: 0,
+                cost_bytes: 0,
+            };
+            let (mut end, mut needed) = (first.end, first.len_bytes());
+            while let Some(next) = staged.get(rest.start).map(|next| segments[*next as usize])
+                && next.file == first.file
+                && next.begin < end
+            {
+                rest.start += 1;
+                cluster.members.end = rest.start;
+                end = end.max(next.end);
+                cluster.piece_len_bytes = cluster.piece_len_bytes.min(next.piece_len_bytes);
+                cluster.piece_count += next.steps.count;
+                needed += next.len_bytes();
+            }
+            // Of pieces that several tensors take, at most as much is needed as there is.
+            let len_bytes = end - first.begin;
+            let needed = needed.min(len_bytes);
+            needed_bytes += needed;
+            let cover = align_down(first.begin, align_bytes)..align_up(end, align_bytes);
+            if needed < len_bytes {
+                cluster.over_bytes = len_bytes - needed;
+                cluster.cost_bytes = cover.end - cover.start - needed;
+                clusters.push(cluster);
+                continue;
+            }
+            let begin = if last_block.0 == first.file { cover.start.max(last_block.1) } else { cover.start };
+            covered_bytes += cover.end.saturating_sub(begin);
+            once_bytes += needed;
+            last_block = (first.file, cover.end);
         }
-        // Of pieces that several tensors take, at most as much is needed as there is.
-        cluster.over_bytes = (cluster.end - first.begin).saturating_sub(needed);
-        if cluster.over_bytes > 0 {
-            clusters.push(cluster);
-        }
+        Clusters { clusters, needed_bytes, aligned_bytes: covered_bytes.saturating_sub(once_bytes) }
     }
-    clusters
 }
 
 /// Makes long pieces segments of their own: each is worth a request that may pass the page cache.

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a failed expectation is the test's own report")]
 
+mod bound;
 mod errors;
 mod golden;
 mod huggingface;
