@@ -22,6 +22,7 @@
 //! # Ok::<(), tensorhaul::Error>(())
 //! ```
 
+mod arrivals;
 #[cfg(feature = "tokio")]
 mod asynchronous;
 mod atomic;
@@ -29,6 +30,7 @@ pub mod bench;
 mod cancel;
 mod checksum;
 pub mod convert;
+mod copies;
 #[cfg(feature = "cudarc")]
 mod cuda_slice;
 mod devices;

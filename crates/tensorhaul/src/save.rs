@@ -1,21 +1,22 @@
 //! Writes checkpoints: tensors from any source of bytes into files that appear whole or not at all.
 
-use std::cmp::Reverse;
+mod out_folder;
+mod shard;
+
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
-use std::fs;
-use std::io;
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
 use serde::Serialize;
-use tensorhaul_plan::header::{self, NewTensor};
-use tensorhaul_plan::{Dtype, HeaderError, numel};
+use tensorhaul_plan::{Dtype, numel};
 
-use crate::atomic::{Existing, NewFile, publish, write_error};
-use crate::error::{Error, ErrorKind, Result};
+pub(crate) use self::out_folder::OutFolder;
+use self::shard::{Watch, arrange, write_shard};
+use crate::atomic::{Existing, NewFile, publish};
+use crate::error::{Error, Result};
 use crate::progress::Progress;
 use crate::tensor::Tensor;
 
@@ -97,7 +98,7 @@ impl SaveOptions {
         SaveOptions { progress: Some(Arc::new(progress)), ..self }
     }
 
-    /// Ends the writing with [`ErrorKind::Cancelled`] soon after this becomes true, and leaves no file.
+    /// Ends the writing with [`Cancelled`](crate::ErrorKind::Cancelled) soon after this becomes true, and leaves no file.
     pub fn cancel_on(self, cancel: Arc<AtomicBool>) -> Self {
         SaveOptions { cancel: Some(cancel), ..self }
     }
@@ -135,8 +136,8 @@ pub struct Saved {
 /// finds all of the checkpoint or none of it.
 ///
 /// # Errors
-/// [`ErrorKind::BadRequest`] when the folder holds a checkpoint already, when a name occurs twice, or when
-/// a tensor has not the bytes that its dtype and shape need; [`ErrorKind::Io`]; the sources' own errors.
+/// [`BadRequest`](crate::ErrorKind::BadRequest) when the folder holds a checkpoint already, when a name occurs twice, or when
+/// a tensor has not the bytes that its dtype and shape need; [`Io`](crate::ErrorKind::Io); the sources' own errors.
 /// Nothing is left behind.
 ///
 /// # Example
@@ -181,67 +182,6 @@ pub fn save_file(path: &Path, mut tensors: Vec<SaveTensor<'_>>, options: &SaveOp
     let saved = Saved { files: vec![file.name()], index: None, tensors: tensor_count, bytes };
     publish(vec![file], Existing::Replaced)?;
     Ok(saved)
-}
-
-/// A folder that a checkpoint is written into. Folders that it made are removed again unless something
-/// is published in them.
-pub(crate) struct OutFolder {
-    path: PathBuf,
-    /// Innermost first.
-    made: Vec<PathBuf>,
-}
-
-impl OutFolder {
-    /// Makes the folder where it is missing, and checks that it holds no checkpoint.
-    pub(crate) fn prepare(path: &Path) -> Result<OutFolder> {
-        let missing = |path: &&Path| *path != Path::new("") && fs::symlink_metadata(path).is_err();
-        let made = path.ancestors().take_while(missing).map(Path::to_owned).collect();
-        let folder = OutFolder { path: path.to_owned(), made };
-        fs::create_dir_all(path).map_err(|error| match error.kind() {
-            io::ErrorKind::AlreadyExists | io::ErrorKind::NotADirectory => {
-                Error::bad_request("is no folder to write into").in_file(path)
-            }
-            _ => write_error("making the folder", path, error),
-        })?;
-        let listing = |error| write_error("listing it", path, error);
-        for entry in fs::read_dir(path).map_err(listing)? {
-            let name = entry.map_err(listing)?.file_name();
-            let name = name.to_string_lossy();
-            if name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json") {
-                let what = format!("holds {name:?} already; name a folder without a checkpoint");
-                return Err(Error::bad_request(what).in_file(path));
-            }
-        }
-        Ok(folder)
-    }
-
-    /// Returns the path of a new file of the folder.
-    ///
-    /// # Errors
-    /// [`ErrorKind::BadRequest`] when something has its name: nothing is ever overwritten.
-    pub(crate) fn new_path(&self, name: &str) -> Result<PathBuf> {
-        let path = self.path.join(name);
-        match fs::symlink_metadata(&path) {
-            Ok(_) => Err(Error::bad_request("exists already, and is not overwritten").in_file(path)),
-            Err(_) => Ok(path),
-        }
-    }
-
-    /// Gives the files their names, in this order.
-    pub(crate) fn publish(mut self, files: Vec<NewFile>) -> Result<()> {
-        publish(files, Existing::Kept)?;
-        self.made.clear();
-        Ok(())
-    }
-}
-
-impl Drop for OutFolder {
-    fn drop(&mut self) {
-        for folder in &self.made {
-            // A folder that somebody else put something into stays.
-            let _ = fs::remove_dir(folder);
-        }
-    }
 }
 
 /// Writes the files of a checkpoint, and the index as the last of them, without giving them their names.
@@ -338,108 +278,16 @@ fn shard_name(number: usize, count: usize) -> String {
     }
 }
 
-/// Puts the tensors of a file in the order in which they will be written, and tells them.
-fn arrange(tensors: &mut [SaveTensor<'_>]) {
-    // Each tensor is aligned for its own dtype this way, because the format allows no holes between them.
-    tensors.sort_by(|a, b| (Reverse(a.dtype), &a.name).cmp(&(Reverse(b.dtype), &b.name)));
-    tensors.iter().for_each(|tensor| tensor.bytes.announce());
-}
-
-/// Writes one file, its tensors in this order, under its temporary name to storage.
-fn write_shard(
-    target: &Path,
-    tensors: &mut [SaveTensor<'_>],
-    options: &SaveOptions,
-    watch: &mut Watch<'_>,
-) -> Result<NewFile> {
-    let entries =
-        tensors.iter().map(|SaveTensor { name, dtype, shape, .. }| NewTensor { name, dtype: *dtype, shape });
-    let header = header::encode(&entries.collect::<Vec<_>>(), &options.metadata, DATA_ALIGN_BYTES)
-        .map_err(|error| no_such_header(error, target))?;
-
-    let mut file = NewFile::create(target)?;
-    let data_len_bytes: u64 = tensors.iter().map(|tensor| tensor.bytes.len_bytes()).sum();
-    file.reserve(header.len() as u64 + data_len_bytes)?;
-    file.write(&header)?;
-    let mut buffer = vec![0; data_len_bytes.min(BUFFER_LEN_BYTES as u64) as usize];
-    let mut filled = 0;
-    for tensor in tensors {
-        let (mut offset, len_bytes) = (0, tensor.bytes.len_bytes());
-        while offset < len_bytes {
-            let space = &mut buffer[filled..];
-            let piece = space.len().min((len_bytes - offset).try_into().unwrap_or(usize::MAX));
-            tensor.bytes.fill(offset, &mut space[..piece]).map_err(|error| about(error, &tensor.name))?;
-            offset += piece as u64;
-            filled += piece;
-            watch.totals.read_bytes += piece as u64;
-            if filled == buffer.len() {
-                file.write(&buffer)?;
-                filled = 0;
-                watch.look()?;
-            }
-        }
-        watch.totals.ready_tensors += 1;
-    }
-    file.write(&buffer[..filled])?;
-    watch.look()?;
-    file.sync()?;
-    watch.look()?; // Waiting for storage may have taken minutes.
-    Ok(file)
-}
-
-fn no_such_header(error: HeaderError, target: &Path) -> Error {
-    let tensor = error.tensor().map(str::to_owned);
-    let error = Error::new(ErrorKind::BadRequest, error).in_file(target);
-    match tensor {
-        Some(tensor) => error.about_tensor(tensor),
-        None => error,
-    }
-}
-
-fn about(error: Error, tensor: &str) -> Error {
-    if error.tensor().is_some() { error } else { error.about_tensor(tensor) }
-}
-
-/// Tells the caller how far the writing is, and hears whether to go on.
-struct Watch<'o> {
-    totals: Progress,
-    options: &'o SaveOptions,
-}
-
-impl Watch<'_> {
-    fn new<'o>(tensors: &[SaveTensor<'_>], options: &'o SaveOptions) -> Watch<'o> {
-        let total_bytes = tensors.iter().map(|tensor| tensor.bytes.len_bytes()).fold(0, u64::saturating_add);
-        let totals = Progress { total_bytes, total_tensors: tensors.len() as u64, ..Progress::default() };
-        Watch { totals, options }
-    }
-
-    fn look(&self) -> Result<()> {
-        if let Some(progress) = &self.options.progress {
-            progress(self.totals);
-        }
-        match &self.options.cancel {
-            Some(cancel) if cancel.load(Ordering::Relaxed) => {
-                Err(Error::new(ErrorKind::Cancelled, "cancelled; no file is left behind"))
-            }
-            _ => Ok(()),
-        }
-    }
-}
-
 const INDEX_NAME: &str = "model.safetensors.index.json";
-
-/// Direct reads start at multiples of a page at most; see `tensorhaul_io::probe`.
-const DATA_ALIGN_BYTES: u64 = 4096;
-
-/// Long enough that a write costs no more than its copy into the page cache, short enough to stay in a
-/// core's cache beside what fills it. A multiple of every element's width, as is `DATA_ALIGN_BYTES`; widths
-/// descend within a file: so no element crosses the end of the buffer.
-const BUFFER_LEN_BYTES: usize = 4 << 20;
-const _: () = assert!((BUFFER_LEN_BYTES as u64).is_multiple_of(DATA_ALIGN_BYTES));
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+    use std::sync::atomic::Ordering;
+
+    use super::shard::{BUFFER_LEN_BYTES, DATA_ALIGN_BYTES};
     use super::*;
+    use crate::error::ErrorKind;
     use crate::model::Model;
 
     /// Bytes that count up, in no memory.
