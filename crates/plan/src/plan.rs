@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
+use crate::assembly::Unfused;
 use crate::checkpoint::{Checkpoint, TensorId};
 use crate::device_map::DeviceMapError;
 use crate::dtype::Dtype;
@@ -62,6 +63,7 @@ pub struct Plan {
     pub(crate) names: Vec<String>,
     pub(crate) dims: Vec<u64>,
     pub(crate) over_reads: Vec<OverRead>,
+    pub(crate) unfused: Vec<Unfused>,
     pub(crate) machine: Machine,
     pub(crate) promised: Promised,
 }
@@ -164,6 +166,11 @@ impl Plan {
     /// Returns the tensors for which more is read than the request allows on the whole, the worst first.
     pub fn over_reads(&self) -> &[OverRead] {
         &self.over_reads
+    }
+
+    /// Returns what was to be fused and is not.
+    pub fn unfused(&self) -> &[Unfused] {
+        &self.unfused
     }
 
     /// Returns the machine it was made for.

@@ -103,6 +103,7 @@ fn attempt(model: &Inner, options: &LoadOptions, cancel: &Cancel, emit: &mut Emi
         let mut fallbacks = std::mem::take(&mut probed.fallbacks);
         fallbacks.extend(storages.iter().flat_map(Storage::fallbacks));
         fallbacks.extend(storages.iter().filter_map(|storage| storage.staged_fallback(&plan)));
+        fallbacks.extend(parallel::fallbacks(&plan));
         if options.dequantization.is_some() {
             fallbacks.extend(quantized::warnings(model)?);
         }

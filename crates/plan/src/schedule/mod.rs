@@ -62,6 +62,7 @@ pub(crate) fn plan(
         names,
         dims,
         over_reads,
+        unfused: request.assembly.as_ref().map_or(Vec::new(), |assembly| assembly.unfused.clone()),
         machine: machine.clone(),
         promised: Promised::default(),
     };

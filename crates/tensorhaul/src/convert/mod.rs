@@ -20,7 +20,7 @@ use crate::cast::{can_cast, cast};
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::options::LoadOptions;
-use crate::parallel::{Parallel, RANKS};
+use crate::parallel::{Kind, Parallel, RANKS};
 use crate::progress::Progress;
 use crate::quantized::Dequantization;
 use crate::save::{OutFolder, SaveOptions, SaveTensor, TensorBytes, write_checkpoint};
@@ -302,12 +302,12 @@ fn padding(model: &Model, load: &LoadOptions, parallel: &Parallel) -> Result<Vec
     let Some(ranks) = parallel.one_rank() else {
         return Err(Error::bad_request("a copy is of one rank's part; convert for each rank by itself"));
     };
-    let padding = model.describe_rank(load, ranks)?.padding;
-    let left_out = |(name, rows): (String, u64)| LeftOut {
-        what: format!("{rows} rows of padding behind {name:?}"),
+    let kinds = model.describe_rank(load, ranks)?.kinds;
+    let left_out = |kind: &Kind| LeftOut {
+        what: format!("{} rows of padding behind {:?}", kind.padding_rows, kind.names),
         why: "they are past the end of the vocabulary, and in no file".to_owned(),
     };
-    Ok(padding.into_iter().map(left_out).collect())
+    Ok(kinds.iter().filter(|kind| kind.padding_rows > 0).map(left_out).collect())
 }
 
 struct Selected<'m> {
