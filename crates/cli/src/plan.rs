@@ -32,7 +32,7 @@ pub(crate) struct PlanLoad {
     selection: Selection,
 
     /// Show instead what every rank of --tp-size, --pp-size and --ep-size would load, a line each
-    #[arg(long, conflicts_with_all = ["tp_rank", "tp_devices", "pp_stage", "layers", "ep_rank"])]
+    #[arg(long, conflicts_with_all = ["tp_rank", "tp_devices", "pp_stage", "ep_rank"])]
     all_ranks: bool,
 
     /// Show instead what the rank has of each tensor, and by which rule
@@ -65,7 +65,7 @@ impl PlanLoad {
 
     /// Prints what each rank would load.
     fn all_ranks(&self, model: &Model, options: &LoadOptions) -> Outcome {
-        let plans = model.plan_ranks(options, self.selection.sharing.all_ranks())?;
+        let plans = model.plan_ranks(options, self.selection.sharing.all_ranks()?)?;
         if self.json {
             return print_json(&plans);
         }
@@ -105,6 +105,11 @@ impl PlanLoad {
                 worst.piece_len_bytes
             );
         }
+        if let Some(plan) = plans.first() {
+            for unfused in &plan.unfused {
+                let _ = writeln!(text, "not fused: {}", printable(&unfused.to_string()));
+            }
+        }
         print(text)
     }
 
@@ -115,6 +120,7 @@ impl PlanLoad {
         if self.json {
             return print_json(&summary);
         }
-        summary.text.lines().try_for_each(|line| print(format_args!("{}\n", printable(line))))
+        let text = summary.to_string();
+        text.lines().try_for_each(|line| print(format_args!("{}\n", printable(line))))
     }
 }

@@ -116,11 +116,8 @@ impl Sharing {
     }
 
     /// Returns every rank of the sizes given.
-    pub(crate) fn all_ranks(&self) -> Vec<Ranks> {
-        let (tp_size, ep_size) = (self.tp_size.unwrap_or(1), self.ep_size.unwrap_or(1));
-        let all = Ranks::all(tp_size, self.pp_size.unwrap_or(1), ep_size);
-        let complete = |ranks: Ranks| if self.whole_experts { ranks.whole_experts() } else { ranks };
-        all.map(complete).collect()
+    pub(crate) fn all_ranks(&self) -> Result<Vec<Ranks>, Failure> {
+        self.rank().group().map_err(|error| Failure::of_request(&error.to_string()))
     }
 
     /// Returns the one rank that is meant.

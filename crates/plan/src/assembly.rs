@@ -1,5 +1,7 @@
 //! A result whose tensors are put together from parts of stored ones.
 
+use std::fmt;
+
 use serde::Serialize;
 
 use crate::checkpoint::TensorId;
@@ -11,6 +13,41 @@ use crate::slice::Slice;
 pub struct Assembly {
     /// The tensors; their names are distinct.
     pub tensors: Vec<Assembled>,
+    /// Rows that tensors have behind their end where they are used, ascending by tensor. They are in no file, and no load writes them.
+    pub padding: Vec<Padding>,
+    /// What was to be fused and is not, which plans and reports tell.
+    pub unfused: Vec<Unfused>,
+}
+
+/// Rows that a rank has past the end of a vocabulary.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Padding {
+    /// Which tensor, by its place in the assembly.
+    pub tensor: u32,
+    /// Rows behind those of the tensor.
+    pub rows: u64,
+}
+
+/// A kind of fused tensor that some modules of the model cannot have, for one kind of reason.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Unfused {
+    /// What it is asked for by, such as `qkv`.
+    pub fusion: String,
+    /// The first tensor that would have been fused.
+    pub target: String,
+    /// How many modules keep their members apart.
+    pub modules: u64,
+    /// Why the first does.
+    pub why: String,
+}
+
+impl fmt::Display for Unfused {
+    /// Prints `qkv of 27 modules, such as "model.layers.0.self_attn.qkv_proj.weight": why`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Unfused { fusion, target, modules, why } = self;
+        let (of, first) = if *modules == 1 { ("module", "") } else { ("modules", "such as ") };
+        write!(f, "{fusion} of {modules} {of}, {first}{target:?}: {why}")
+    }
 }
 
 /// A tensor of the result.

@@ -46,7 +46,7 @@ pub mod share;
 pub mod slice;
 mod text;
 
-pub use assembly::{Assembled, Assembly, Part};
+pub use assembly::{Assembled, Assembly, Padding, Part, Unfused};
 pub use checkpoint::{Checkpoint, File, TensorId, TensorRef};
 pub use device_map::{DeviceMap, DeviceMapError};
 pub use dtype::{Dtype, DtypeKind, numel};

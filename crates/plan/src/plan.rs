@@ -8,6 +8,7 @@ mod read;
 use std::ops::Range;
 use std::sync::Arc;
 
+use crate::assembly::Unfused;
 use crate::checkpoint::{Checkpoint, TensorId};
 use crate::dtype::Dtype;
 use crate::machine::Machine;
@@ -32,6 +33,7 @@ pub struct Plan {
     pub(crate) names: Vec<String>,
     pub(crate) dims: Vec<u64>,
     pub(crate) over_reads: Vec<OverRead>,
+    pub(crate) unfused: Vec<Unfused>,
     pub(crate) machine: Machine,
     pub(crate) promised: Promised,
 }
@@ -135,6 +137,11 @@ impl Plan {
     /// much. None where the plan stays inside its bound.
     pub fn over_reads(&self) -> &[OverRead] {
         &self.over_reads
+    }
+
+    /// Returns what was to be fused and is not.
+    pub fn unfused(&self) -> &[Unfused] {
+        &self.unfused
     }
 
     /// Returns the machine it was made for.

@@ -240,7 +240,9 @@ fn together(assemblies: &[Assembly]) -> Result<Assembly, ShareError> {
             tensors.push(Assembled { name, device: Share::stand_in(rank), ..tensor.clone() });
         }
     }
-    Ok(Assembly { tensors })
+    // Ranks of one model are of one partition.
+    let unfused = assemblies.first().map_or(Vec::new(), |assembly| assembly.unfused.clone());
+    Ok(Assembly { tensors, padding: Vec::new(), unfused })
 }
 
 /// Returns a name without the rank that [`together`] put before it.

@@ -32,6 +32,7 @@ impl fmt::Display for Plan {
         writeln!(f, "peak staging   {:>16} bytes", promised.peak_staging_bytes)?;
         writeln!(f, "peak host      {:>16} bytes", promised.peak_host_bytes)?;
         writeln!(f, "direct align   {:>16} bytes", self.machine().direct_align_bytes)?;
+        self.unfused().iter().try_for_each(|unfused| writeln!(f, "not fused      {unfused}"))?;
 
         if !self.over_reads().is_empty() {
             writeln!(f, "\nread in vain beyond the bound")?;
@@ -152,15 +153,15 @@ fn after(f: &mut fmt::Formatter<'_>, read: &Read) -> fmt::Result {
 }
 
 impl Serialize for Plan {
-    /// Serializes `promised`, `over_reads`, `machine`, `files`, `arenas`, `operations`, `reads` and `tensors`; every number is bytes or an
-    /// index into one of these lists.
+    /// Serializes `promised`, `over_reads`, `machine`, `files`, `arenas`, `operations`, `reads` and `tensors`, and `unfused` where
+    /// something was to be fused and is not; every number is bytes or an index into one of these lists.
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let files = self.checkpoint().files().iter().map(|file| FileView {
             name: file.name(),
             len_bytes: file.len_bytes(),
             data_start_bytes: file.header().data_start_bytes(),
         });
-        let mut plan = serializer.serialize_struct("Plan", 8)?;
+        let mut plan = serializer.serialize_struct("Plan", 8 + usize::from(!self.unfused().is_empty()))?;
         plan.serialize_field("promised", self.promised())?;
         plan.serialize_field("over_reads", self.over_reads())?;
         plan.serialize_field("machine", self.machine())?;
@@ -169,6 +170,10 @@ impl Serialize for Plan {
         plan.serialize_field("operations", self.operations())?;
         plan.serialize_field("reads", &Reads(self))?;
         plan.serialize_field("tensors", &Tensors(self))?;
+        match self.unfused() {
+            [] => plan.skip_field("unfused")?,
+            unfused => plan.serialize_field("unfused", unfused)?,
+        }
         plan.end()
     }
 }

@@ -135,7 +135,7 @@ proptest! {
         }
         let expected: Vec<_> = tensors.iter().map(|tensor| put_together(&world, tensor, 2)).collect();
         let mut request = Request::all();
-        request.assembly = Some(Arc::new(Assembly { tensors: tensors.clone() }));
+        request.assembly = Some(Arc::new(Assembly { tensors: tensors.clone(), ..Assembly::default() }));
         request.over_read_max = over_read_max;
         let promised = *Plan::new(&world.checkpoint, &request, &machine).unwrap().promised();
         prop_assert_eq!(promised.needed_bytes, promised.payload_bytes, "slices share no byte");
@@ -177,7 +177,7 @@ proptest! {
         let fused = Assembled { name: name.clone(), shape: shape.clone(), device: DeviceId::Host, parts };
         let dense = put_together(&world, &fused, 4);
         let mut request = Request::all();
-        request.assembly = Some(Arc::new(Assembly { tensors: vec![fused] }));
+        request.assembly = Some(Arc::new(Assembly { tensors: vec![fused], ..Assembly::default() }));
         if !strided {
             check(&world, &request, &machine, |_, _| dense.clone());
             return Ok(());
@@ -356,7 +356,7 @@ fn what_cannot_be_put_together_says_why() {
     let error = |shape: &[u64], parts: Vec<Part>| {
         let tensor = Assembled { name: "x".into(), shape: shape.to_vec(), device: DeviceId::Host, parts };
         let mut request = Request::all();
-        request.assembly = Some(Arc::new(Assembly { tensors: vec![tensor] }));
+        request.assembly = Some(Arc::new(Assembly { tensors: vec![tensor], ..Assembly::default() }));
         Plan::new(&world.checkpoint, &request, &Machine::default()).unwrap_err().to_string()
     };
     assert_eq!(error(&[4, 8], vec![]), r#"tensor "x" is to be put together from nothing"#);

@@ -64,7 +64,7 @@ fn assembly(world: &World, kept: &Kept) -> Assembly {
     };
     // An empty tensor needs a part that tells its dtype, so those are left out.
     let tensors = kept.iter().map(one).filter(|tensor| !tensor.parts.is_empty()).collect();
-    Assembly { tensors }
+    Assembly { tensors, ..Assembly::default() }
 }
 
 /// Ranks that do what a share says, round by round, and nothing else.
@@ -330,6 +330,6 @@ fn what_cannot_be_shared_is_refused() {
     let refused =
         |assemblies: &[Assembly]| Share::new(&world.checkpoint, assemblies, 1.02, &machine).unwrap_err();
     assert_eq!(refused(&[]), ShareError::RankCount { size: 0 });
-    let error = refused(&[Assembly { tensors: vec![made] }]);
+    let error = refused(&[Assembly { tensors: vec![made], ..Assembly::default() }]);
     assert!(error.to_string().contains("\"w\" is to be dequantized"), "{error}");
 }

@@ -90,6 +90,10 @@ impl ExternalMemory {
     ///
     /// `strides` are elements from neighbour to neighbour of each dimension, such as those of a view of a larger tensor; `None` is
     /// row-major without gaps. Bytes between elements are not touched, and the memory may be longer than the tensor reaches.
+    ///
+    /// A dequantized tensor takes no strides but row-major ones: operations write without gaps, and to spread what they write would take
+    /// its memory twice. Rows of padding that a rank's vocabulary has are in no file: the shape is the one without them, the memory may have
+    /// room for them behind it, and that room is left as it is, for the caller to fill with zeros.
     pub fn layout(
         self,
         dtype: Dtype,

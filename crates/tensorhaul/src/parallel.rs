@@ -3,18 +3,22 @@
 use std::fmt;
 use std::fs;
 use std::io;
+use std::mem;
 use std::sync::Arc;
 
 use serde::Serialize;
+pub use tensorhaul_plan::Unfused;
 pub use tensorhaul_plan::parallel::{Fuse, Layers, ParallelError, Ranks, Rules, Unmatched};
+pub use tensorhaul_plan::parallel::{Kept, Kind, Summary};
 use tensorhaul_plan::parallel::{ModelConfig, Partition, Setup};
-use tensorhaul_plan::{Assembly, Dequantize, DeviceId, OverRead, Promised, Request};
+use tensorhaul_plan::{Assembly, Dequantize, DeviceId, OverRead, Padding, Plan, Promised, Request, Select};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::locate::read_limited;
 use crate::model::{Inner, Model, Source};
 use crate::options::LoadOptions;
 use crate::private;
+use crate::report::Fallback;
 
 /// Whose parts of a model are loaded, and by which rules it is cut.
 ///
@@ -60,7 +64,8 @@ impl Parallel {
         Parallel { unmatched: Some(unmatched), ..self }
     }
 
-    /// Puts tensors side by side where they end up: q, k and v as one, gate and up as one, experts as one stack. Default: none.
+    /// Puts tensors side by side where they end up: q, k and v as one, gate and up as one, experts as one stack. What [`Fuse::All`] cannot fuse is
+    /// among the report's fallbacks. Default: none.
     pub fn fuse(self, fuse: Fuse) -> Self {
         Parallel { fuse, ..self }
     }
@@ -88,16 +93,8 @@ pub struct RankPlan {
     pub promised: Promised,
     /// Tensors of whose rows more is read than kept.
     pub over_reads: Vec<OverRead>,
-}
-
-/// A rank's tensors: what is loaded of each, as text for people, and the rows that a padded vocabulary has behind its end.
-#[derive(Clone, Debug, Serialize)]
-#[non_exhaustive]
-pub struct RankSummary {
-    /// A line for all tensors that differ by numbers alone.
-    pub text: String,
-    /// Names and rows of padding, which are in no file: memory of a padded shape has to be longer by them.
-    pub padding: Vec<(String, u64)>,
+    /// What was to be fused and is not.
+    pub unfused: Vec<Unfused>,
 }
 
 impl Model {
@@ -114,31 +111,33 @@ impl Model {
         let plan = |ranks: Ranks| {
             let one = Parallel { shares: vec![(ranks.clone(), None)], ..parallel.clone() };
             let plan = private::plan(&self.inner, &options.clone().parallel(one))?;
-            let over_reads = plan.over_reads().to_vec();
             Ok(RankPlan {
                 ranks,
                 tensors: plan.tensors().len() as u64,
                 promised: *plan.promised(),
-                over_reads,
+                over_reads: plan.over_reads().to_vec(),
+                unfused: plan.unfused().to_vec(),
             })
         };
         ranks.into_iter().map(plan).collect()
     }
 
-    /// Describes what a rank has of each tensor, by its rule.
+    /// Sums up what a rank has of the tensors that are selected, by their rules.
     ///
     /// # Errors
     /// As [`Model::plan`].
-    pub fn describe_rank(&self, options: &LoadOptions, ranks: &Ranks) -> Result<RankSummary> {
+    pub fn describe_rank(&self, options: &LoadOptions, ranks: &Ranks) -> Result<Summary> {
+        let model = &*self.inner;
         let parallel = options.parallel.clone().unwrap_or_else(|| Parallel::rank(Ranks::alone()));
-        let request = private::request(&self.inner, &LoadOptions { parallel: None, ..options.clone() })?;
-        parallel.with_partition(&self.inner, request.dequantize.as_ref(), |partition| {
-            let share = partition.share(ranks, request.device)?;
-            let name = |padding: &tensorhaul_plan::parallel::Padding| {
-                (share.assembly.tensors[padding.tensor as usize].name.clone(), padding.rows)
-            };
-            let padding = share.padding.iter().map(name).collect();
-            Ok(RankSummary { text: partition.text(&share).to_string(), padding })
+        // Which stored tensors the names of the result need is not known yet.
+        let mut whole = LoadOptions { parallel: None, ..options.clone() };
+        let select = mem::replace(&mut whole.request.select, Select::All);
+        let mut request = private::request(model, &whole)?;
+        request.select = select;
+        parallel.with_partition(model, request.dequantize.as_ref(), ranks.tp_size, |partition| {
+            let share =
+                partition.share(ranks, request.device).map_err(|error| parallel_error(error, model))?;
+            Ok(partition.summary(&share.select(&model.checkpoint, &request)?))
         })
     }
 }
@@ -158,10 +157,17 @@ pub(crate) fn assemble(model: &Inner, parallel: &Parallel, request: &mut Request
             return Err(Error::bad_request(what).in_file(model.folder.join(file.name())));
         }
     }
-    let assembly = parallel.with_partition(model, request.dequantize.as_ref(), |partition| {
+    let tp_size = parallel.shares.iter().map(|(ranks, _)| ranks.tp_size).max().unwrap_or(1);
+    let assembly = parallel.with_partition(model, request.dequantize.as_ref(), tp_size, |partition| {
         let mut assembly = Assembly::default();
         for (ranks, own) in &parallel.shares {
-            assembly.tensors.extend(partition.share(ranks, own.unwrap_or(device))?.assembly.tensors);
+            let share = partition.share(ranks, own.unwrap_or(device));
+            let share = share.map_err(|error| parallel_error(error, model))?.assembly;
+            let before = assembly.tensors.len() as u32; // At most 2^24 tensors for each of a few devices.
+            let moved = |padding: Padding| Padding { tensor: padding.tensor + before, ..padding };
+            assembly.padding.extend(share.padding.into_iter().map(moved));
+            assembly.tensors.extend(share.tensors);
+            assembly.unfused = share.unfused; // The same on every rank.
         }
         Ok(assembly)
     })?;
@@ -189,7 +195,8 @@ impl Parallel {
         &self,
         model: &Inner,
         dequantize: Option<&Dequantize>,
-        act: impl FnOnce(&Partition<'_>) -> std::result::Result<T, ParallelError>,
+        tp_size: u32,
+        act: impl FnOnce(&Partition<'_>) -> Result<T>,
     ) -> Result<T> {
         let config = config(model, self.rules.is_some())?;
         let failed = |error| parallel_error(error, model);
@@ -207,7 +214,8 @@ impl Parallel {
             let what = "no pattern of the rules names a tensor of the model; are they for another one?";
             return Err(Error::bad_request(what).in_file(&model.folder));
         }
-        act(&partition).map_err(failed)
+        let indices = model.values_of(&partition.indices(tp_size))?;
+        act(&partition.with_indices(&indices))
     }
 }
 
@@ -229,6 +237,14 @@ fn config(model: &Inner, may_be_missing: bool) -> Result<ModelConfig> {
     }
     let text = read_limited(&path, CONFIG_LEN_BYTES_MAX)?;
     ModelConfig::parse(&text).map_err(|error| Error::new(ErrorKind::Malformed, error).in_file(&path))
+}
+
+/// Tells what could not be fused.
+pub(crate) fn fallbacks(plan: &Plan) -> impl Iterator<Item = Fallback> {
+    let fallback = |Unfused { fusion, target, modules, why }: &Unfused| {
+        Fallback::new(format!("{fusion} of {modules} modules stays unfused, first {target:?}"), why)
+    };
+    plan.unfused().iter().map(fallback)
 }
 
 fn parallel_error(error: ParallelError, model: &Inner) -> Error {

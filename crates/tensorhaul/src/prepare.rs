@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use tensorhaul_device::host::Host;
 use tensorhaul_device::{Allocation, Device, DeviceError, OperationKind, Stream};
-use tensorhaul_plan::{Arena, DeviceId, PlacedTensor, Plan, Request};
+use tensorhaul_plan::{Arena, DeviceId, Padding, PlacedTensor, Plan, Request};
 use tensorhaul_stage::{Pinned, Ring};
 
 use crate::cancel::Cancel;
@@ -241,7 +241,7 @@ pub(crate) fn check_external(plan: &Plan, request: &Request, options: &LoadOptio
             return Err(Error::bad_request(what).about_tensor(name));
         }
     }
-    check_layouts(plan, options)?;
+    check_layouts(plan, request, options)?;
     for arena in plan.arenas().iter().filter(|arena| arena.is_external) {
         let memory = external(arena, options);
         let given = memory.as_ref().map(|memory| memory.len_bytes());
@@ -262,7 +262,7 @@ pub(crate) fn check_external(plan: &Plan, request: &Request, options: &LoadOptio
 }
 
 /// Checks that the caller's own memory is of the dtype and shape that the caller said.
-fn check_layouts(plan: &Plan, options: &LoadOptions) -> Result<()> {
+fn check_layouts(plan: &Plan, request: &Request, options: &LoadOptions) -> Result<()> {
     if options.targets.iter().all(|(_, memory)| memory.held().is_none()) {
         return Ok(());
     }
@@ -274,13 +274,18 @@ fn check_layouts(plan: &Plan, options: &LoadOptions) -> Result<()> {
         let Some((_, memory)) = options.targets.iter().find(is_for_it) else { continue };
         let Some(held) = memory.held() else { continue };
         if (held.dtype, &*held.shape) != (tensor.dtype, plan.shape(tensor)) {
-            let what = format!(
+            let mut what = format!(
                 "the memory given is for {} {:?}, the tensor is {} {:?}",
                 held.dtype,
                 held.shape,
                 tensor.dtype,
                 plan.shape(tensor)
             );
+            if let Some(rows) = padding_rows(request, name) {
+                what += &format!(
+                    "; its {rows} rows of padding are in no file and are not written: give the shape without them, and memory as long as it is"
+                );
+            }
             return Err(Error::bad_request(what).about_tensor(name));
         }
         if options.checksums && memory.strides().is_some() {
@@ -290,6 +295,13 @@ fn check_layouts(plan: &Plan, options: &LoadOptions) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Returns the rows that a tensor has behind its end where it is used.
+fn padding_rows(request: &Request, name: &str) -> Option<u64> {
+    let assembly = request.assembly.as_ref()?;
+    let is_its = |padding: &&Padding| assembly.tensors[padding.tensor as usize].name == name;
+    assembly.padding.iter().find(is_its).map(|padding| padding.rows)
 }
 
 /// Refuses a plan that promises more than a device has in all, which is known before there is a context.

@@ -203,6 +203,14 @@ impl Inner {
         Ok(values)
     }
 
+    /// Reads whole tensors, small ones.
+    pub(crate) fn values_of(&self, tensors: &[TensorId]) -> Result<Values> {
+        let len_bytes = |tensor| self.checkpoint.tensor(tensor).info.len_bytes();
+        let needs: Vec<_> =
+            tensors.iter().map(|id| Need { tensor: *id, len_bytes: len_bytes(*id) }).collect();
+        self.values(&needs)
+    }
+
     fn read(&self, file: u32, offset_bytes: u64, len_bytes: u64) -> Result<Vec<u8>> {
         let mut bytes = vec![0; len_bytes as usize]; // No longer than a tensor of the file.
         match &self.source {

@@ -7,6 +7,7 @@ use super::error::divisors;
 use super::partition::{Entry, Origin, Partition};
 use super::rules::{How, Sections, Split};
 use super::{ParallelError, Ranks};
+use crate::quant::CutError;
 use crate::slice::Slice;
 
 /// The elements of a tensor that a rank has.
@@ -132,7 +133,7 @@ impl Partition<'_> {
     }
 
     /// Returns the dimension that the tensor's rule cuts.
-    fn dim(&self, entry: &Entry, shape: &[u64]) -> Result<Option<usize>, ParallelError> {
+    pub(super) fn dim(&self, entry: &Entry, shape: &[u64]) -> Result<Option<usize>, ParallelError> {
         let (rule, ndim) = (self.rule_of(entry), shape.len());
         let behind = usize::from(rule.is_stacked); // Dimensions before the matrix or vector.
         let is_swapped = rule.is_transposed && matches!(entry.origin, Origin::Stored(_));
@@ -184,9 +185,10 @@ impl Partition<'_> {
                 let count = len / sections;
                 let what = if dim + 1 == self.shape(entry).len() && dim > 0 { "columns" } else { "rows" };
                 for section in 0..*sections {
-                    let own = match split.is_uneven {
-                        true => tp.chunk(count),
-                        false => {
+                    let own = match (self.block_of(split), split.is_uneven) {
+                        (Some(block), _) => tp.blocks(count, block),
+                        (None, true) => tp.chunk(count),
+                        (None, false) => {
                             let size = tp.size;
                             let uneven =
                                 |works| ParallelError::Uneven { tensor: tensor(), what, count, size, works };
@@ -213,7 +215,11 @@ impl Partition<'_> {
                 }
                 let mut before = 0;
                 for (count, number) in counts.iter().zip(&numbers) {
-                    let own = tp.of_counted(*count, *number).ok_or_else(|| ParallelError::Uneven {
+                    let own = match self.block_of(split) {
+                        Some(block) => Some(tp.blocks(*number, block)),
+                        None => tp.of_counted(*count, *number),
+                    };
+                    let own = own.ok_or_else(|| ParallelError::Uneven {
                         tensor: tensor(),
                         what: count.word(),
                         count: *number,
@@ -226,6 +232,45 @@ impl Partition<'_> {
             }
         }
         Ok(at_least_one(pieces))
+    }
+
+    /// Says which sizes would cut a packed tensor between what is together, where its rule shares a single section evenly.
+    pub(super) fn with_what_works(&self, entry: &Entry, cut: &Cut, error: ParallelError) -> ParallelError {
+        let ParallelError::StoredCut { error, .. } = error else { return error };
+        let rule = self.rule_of(entry);
+        let of_section = |sections: &Sections| {
+            let len = *self.shape(entry).get(cut.dim)?;
+            match sections {
+                Sections::Equal(1) => Some((len, 1, divisors(len))),
+                Sections::Counted(counts) => {
+                    let [count] = counts[..] else { return None };
+                    let number = self.config.count(count).ok()?;
+                    Some((number, len / number, self.works(count, number)))
+                }
+                Sections::Equal(_) => None,
+            }
+        };
+        let section = rule.split().and_then(|split| of_section(&split.sections));
+        let works = match (&error, section) {
+            (CutError::InsideUnit { multiple, .. }, Some((number, unit, mut sizes))) => {
+                sizes.retain(|size| {
+                    number.is_multiple_of(*size) && (number / size * unit).is_multiple_of(*multiple)
+                });
+                sizes
+            }
+            _ => Vec::new(),
+        };
+        let is_of_expert = rule.is_stacked || entry.expert.is_some();
+        ParallelError::StoredCut { error, works, is_of_expert }
+    }
+
+    /// Returns how many are together of what is shared.
+    ///
+    /// # Source
+    /// vLLM and SGLang cut gpt-oss so (`_load_weights_mxfp4`, `_load_mxfp4_experts_weights` of their `models/gpt_oss.py`): 2880 features are 90
+    /// blocks of 32, of which 8 ranks have 12 each and the last 6. Dense experts are cut evenly there, too.
+    pub(super) fn block_of(&self, split: &Split) -> Option<u64> {
+        split.packed_block.filter(|_| self.is_in_blocks)
     }
 
     /// Returns the sizes that share a number of heads, and all other heads too.
@@ -259,6 +304,12 @@ impl Part {
         let each = count.div_ceil(u64::from(self.size));
         let first = (each * u64::from(self.rank)).min(count);
         first..(first + each).min(count)
+    }
+
+    /// As [`Part::chunk`], of blocks; the last of them may be short.
+    fn blocks(self, count: u64, block: u64) -> Range<u64> {
+        let own = self.chunk(count.div_ceil(block));
+        (own.start * block).min(count)..(own.end * block).min(count)
     }
 
     /// As [`Part::even`], but fewer KV heads than ranks are shared by `size / count` ranks each.

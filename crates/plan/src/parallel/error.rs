@@ -29,6 +29,20 @@ pub enum ParallelError {
         /// Stages asked for.
         pp_size: u32,
     },
+    /// Experts to be shared, and the model has none.
+    NoExperts {
+        /// What `config.json` names it.
+        model: String,
+        /// Ranks that would share them.
+        ep_size: u32,
+    },
+    /// Whole experts for groups that do not fit one another.
+    UnlikeGroups {
+        /// Ranks that share each matrix.
+        tp_size: u32,
+        /// Ranks that share the experts.
+        ep_size: u32,
+    },
     /// A range of layers that is empty, backwards, or leaves the model.
     LayerRange {
         /// First layer asked for.
@@ -135,25 +149,19 @@ pub enum ParallelError {
         /// Experts that the configuration counts.
         experts: u64,
     },
-    /// A fused tensor lacks a member.
-    MissingMember {
+    /// A fused tensor that was asked for by its name cannot be made.
+    CannotFuse {
+        /// The name asked for.
+        fusion: String,
         /// The tensor that would be fused.
         target: String,
-        /// The member that is not there.
-        missing: String,
+        /// Why it cannot.
+        why: Unfit,
     },
-    /// Members of a fused tensor that do not fit one another.
-    UnlikeMembers {
-        /// The tensor that would be fused.
-        target: String,
-        /// A member.
-        first: String,
-        /// Its dtype and shape on this rank.
-        first_is: String,
-        /// One that does not fit it.
-        second: String,
-        /// Its dtype and shape on this rank.
-        second_is: String,
+    /// No tensor of the model is a member of a fused tensor that was asked for by its name.
+    FusesNothing {
+        /// The name asked for.
+        fusion: String,
     },
     /// A fused tensor that no name of this kind was found for.
     UnknownFusion {
@@ -162,15 +170,15 @@ pub enum ParallelError {
         /// Those that the rules have.
         known: Vec<String>,
     },
-    /// A fused tensor of quantized members that stay as they are stored.
-    StoredMember {
-        /// The tensor that would be fused.
-        target: String,
-        /// The quantized member.
-        member: String,
-    },
     /// A quantized tensor that cannot be cut there and stay as it is stored.
-    StoredCut(CutError),
+    StoredCut {
+        /// Where it would be cut.
+        error: CutError,
+        /// Sizes of the tensor-parallel group that cut it elsewhere; empty where nobody knows.
+        works: Vec<u64>,
+        /// Whether it is an expert, which could stay whole.
+        is_of_expert: bool,
+    },
     /// A rank has several sections of a quantized tensor that stays as it is stored, and what is kept of a stored tensor for them does not
     /// lie one after the other.
     StoredSections {
@@ -179,13 +187,62 @@ pub enum ParallelError {
         /// The stored tensor.
         member: String,
     },
-    /// Two tensors of the result have one name.
-    SameName {
-        /// The name.
-        name: String,
-    },
     /// A tensor that should become numbers cannot be dequantized.
     Quantized(QuantError),
+}
+
+/// Why members are not made one tensor.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Unfit {
+    /// One of them is not there.
+    Missing {
+        /// Its name.
+        member: String,
+    },
+    /// One of them is quantized and stays as it is stored, with scales of its own.
+    Stored {
+        /// Its name.
+        member: String,
+    },
+    /// Two of them do not fit one another.
+    Unlike {
+        /// One.
+        first: String,
+        /// Its dtype, shape and rule.
+        first_is: String,
+        /// The other.
+        second: String,
+        /// Its dtype, shape and rule.
+        second_is: String,
+    },
+    /// Two of them are not always on the same rank.
+    Apart {
+        /// One.
+        first: String,
+        /// The other.
+        second: String,
+    },
+    /// Another tensor of the result has the name.
+    Taken,
+}
+
+impl fmt::Display for Unfit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Unfit::Missing { member } => write!(f, "its member {member:?} is not there"),
+            Unfit::Stored { member } => {
+                write!(f, "{member:?} stays quantized, with scales of its own; dequantized it would fit")
+            }
+            Unfit::Unlike { first, first_is, second, second_is } => {
+                write!(f, "{first:?} is {first_is}, {second:?} is {second_is}")
+            }
+            Unfit::Apart { first, second } => {
+                write!(f, "{first:?} and {second:?} are of different stages or experts")
+            }
+            Unfit::Taken => f.write_str("another tensor has that name"),
+        }
+    }
 }
 
 /// The most names that one error lists.
@@ -201,6 +258,16 @@ impl fmt::Display for ParallelError {
             }
             E::EmptyStage { layers, pp_size } => {
                 write!(f, "{pp_size} pipeline stages need as many layers, the model has {layers}")
+            }
+            E::NoExperts { model, ep_size } => {
+                write!(f, "{model} has no experts for {ep_size} ranks to share; leave expert parallelism out")
+            }
+            E::UnlikeGroups { tp_size, ep_size } => {
+                write!(
+                    f,
+                    "experts that stay whole are shared by the ranks of tensor and data parallelism together: \
+                     {ep_size} that share experts and {tp_size} that share matrices must be a multiple of one another"
+                )
             }
             E::LayerRange { start, end, layers } => {
                 write!(f, "layers {start}..{end} are none of the model's {layers} (0..{layers})")
@@ -252,29 +319,33 @@ impl fmt::Display for ParallelError {
             E::UnknownExpert { tensor, expert, experts } => {
                 write!(f, "tensor {tensor:?} is of expert {expert}, config.json counts {experts}")
             }
-            E::MissingMember { target, missing } => {
-                write!(f, "fused tensor {target:?}: its member {missing:?} is not there; leave it unfused")
+            E::CannotFuse { fusion, target, why } => {
+                write!(
+                    f,
+                    "fused tensor {target:?}: {why}; leave {fusion:?} out, or fuse what can be (--fuse alone)"
+                )
             }
-            E::UnlikeMembers { target, first, first_is, second, second_is } => {
-                write!(f, "fused tensor {target:?}: {first:?} is {first_is}, {second:?} is {second_is}")
+            E::FusesNothing { fusion } => {
+                write!(f, "no tensor of the model goes into a fused {fusion:?}; leave it out")
             }
             E::UnknownFusion { name, known } => {
                 write!(f, "the rules fuse no {name:?}; they fuse {}", known.join(", "))
             }
-            E::StoredMember { target, member } => {
-                write!(
-                    f,
-                    "fused tensor {target:?}: {member:?} is quantized; dequantize it or leave it unfused"
-                )
+            E::StoredCut { works, is_of_expert, .. } => {
+                f.write_str("a tensor that stays as it is stored cannot be cut so; ")?;
+                if !works.is_empty() {
+                    let works: Vec<String> = works.iter().map(u64::to_string).collect();
+                    write!(f, "tp sizes that can: {}; ", works.join(", "))?;
+                }
+                f.write_str(if *is_of_expert { "whole experts (--whole-experts) or " } else { "" })?;
+                f.write_str("dequantizing (--dequantize) would work, too")
             }
-            E::StoredCut(_) => f.write_str("a tensor that stays as it is stored cannot be cut so"),
             E::StoredSections { tensor, member } => {
                 write!(
                     f,
                     "tensor {tensor:?}: its sections are not one after the other in {member:?}; dequantize it"
                 )
             }
-            E::SameName { name } => write!(f, "two tensors of the result would be named {name:?}"),
             E::Quantized(_) => f.write_str("what is to be cut must become numbers first"),
         }
     }
@@ -284,7 +355,7 @@ impl std::error::Error for ParallelError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
             ParallelError::Quantized(error) => Some(error),
-            ParallelError::StoredCut(error) => Some(error),
+            ParallelError::StoredCut { error, .. } => Some(error),
             _ => None,
         }
     }

@@ -1,4 +1,4 @@
-//! Fused tensors: several stored ones as row ranges, or a stack, of one.
+//! Fused tensors: which stored ones belong together, as row ranges or a stack of one.
 
 use std::collections::HashMap;
 
@@ -29,9 +29,10 @@ pub enum Fuse {
     /// None: every tensor keeps its name.
     #[default]
     No,
-    /// All that the rules have.
+    /// All that the rules have, as far as the model has them: what [cannot be fused](super::Unfit) keeps its members, and is
+    /// [told](crate::Assembly::unfused).
     All,
-    /// These, by [name](Rules::fusions), such as `qkv`.
+    /// These, by [name](Rules::fusions), such as `qkv`; one that cannot be fused is an error.
     Only(Vec<String>),
 }
 
@@ -59,7 +60,7 @@ impl Fuse {
 #[derive(Clone, Debug)]
 pub(super) struct Fused {
     pub(super) name: String,
-    key: Key,
+    pub(super) key: Key,
     /// By row range for each expert, or once: the entries of the members.
     pub(super) members: Vec<Option<u32>>,
     /// Number of row ranges.
@@ -70,8 +71,8 @@ pub(super) struct Fused {
 
 /// What the members of one fused tensor have in common.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct Key {
-    fusion: u32,
+pub(super) struct Key {
+    pub(super) fusion: u32,
     prefix: u32,
     leaf: Leaf,
     numbers: Numbers,
@@ -108,34 +109,27 @@ impl Gathering {
         members[slot] = Some(entry);
         place
     }
+}
 
-    /// Checks that no member is missing, and returns the fused tensors.
-    pub(super) fn finish(self, rules: &Rules, experts: Option<u64>) -> Result<Vec<Fused>, ParallelError> {
-        for fused in &self.fused {
-            let fusion = &rules.fusions[fused.key.fusion as usize];
-            let height =
-                experts.filter(|_| fusion.stacked).map_or(0, |experts| experts as usize * fused.rows);
-            let hole = fused.members.iter().position(Option::is_none);
-            let Some(slot) = hole.or((fused.members.len() < height).then_some(fused.members.len())) else {
-                continue;
-            };
-            let expert = (slot / fused.rows) as u32;
-            let numbers: Vec<u32> = fused
-                .key
-                .numbers
-                .as_slice()
-                .iter()
-                .copied()
-                .chain(fusion.stacked.then_some(expert))
-                .collect();
-            let missing = fused.key.name(rules, &fusion.rows[slot % fused.rows], &numbers);
-            return Err(ParallelError::MissingMember { target: fused.name.clone(), missing });
-        }
-        Ok(self.fused)
+impl Fused {
+    /// Returns the name of a member that is not there.
+    pub(super) fn missing(&self, rules: &Rules, experts: Option<u64>) -> Option<String> {
+        let fusion = &rules.fusions[self.key.fusion as usize];
+        let height = experts.filter(|_| fusion.stacked).map_or(0, |experts| experts as usize * self.rows);
+        let hole = self.members.iter().position(Option::is_none);
+        let slot = hole.or((self.members.len() < height).then_some(self.members.len()))?;
+        let expert = fusion.stacked.then_some((slot / self.rows) as u32);
+        let numbers: Vec<u32> = self.key.numbers.as_slice().iter().copied().chain(expert).collect();
+        Some(self.key.name(rules, &fusion.rows[slot % self.rows], &numbers))
     }
 }
 
 impl Key {
+    /// Returns what weight and bias of a module have in common.
+    pub(super) fn module(self) -> Key {
+        Key { leaf: Leaf::Itself, ..self }
+    }
+
     /// Puts numbers in the place of a pattern's stars.
     fn name(&self, rules: &Rules, pattern: &str, numbers: &[u32]) -> String {
         let mut name = rules.prefixes[self.prefix as usize].clone();

@@ -58,7 +58,11 @@ fn unpacked(rule: &Rule) -> Rule {
 
 fn rule(word: &str) -> Option<Rule> {
     let (_, effect) = WORDS.iter().find(|(words, _)| words.contains(&word))?;
-    let split = |sections| Split { sections: Sections::Equal(sections), is_uneven: sections == 1 };
+    let split = |sections| Split {
+        sections: Sections::Equal(sections),
+        is_uneven: sections == 1,
+        packed_block: None,
+    };
     let rule = match effect {
         Effect::Column => Rule::of(How::Column(split(1))),
         Effect::Row => Rule::of(How::Row(split(1))),

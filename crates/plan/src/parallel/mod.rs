@@ -24,6 +24,7 @@
 mod config;
 mod cut;
 mod error;
+mod fit;
 mod fuse;
 mod huggingface;
 mod packed;
@@ -32,13 +33,14 @@ mod pattern;
 mod ranks;
 mod rules;
 mod share;
+mod summary;
 mod table;
-mod text;
 
 pub use config::ModelConfig;
-pub use error::{NAMED_MAX, ParallelError};
+pub use error::{NAMED_MAX, ParallelError, Unfit};
 pub use fuse::Fuse;
 pub use partition::{Partition, Setup};
 pub use ranks::{Layers, Ranks};
 pub use rules::{Rules, Unmatched};
-pub use share::{Padding, Share};
+pub use share::Share;
+pub use summary::{Kept, Kind, Summary};

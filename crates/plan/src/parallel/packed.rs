@@ -3,7 +3,7 @@
 use super::ParallelError;
 use super::cut::Cut;
 use crate::checkpoint::{Checkpoint, TensorId};
-use crate::quant::Group;
+use crate::quant::{CutError, Group};
 use crate::slice::Slice;
 
 /// A member of a quantized tensor as a rank has it.
@@ -15,6 +15,9 @@ pub(super) struct MemberShare {
 
 /// Returns what a rank has of each member, in their order.
 ///
+/// An index that is in order goes with the scales of the rank's own groups: `in_order` is the group without it. Where groups straddle the cut, the
+/// rank has the scales of all groups and the index of its columns, as with an index in any order.
+///
 /// Where the cut has several pieces, what is kept of a member for each lies one after the other, along the only dimension in which they
 /// differ.
 ///
@@ -24,6 +27,7 @@ pub(super) struct MemberShare {
 pub(super) fn members(
     checkpoint: &Checkpoint,
     group: &Group,
+    in_order: Option<&Group>,
     cut: &Cut,
 ) -> Result<Vec<MemberShare>, ParallelError> {
     if cut.is_whole(&group.shape) {
@@ -31,10 +35,19 @@ pub(super) fn members(
         let whole = |id| MemberShare::new(Slice::whole(), shape(id).to_vec());
         return Ok(group.members.iter().map(|(_, id)| whole(*id)).collect());
     }
+    match in_order.map(|in_order| pieces(checkpoint, in_order, cut)) {
+        None | Some(Err(ParallelError::StoredCut { error: CutError::InsideUnit { .. }, .. })) => {
+            pieces(checkpoint, group, cut)
+        }
+        Some(shares) => shares,
+    }
+}
+
+fn pieces(checkpoint: &Checkpoint, group: &Group, cut: &Cut) -> Result<Vec<MemberShare>, ParallelError> {
     let mut shares: Vec<MemberShare> = Vec::new();
     for ranges in cut.ranges(&group.shape) {
-        let window = group.window(&ranges).map_err(ParallelError::StoredCut)?;
-        let slices = group.stored_slices(checkpoint, &window).map_err(ParallelError::StoredCut)?;
+        let window = group.window(&ranges).map_err(cannot_cut)?;
+        let slices = group.stored_slices(checkpoint, &window).map_err(cannot_cut)?;
         for (place, (id, slice)) in slices.into_iter().enumerate() {
             let info = checkpoint.tensor(id).info;
             let kept = slice.shape(info.shape).expect("a slice of a member is inside of it");
@@ -48,6 +61,11 @@ pub(super) fn members(
         }
     }
     Ok(shares)
+}
+
+/// What would work depends on the rule, which is not known here.
+fn cannot_cut(error: CutError) -> ParallelError {
+    ParallelError::StoredCut { error, works: Vec::new(), is_of_expert: false }
 }
 
 impl MemberShare {

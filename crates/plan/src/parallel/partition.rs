@@ -3,16 +3,17 @@
 use super::error::NAMED_MAX;
 use super::fuse::{Fuse, Fused, Gathering};
 use super::pattern::{Leaf, Stage};
-use super::rules::{Rule, Rules, Unmatched};
+use super::rules::{How, Rule, Rules, Unmatched};
 use super::share::Share;
 use super::{ModelConfig, ParallelError, Ranks};
+use crate::assembly::Unfused;
 use crate::checkpoint::{Checkpoint, TensorId};
 use crate::dtype::Dtype;
 use crate::placement::DeviceId;
-use crate::quant::{self, Group, Quantization};
+use crate::quant::{self, Group, Quantization, Role, Values};
 use crate::request::{Dequantize, matcher};
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 
 /// How the tensors of a partition are wanted.
 #[derive(Clone, Debug, Default)]
@@ -35,8 +36,13 @@ pub struct Partition<'a> {
     pub(super) config: ModelConfig,
     pub(super) entries: Vec<Entry>,
     pub(super) fused: Vec<Fused>,
+    pub(super) unfused: Vec<Unfused>,
     /// Of what is made into numbers.
     pub(super) made_dtype: Dtype,
+    /// Whether a tensor stays packed whose rule shares whole blocks of such ones: then all that are shared with it are.
+    pub(super) is_in_blocks: bool,
+    /// Groups that stay as they are stored and whose index is in order, as if they had none.
+    pub(super) in_order: HashMap<u32, Group>,
 }
 
 /// A tensor that ranks share.
@@ -70,7 +76,7 @@ impl<'a> Partition<'a> {
     /// # Errors
     /// [`ParallelError::Unmatched`] for tensors that no rule names, unless the rules [replicate](Rules::unmatched) them, [`ParallelError::Overlap`] for
     /// one that two rules name; [`ParallelError::UnknownLayer`] and [`ParallelError::UnknownExpert`] for what the configuration does not count;
-    /// [`ParallelError::UnknownFusion`], [`ParallelError::MissingMember`] and [`ParallelError::SameName`] for what cannot be fused;
+    /// [`ParallelError::UnknownFusion`], and for what was [named](Fuse::Only) [`ParallelError::CannotFuse`] and [`ParallelError::FusesNothing`];
     /// [`ParallelError::Quantized`] for a tensor that is to become numbers and cannot.
     pub fn new(
         checkpoint: &'a Checkpoint,
@@ -85,21 +91,56 @@ impl<'a> Partition<'a> {
             config: config.clone().or(&rules.defaults),
             entries: Vec::with_capacity(checkpoint.len()),
             fused: Vec::new(),
+            unfused: Vec::new(),
             made_dtype: setup.dequantize.map_or(Dtype::F32, |dequantize| dequantize.dtype),
+            is_in_blocks: false,
+            in_order: HashMap::new(),
         };
         partition.match_all(setup)?;
+        partition.is_in_blocks = partition.has_packed_blocks();
         partition.tie();
-        partition.check_names()?;
+        partition.fit(&setup.fuse)?;
         Ok(partition)
+    }
+
+    /// Returns the group indices (GPTQ's `g_idx`) of packed tensors that `tp_size` ranks cut along their columns.
+    ///
+    /// What such a rank needs depends on what they say: without an act-order it has the scales of its own groups, with one those of all
+    /// groups. Files say in their configuration whether they have one, and some are wrong, so the indices themselves decide, 4 bytes a
+    /// column, for whoever reads them and gives them to [`Partition::with_indices`].
+    pub fn indices(&self, tp_size: u32) -> Vec<TensorId> {
+        if tp_size == 1 {
+            return Vec::new();
+        }
+        let by_columns = self.entries.iter().filter(|entry| matches!(self.rule_of(entry).how, How::Row(_)));
+        by_columns.filter_map(|entry| self.index(entry).map(|(_, index)| index)).collect()
+    }
+
+    /// Completes it with the bytes of [its indices](Partition::indices). Without them every index is taken for one in any order.
+    pub fn with_indices(mut self, values: &Values) -> Partition<'a> {
+        let groups = self.groups;
+        let in_order =
+            self.entries.iter().filter_map(|entry| self.index(entry)).filter_map(|(number, index)| {
+                let group = &groups[number as usize];
+                let is_in_order = group.is_index_in_order(values.get(index)?);
+                is_in_order.then(|| (number, group.without_index()))
+            });
+        self.in_order = in_order.collect();
+        self
+    }
+
+    /// Returns the number of the group of a packed tensor, and the index that its recipe reads.
+    fn index(&self, entry: &Entry) -> Option<(u32, TensorId)> {
+        let Origin::Packed(number) = entry.origin else { return None };
+        let mut members = self.groups[number as usize].members.iter();
+        Some((number, members.find(|(role, _)| *role == Role::GroupIndex)?.1))
     }
 
     /// Returns what one rank has.
     ///
     /// # Errors
     /// What [`Ranks::check`] and [`Layers::range`](super::Layers::range) refuse; [`ParallelError::Uneven`], [`ParallelError::NotCounted`] and
-    /// [`ParallelError::TooFewDims`] for a tensor that cannot be cut so; [`ParallelError::UnlikeMembers`] and [`ParallelError::StoredMember`] for
-    /// what cannot be fused; [`ParallelError::StoredCut`] and
-    /// [`ParallelError::StoredSections`] for a quantized tensor that cannot be cut and stay as it is stored.
+    /// [`ParallelError::TooFewDims`] for a tensor that cannot be cut so; [`ParallelError::StoredCut`] and [`ParallelError::StoredSections`] for a quantized tensor that cannot be cut and stay as it is stored.
     pub fn share(&self, ranks: &Ranks, device: DeviceId) -> Result<Share, ParallelError> {
         Share::new(self, ranks, device)
     }
@@ -180,7 +221,7 @@ impl<'a> Partition<'a> {
             });
         }
         unmatched.check()?;
-        self.fused = gathering.finish(self.rules, self.config.experts)?;
+        self.fused = gathering.fused;
         Ok(())
     }
 
@@ -208,6 +249,13 @@ impl<'a> Partition<'a> {
         Ok(())
     }
 
+    fn has_packed_blocks(&self) -> bool {
+        self.entries.iter().any(|entry| {
+            let is_packed = matches!(entry.origin, Origin::Packed(_));
+            is_packed && self.rule_of(entry).split().is_some_and(|split| split.packed_block.is_some())
+        })
+    }
+
     /// Gives the embeddings to the last stage as well, where there is no head of its own.
     fn tie(&mut self) {
         let Some(tied) = self.rules.tied.as_ref().filter(|_| self.config.is_tied != Some(false)) else {
@@ -226,21 +274,6 @@ impl<'a> Partition<'a> {
         }
         for at in named(Stage::First, &tied.embeddings) {
             self.entries[at].stage = Stage::Ends;
-        }
-    }
-
-    /// Checks that no fused tensor takes the name of another tensor.
-    fn check_names(&self) -> Result<(), ParallelError> {
-        let same = |name: &str| Err(ParallelError::SameName { name: name.to_owned() });
-        let mut names = HashSet::with_capacity(self.fused.len());
-        for fused in &self.fused {
-            if !names.insert(fused.name.as_str()) || self.checkpoint.find(&fused.name).is_some() {
-                return same(&fused.name);
-            }
-        }
-        match self.groups.iter().find(|group| names.contains(group.name.as_str())) {
-            Some(group) => same(&group.name),
-            None => Ok(()),
         }
     }
 

@@ -27,6 +27,7 @@ pub struct Ranks {
 
 /// Which layers a rank has.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Layers {
     /// An even share of them: stage `stage` of `size`, from 0; see [`Layers::range`].
     Stage {
@@ -85,6 +86,47 @@ impl Ranks {
             (0..ep_size).flat_map(of_experts).map(move |ranks| ranks.pp(stage, pp_size))
         };
         (0..pp_size).flat_map(of_stage)
+    }
+
+    /// Returns all ranks of a group like this one: of the same sizes, and of all stages, or of its range of layers. The order is that of
+    /// [`Ranks::all`].
+    ///
+    /// Cut experts are shared beside everything else: `ep_size` times `tp_size` ranks a stage. [Whole](Ranks::whole_experts) ones go to the ranks of tensor
+    /// and data parallelism one after the other, as runtimes have them: 8 ranks that share experts and are 4 groups of 2 in all else are
+    /// 8 ranks, of which rank `r` is `tp r % 2` and `ep r`. Where more ranks share matrices than experts, neighbours have the same experts.
+    ///
+    /// # Errors
+    /// As [`Ranks::check`]; [`ParallelError::UnlikeGroups`] where whole experts are shared by a number of ranks that is neither a multiple of `tp_size` nor
+    /// a divisor of it.
+    ///
+    /// # Source
+    /// vLLM, `docs/serving/expert_parallel_deployment.md`: the size of the expert-parallel group is that of tensor parallelism times that of data parallelism.
+    pub fn group(&self) -> Result<Vec<Ranks>, ParallelError> {
+        let (tp_size, ep_size) = (self.tp_size, self.ep_size);
+        check("tensor-parallel rank", 0, tp_size)?;
+        check("expert-parallel rank", 0, ep_size)?;
+        let stages = match &self.layers {
+            Layers::Stage { size, .. } => {
+                check("pipeline stage", 0, *size)?;
+                (0..*size).map(|stage| Layers::Stage { stage, size: *size }).collect()
+            }
+            range @ Layers::Range(_) => vec![range.clone()],
+        };
+        let places: Vec<(u32, u32)> = match self.has_whole_experts {
+            false => (0..ep_size).flat_map(|ep| (0..tp_size).map(move |tp| (tp, ep))).collect(),
+            true if ep_size.is_multiple_of(tp_size) => (0..ep_size).map(|ep| (ep % tp_size, ep)).collect(),
+            true if tp_size.is_multiple_of(ep_size) => {
+                (0..tp_size).map(|tp| (tp, tp / (tp_size / ep_size))).collect()
+            }
+            true => return Err(ParallelError::UnlikeGroups { tp_size, ep_size }),
+        };
+        let of_stage = |layers: Layers| {
+            let place = move |(tp, ep): &(u32, u32)| {
+                Ranks { layers: layers.clone(), ..self.clone() }.tp(*tp, tp_size).ep(*ep, ep_size)
+            };
+            places.iter().map(place)
+        };
+        Ok(stages.into_iter().flat_map(of_stage).collect())
     }
 
     /// Checks that each rank is one of its group.
@@ -191,6 +233,30 @@ mod tests {
             }
             assert_eq!(next, count);
         }
+    }
+
+    #[test]
+    fn a_group_has_every_rank_once_and_whole_experts_spread_over_tensor_and_data_parallel_ranks() {
+        let places = |ranks: Ranks| -> Vec<(u32, u32)> {
+            let group = ranks.group().unwrap();
+            group.iter().for_each(|ranks| ranks.check().unwrap());
+            group.iter().map(|ranks| (ranks.tp_rank, ranks.ep_rank)).collect()
+        };
+        let ranks = |tp, ep| Ranks::alone().tp(0, tp).ep(0, ep);
+        assert_eq!(places(ranks(2, 2)), [(0, 0), (1, 0), (0, 1), (1, 1)]);
+        assert_eq!(places(ranks(2, 2).whole_experts()), [(0, 0), (1, 1)]);
+        assert_eq!(places(ranks(2, 4).whole_experts()), [(0, 0), (1, 1), (0, 2), (1, 3)]);
+        assert_eq!(places(ranks(4, 2).whole_experts()), [(0, 0), (1, 0), (2, 1), (3, 1)]);
+        assert_eq!(places(ranks(3, 1).whole_experts()), [(0, 0), (1, 0), (2, 0)]);
+        let product: Vec<Ranks> = Ranks::all(4, 3, 2).collect();
+        assert_eq!(ranks(4, 2).pp(0, 3).group().unwrap(), product);
+        let of_layers = ranks(2, 1).layers(3..5).group().unwrap();
+        assert_eq!(of_layers, [0, 1].map(|rank| Ranks::alone().tp(rank, 2).layers(3..5)));
+        assert_eq!(
+            ranks(4, 6).whole_experts().group().unwrap_err().to_string(),
+            "experts that stay whole are shared by the ranks of tensor and data parallelism together: 6 that share experts and 4 that share matrices must be a multiple of one another"
+        );
+        assert!(Ranks::alone().tp(0, 0).group().is_err());
     }
 
     #[test]

@@ -42,7 +42,8 @@ use super::{ModelConfig, ParallelError, huggingface};
 ///
 /// With them: `by` (`heads`, `kv_heads`, `intermediate`, or a list of these for sections one after the other) is what is shared: a share is a whole
 /// number of them, and ranks beyond the number of KV heads share a head, so that rank `r` of `n` has head `r * kv_heads / n`; `sections` is a number of equal sections,
-/// of each of which a rank has a share; `uneven` gives ranks `ceil(n / size)` each for as long as there are any, as `torch.chunk` does; `stacked` says that dimension 0 counts
+/// of each of which a rank has a share; `uneven` gives ranks `ceil(n / size)` each for as long as there are any, as `torch.chunk` does; `packed_block` gives them whole blocks of so many in that
+/// way, wherever one of the tensors whose rule has it stays packed, so that no block of codes with one scale is cut; `stacked` says that dimension 0 counts
 /// experts, which go to the expert-parallel ranks; `transposed` that a weight that is *not* quantized is stored `[in, out]`; `pad_to` (64) that a
 /// vocabulary is padded to a multiple of that, and of `tp_size`.
 #[derive(Clone, Debug)]
@@ -188,6 +189,8 @@ pub(super) struct Split {
     pub(super) sections: Sections,
     /// Whether later ranks may have less, or nothing.
     pub(super) is_uneven: bool,
+    /// How many are together where the tensor, or another that is shared in blocks, stays packed.
+    pub(super) packed_block: Option<u64>,
 }
 
 /// What a dimension is made of.
@@ -204,6 +207,14 @@ impl Rule {
 
     pub(super) const fn of(how: How) -> Rule {
         Rule { how, is_stacked: false, is_transposed: false, has_bias_everywhere: false }
+    }
+
+    /// Returns how a dimension is shared, if one is.
+    pub(super) fn split(&self) -> Option<&Split> {
+        match &self.how {
+            How::Column(split) | How::Row(split) => Some(split),
+            How::Replicated | How::Vocab { .. } => None,
+        }
     }
 }
 

@@ -9,10 +9,12 @@ use super::packed::{self, MemberShare};
 use super::partition::{Entry, Origin, Partition};
 use super::pattern::Stage;
 use super::{ParallelError, Ranks};
-use crate::assembly::{Assembled, Assembly, Part, Source};
-use crate::checkpoint::TensorRef;
+use crate::assembly::{Assembled, Assembly, Padding, Part, Source};
+use crate::checkpoint::{Checkpoint, TensorRef};
 use crate::placement::DeviceId;
+use crate::plan::PlanError;
 use crate::quant::Group;
+use crate::request::Request;
 use crate::slice::Slice;
 
 /// A rank's share of a model.
@@ -22,19 +24,8 @@ pub struct Share {
     pub ranks: Ranks,
     /// What is loaded: tensors in the order of the checkpoint, a fused one where its first member is.
     pub assembly: Assembly,
-    /// Rows that the rank has past the end of a vocabulary. They are in no file and in no tensor of the assembly.
-    pub padding: Vec<Padding>,
     /// For each tensor of the assembly the entry that its rule is from.
     pub(super) entries: Vec<u32>,
-}
-
-/// Rows that a rank has past the end of a vocabulary.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Padding {
-    /// Which tensor, by its place in the assembly.
-    pub tensor: u32,
-    /// Rows behind those of the tensor.
-    pub rows: u64,
 }
 
 impl Share {
@@ -54,8 +45,11 @@ impl Share {
             packed: HashMap::new(),
             share: Share {
                 ranks: ranks.clone(),
-                assembly: Assembly { tensors: Vec::with_capacity(partition.entries.len()) },
-                padding: Vec::new(),
+                assembly: Assembly {
+                    tensors: Vec::with_capacity(partition.entries.len()),
+                    padding: Vec::new(),
+                    unfused: partition.unfused.clone(),
+                },
                 entries: Vec::with_capacity(partition.entries.len()),
             },
         };
@@ -74,6 +68,25 @@ impl Share {
         }
         Ok(building.share)
     }
+
+    /// Keeps what a request selects of it, by the names of the result.
+    ///
+    /// # Errors
+    /// [`PlanError::UnknownTensor`] for a name that the rank does not have, and what globs that match nothing are.
+    pub fn select(mut self, checkpoint: &Checkpoint, request: &Request) -> Result<Share, PlanError> {
+        let kept = self.assembly.selected(checkpoint, request)?;
+        let mut places = vec![None; self.assembly.tensors.len()];
+        for (number, place) in (0u32..).zip(&kept) {
+            places[*place] = Some(number);
+        }
+        let mut is_kept = places.iter().map(Option::is_some);
+        self.assembly.tensors.retain(|_| is_kept.next() == Some(true));
+        self.entries = kept.iter().map(|place| self.entries[*place]).collect();
+        let moved =
+            |padding: &Padding| Some(Padding { tensor: places[padding.tensor as usize]?, ..*padding });
+        self.assembly.padding = self.assembly.padding.iter().filter_map(moved).collect();
+        Ok(self)
+    }
 }
 
 impl Partition<'_> {
@@ -91,6 +104,12 @@ impl Partition<'_> {
     /// Returns the experts that a rank has by their number.
     fn experts(&self, ranks: &Ranks) -> Result<Range<u64>, ParallelError> {
         let Some(entry) = self.entries.iter().find(|entry| entry.expert.is_some()) else {
+            let is_stacked = |entry: &Entry| self.rule_of(entry).is_stacked;
+            if ranks.ep_size > 1 && !self.entries.iter().any(is_stacked) {
+                let named = self.config.architectures.first();
+                let model = named.map_or_else(|| "the model".to_owned(), String::clone);
+                return Err(ParallelError::NoExperts { model, ep_size: ranks.ep_size });
+            }
             return Ok(0..u64::MAX);
         };
         match self.config.experts {
@@ -132,7 +151,7 @@ impl<'a> Building<'_, 'a> {
         if cut.padding > 0 {
             // Of a packed one the first member, which holds the codes.
             let tensor = self.share.assembly.tensors.len() as u32;
-            self.share.padding.push(Padding { tensor, rows: cut.padding });
+            self.share.assembly.padding.push(Padding { tensor, rows: cut.padding });
         }
         let Some(source) = source(entry.origin) else { return self.packed(number, entry, &cut) };
         let whole = self.partition.shape(entry);
@@ -152,16 +171,19 @@ impl<'a> Building<'_, 'a> {
     /// Adds the members of a quantized tensor, each under its own name.
     fn packed(&mut self, number: u32, entry: &Entry, cut: &Cut) -> Result<(), ParallelError> {
         let Origin::Packed(group) = entry.origin else { unreachable!("others have one source") };
-        let (checkpoint, group) = (self.partition.checkpoint, &self.partition.groups[group as usize]);
+        let (checkpoint, in_order) = (self.partition.checkpoint, self.partition.in_order.get(&group));
+        let group = &self.partition.groups[group as usize];
         let members: Vec<TensorRef<'_>> =
             group.members.iter().map(|(_, id)| checkpoint.tensor(*id)).collect();
         // Experts by the thousand are cut alike.
         let known = self.packed.entry(entry.rule).or_default();
-        let alike = known.as_ref().filter(|known| known.is_like(group, &members, cut));
+        let alike = known.as_ref().filter(|known| known.is_like(group, in_order.is_some(), &members, cut));
         if alike.is_none() {
-            let shares = packed::members(checkpoint, group, cut)?;
+            let shares = packed::members(checkpoint, group, in_order, cut)
+                .map_err(|error| self.partition.with_what_works(entry, cut, error))?;
             *known = Some(Known {
                 group,
+                is_in_order: in_order.is_some(),
                 cut: cut.clone(),
                 shapes: members.iter().map(|own| own.info.shape).collect(),
                 shares,
@@ -184,7 +206,13 @@ impl<'a> Building<'_, 'a> {
     fn fused(&mut self, fused: &Fused) -> Result<(), ParallelError> {
         let mut stack = Stack::default();
         for members in fused.members.chunks(fused.rows) {
-            if self.has_all(fused, members)? && !self.expert(fused, members, &mut stack)? {
+            // Members that fit one another are on the same ranks.
+            let is_here = members
+                .first()
+                .copied()
+                .flatten()
+                .is_some_and(|first| self.has(&self.partition.entries[first as usize]));
+            if is_here && !self.expert(fused, members, &mut stack)? {
                 return Ok(());
             }
         }
@@ -198,20 +226,6 @@ impl<'a> Building<'_, 'a> {
         Ok(())
     }
 
-    /// Tells whether the rank has the members of one expert.
-    fn has_all(&self, fused: &Fused, members: &[Option<u32>]) -> Result<bool, ParallelError> {
-        let (here, elsewhere): (Vec<u32>, Vec<u32>) =
-            members.iter().flatten().partition(|number| self.has(&self.partition.entries[**number as usize]));
-        match (here.as_slice(), elsewhere.first()) {
-            ([], _) => Ok(false),
-            (_, None) => Ok(true),
-            (_, Some(other)) => {
-                let missing = self.partition.name(&self.partition.entries[*other as usize]).to_owned();
-                Err(ParallelError::MissingMember { target: fused.name.clone(), missing })
-            }
-        }
-    }
-
     /// Puts the members of one expert on the stack; tells whether the rank has them at all.
     fn expert(
         &self,
@@ -221,16 +235,13 @@ impl<'a> Building<'_, 'a> {
     ) -> Result<bool, ParallelError> {
         let behind = usize::from(fused.is_stacked);
         let mut row = 0;
-        for (place, number) in members.iter().flatten().enumerate() {
+        for number in members.iter().flatten() {
             let entry = &self.partition.entries[*number as usize];
             let Some(cut) = self.partition.cut(entry, self.ranks)? else { return Ok(false) };
-            let name = || self.partition.name(entry).to_owned();
-            let stored = || ParallelError::StoredMember { target: fused.name.clone(), member: name() };
-            let source = source(entry.origin).ok_or_else(stored)?;
+            let source = source(entry.origin).expect("what stays packed does not fit");
             let whole = self.partition.shape(entry);
             let kept = cut.shape(whole);
-            let first = *stack.first.get_or_insert(*number);
-            self.check_alike(fused, (first, *number), &kept, &stack.rows, place)?;
+            stack.first.get_or_insert(*number);
             for (slice, before) in cut.slices(whole) {
                 let mut at = vec![0; behind + kept.len()];
                 at[0] = stack.height * behind as u64;
@@ -247,36 +258,6 @@ impl<'a> Building<'_, 'a> {
         Ok(true)
     }
 
-    /// Checks that a member has the dtype of the first, its dimensions but for the rows, and as many rows as in the first expert.
-    fn check_alike(
-        &self,
-        fused: &Fused,
-        (first, second): (u32, u32),
-        kept: &[u64],
-        rows: &[Vec<u64>],
-        place: usize,
-    ) -> Result<(), ParallelError> {
-        let partition = self.partition;
-        let [first, second] = [first, second].map(|number| &partition.entries[number as usize]);
-        let is_like_first = rows.first().is_none_or(|first| first.get(1..) == kept.get(1..));
-        let is_as_high = rows.get(place).is_none_or(|rows| rows.first() == kept.first());
-        if partition.dtype(first) == partition.dtype(second)
-            && !kept.is_empty()
-            && is_like_first
-            && is_as_high
-        {
-            return Ok(());
-        }
-        let is = |entry| format!("{} {:?}", partition.dtype(entry), partition.shape(entry));
-        Err(ParallelError::UnlikeMembers {
-            target: fused.name.clone(),
-            first: partition.name(first).to_owned(),
-            first_is: is(first),
-            second: partition.name(second).to_owned(),
-            second_is: is(second),
-        })
-    }
-
     fn push(&mut self, entry: u32, name: String, shape: Vec<u64>, parts: Vec<Part>) {
         self.share.assembly.tensors.push(Assembled { name, shape, device: self.device, parts });
         self.share.entries.push(entry);
@@ -286,6 +267,7 @@ impl<'a> Building<'_, 'a> {
 /// How a quantized tensor is cut that stays as it is stored.
 struct Known<'a> {
     group: &'a Group,
+    is_in_order: bool,
     cut: Cut,
     shapes: Vec<&'a [u64]>,
     shares: Vec<MemberShare>,
@@ -293,9 +275,10 @@ struct Known<'a> {
 
 impl Known<'_> {
     /// Tells whether another is cut the same way.
-    fn is_like(&self, group: &Group, members: &[TensorRef<'_>], cut: &Cut) -> bool {
+    fn is_like(&self, group: &Group, is_in_order: bool, members: &[TensorRef<'_>], cut: &Cut) -> bool {
         let shapes = members.iter().map(|member| member.info.shape);
         self.cut == *cut
+            && self.is_in_order == is_in_order
             && self.group.shape == group.shape
             && self.group.recipe == group.recipe
             && self.shapes.iter().copied().eq(shapes)

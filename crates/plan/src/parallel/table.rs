@@ -147,6 +147,8 @@ struct Line {
     #[serde(default)]
     uneven: bool,
     #[serde(default)]
+    packed_block: Option<u64>,
+    #[serde(default)]
     stacked: bool,
     #[serde(default)]
     transposed: bool,
@@ -176,11 +178,11 @@ fn rule(line: Value) -> Result<Rule, String> {
         Value::String(word) => serde_json::json!({ "rule": word }),
         other => other,
     };
-    let Line { rule, by, sections, uneven, stacked, transposed, pad_to } =
+    let Line { rule, by, sections, uneven, packed_block, stacked, transposed, pad_to } =
         serde_json::from_value(line).map_err(|error| error.to_string())?;
     let is_cut = matches!(rule, Word::Column | Word::Row);
-    if !is_cut && (by.is_some() || sections.is_some() || uneven || transposed) {
-        return Err("by, sections, uneven and transposed are of column and row".to_owned());
+    if !is_cut && (by.is_some() || sections.is_some() || uneven || packed_block.is_some() || transposed) {
+        return Err("by, sections, uneven, packed_block and transposed are of column and row".to_owned());
     }
     if rule != Word::Vocab && pad_to.is_some() || rule == Word::Vocab && stacked {
         return Err("pad_to is of vocab, stacked of all others".to_owned());
@@ -198,7 +200,10 @@ fn rule(line: Value) -> Result<Rule, String> {
     if uneven && sections != Sections::Equal(1) {
         return Err("sections and what is counted are shared evenly".to_owned());
     }
-    let split = Split { sections, is_uneven: uneven };
+    if packed_block.is_some_and(|block| !(1..=PACKED_BLOCK_MAX).contains(&block)) {
+        return Err(format!("packed_block is 1 to {PACKED_BLOCK_MAX}"));
+    }
+    let split = Split { sections, is_uneven: uneven, packed_block };
     let how = match rule {
         Word::Column => How::Column(split),
         Word::Row => How::Row(split),
@@ -253,6 +258,9 @@ const PAD_TO_MAX: u64 = 1 << 20;
 
 /// The most sections of a dimension: each is a part of its own.
 const SECTIONS_MAX: u64 = 64;
+
+/// The largest blocks of a packed tensor, far past any format's.
+const PACKED_BLOCK_MAX: u64 = 1 << 16;
 
 /// Tables that extend one another: more is a circle.
 const EXTENDS_MAX: u32 = 4;

@@ -34,7 +34,7 @@ impl Values {
     }
 
     /// Returns the bytes of a tensor.
-    pub(super) fn get(&self, tensor: TensorId) -> Option<&[u8]> {
+    pub(crate) fn get(&self, tensor: TensorId) -> Option<&[u8]> {
         self.bytes.get(&tensor).map(|bytes| &**bytes)
     }
 }

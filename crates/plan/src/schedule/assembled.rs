@@ -1,6 +1,7 @@
 //! From an assembly to the tensors of the result.
 
 use std::borrow::Cow;
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use smallvec::SmallVec;
@@ -23,39 +24,50 @@ pub(super) fn assembled<'r>(
     if let Some((name, _)) = request.slices.first() {
         return Err(PlanError::SliceOfAssembled { name: name.clone() });
     }
-    let kept = kept(checkpoint, request, assembly)?;
+    let kept = assembly.selected(checkpoint, request)?;
     let mut assembling = Assembling { checkpoint, request, known: Vec::new() };
-    kept.into_iter().map(|tensor| assembling.one(tensor)).collect()
+    kept.into_iter().map(|place| assembling.one(&assembly.tensors[place])).collect()
 }
 
-fn kept<'r>(
-    checkpoint: &Checkpoint,
-    request: &Request,
-    assembly: &'r Assembly,
-) -> Result<Vec<&'r Assembled>, PlanError> {
-    let all = assembly.tensors.iter();
-    match &request.select {
-        Select::All => Ok(all.collect()),
-        Select::Names(names) => {
-            let unknown = |name: &&String| !assembly.tensors.iter().any(|tensor| tensor.name == **name);
-            if let Some(name) = names.iter().find(unknown) {
-                let tensor_count = assembly.tensors.len();
-                return Err(PlanError::UnknownTensor { name: name.clone(), tensor_count });
+impl Assembly {
+    /// Returns the places of the tensors that a request selects, ascending.
+    pub(crate) fn selected(
+        &self,
+        checkpoint: &Checkpoint,
+        request: &Request,
+    ) -> Result<Vec<usize>, PlanError> {
+        let all = self.tensors.iter().enumerate();
+        let places = |kept: &mut dyn FnMut(&Assembled) -> bool| {
+            all.clone().filter(|(_, tensor)| kept(tensor)).map(|(place, _)| place).collect::<Vec<_>>()
+        };
+        match &request.select {
+            Select::All => Ok((0..self.tensors.len()).collect()),
+            Select::Names(names) => {
+                let mut missing: HashSet<&str> = names.iter().map(String::as_str).collect();
+                let asked = missing.clone();
+                let kept = places(&mut |tensor| {
+                    missing.remove(&*tensor.name);
+                    asked.contains(&*tensor.name)
+                });
+                match names.iter().find(|name| missing.contains(&***name)) {
+                    Some(name) => {
+                        let tensor_count = self.tensors.len();
+                        Err(PlanError::UnknownTensor { name: name.clone(), tensor_count })
+                    }
+                    None => Ok(kept),
+                }
             }
-            Ok(all.filter(|tensor| names.contains(&tensor.name)).collect())
-        }
-        Select::Globs(globs) => {
-            let mut globs = Globs::new(globs)?;
-            let kept = all.filter(|tensor| globs.is_hit(&tensor.name)).collect();
-            globs.check_each_hit(checkpoint)?;
-            Ok(kept)
-        }
-        Select::Predicate(keep) => {
-            // A predicate sees stored tensors: an assembled one is kept with the first of its sources.
-            let first = |tensor: &Assembled| tensor.parts.first().map(|part| id(request, part.source));
-            let is_kept =
-                |tensor: &&Assembled| first(tensor).is_none_or(|id| keep.keeps(&checkpoint.tensor(id)));
-            Ok(all.filter(is_kept).collect())
+            Select::Globs(globs) => {
+                let mut globs = Globs::new(globs)?;
+                let kept = places(&mut |tensor| globs.is_hit(&tensor.name));
+                globs.check_each_hit(checkpoint)?;
+                Ok(kept)
+            }
+            Select::Predicate(keep) => {
+                // A predicate sees stored tensors: an assembled one is kept with the first of its sources.
+                let first = |tensor: &Assembled| tensor.parts.first().map(|part| id(request, part.source));
+                Ok(places(&mut |tensor| first(tensor).is_none_or(|id| keep.keeps(&checkpoint.tensor(id)))))
+            }
         }
     }
 }

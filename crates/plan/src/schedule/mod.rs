@@ -72,6 +72,7 @@ pub(crate) fn plan(
         names,
         dims,
         over_reads: Vec::new(),
+        unfused: request.assembly.as_ref().map_or(Vec::new(), |assembly| assembly.unfused.clone()),
         machine: machine.clone(),
         promised: Promised::default(),
     };

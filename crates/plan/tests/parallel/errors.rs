@@ -3,7 +3,7 @@
 use tensorhaul_plan::parallel::{
     Fuse, ModelConfig, ParallelError, Partition, Ranks, Rules, Setup, Share, Unmatched,
 };
-use tensorhaul_plan::quant::Quantization;
+use tensorhaul_plan::quant::{Quantization, Values};
 use tensorhaul_plan::{DeviceId, Dtype, Part, Slice};
 
 use crate::golden::{all, recognize};
@@ -244,7 +244,7 @@ fn rules_that_say_nothing_sensible_are_refused_with_the_place() {
         (r#"{"rules":{"a":"diagonal"}}"#, "\"a\": unknown variant `diagonal`, expected one of `column`"),
         (
             r#"{"rules":{"a":{"rule":"vocab","by":"heads"}}}"#,
-            "by, sections, uneven and transposed are of column and row",
+            "by, sections, uneven, packed_block and transposed are of column and row",
         ),
         (
             r#"{"rules":{"a":{"rule":"column","by":"heads","sections":2}}}"#,
@@ -254,6 +254,7 @@ fn rules_that_say_nothing_sensible_are_refused_with_the_place() {
         (r#"{"rules":{"a":{"rule":"column","by":[]}}}"#, "1 to 64 sections"),
         (r#"{"rules":{"a":{"rule":"row","pad_to":8}}}"#, "pad_to is of vocab, stacked of all others"),
         (r#"{"rules":{"a":{"rule":"vocab","pad_to":0}}}"#, "pad_to is 0, not 1 to 1048576"),
+        (r#"{"rules":{"a":{"rule":"row","packed_block":0}}}"#, "packed_block is 1 to 65536"),
         (
             r#"{"rules":{"a":{"rule":"row","sections":2,"uneven":true}}}"#,
             "sections and what is counted are shared evenly",
@@ -270,25 +271,44 @@ fn rules_that_say_nothing_sensible_are_refused_with_the_place() {
     Rules::parse(r#"{"extends":"LlamaForCausalLM","rules":{"layers.*.more":"replicated"}}"#).unwrap();
 }
 
+fn only(name: &str) -> Fuse {
+    Fuse::Only(vec![name.to_owned()])
+}
+
+fn names(share: &Share) -> Vec<&str> {
+    share.assembly.tensors.iter().map(|tensor| tensor.name.as_str()).collect()
+}
+
+/// What fusing all leaves apart, and what asking for it by its name is refused with; on every rank the same.
+fn unfused(model: &Model, name: &str) -> (Vec<String>, String) {
+    let told = |ranks| {
+        let share = share(model, ranks, Fuse::All).unwrap();
+        share.assembly.unfused.iter().map(ToString::to_string).collect::<Vec<_>>()
+    };
+    assert_eq!(told(Ranks::alone()), told(Ranks::alone().tp(1, 2)));
+    (told(Ranks::alone()), share(model, Ranks::alone(), only(name)).unwrap_err().to_string())
+}
+
 #[test]
-fn a_fused_member_that_is_missing_or_unlike_is_named() {
-    let fused = |model: &Model, ranks| share(model, ranks, Fuse::All).unwrap_err().to_string();
+fn what_cannot_be_fused_keeps_its_members_and_is_told_unless_it_was_named() {
+    let model = llama().without("layers.3.self_attn.k_proj");
+    let (told, refused) = unfused(&model, "qkv");
     assert_eq!(
-        fused(&llama().without("layers.3.self_attn.k_proj"), Ranks::alone()),
-        "fused tensor \"model.layers.3.self_attn.qkv_proj.weight\": its member \"model.layers.3.self_attn.k_proj.weight\" is not there; leave it unfused"
+        told,
+        [
+            "qkv of 1 module, \"model.layers.3.self_attn.qkv_proj.weight\": its member \"model.layers.3.self_attn.k_proj.weight\" is not there"
+        ]
     );
-    let moe = models::qwen_moe("Qwen3MoeForCausalLM", &TINY);
-    for expert in [2, 7] {
-        let missing = format!("model.layers.1.mlp.experts.{expert}.up_proj");
-        let text = fused(&moe.clone().without(&missing), Ranks::alone().ep(0, 2));
-        assert!(text.contains(&format!("member \"{missing}.weight\" is not there")), "{text}");
-    }
-    let without_last = moe.without("experts.7.");
-    let text = fused(&without_last, Ranks::alone());
-    assert!(
-        text.contains("experts.w13_weight\": its member \"model.layers.0.mlp.experts.7.gate_proj.weight\""),
-        "{text}"
+    assert_eq!(
+        refused,
+        "fused tensor \"model.layers.3.self_attn.qkv_proj.weight\": its member \"model.layers.3.self_attn.k_proj.weight\" is not there; leave \"qkv\" out, or fuse what can be (--fuse alone)"
     );
+    let rest = share(&model, Ranks::alone().tp(1, 2), Fuse::All).unwrap();
+    let names = names(&rest);
+    assert!(names.contains(&"model.layers.2.self_attn.qkv_proj.weight"));
+    assert!(names.contains(&"model.layers.3.self_attn.q_proj.weight"));
+    assert!(!names.contains(&"model.layers.2.self_attn.q_proj.weight"));
+    assert!(names.contains(&"model.layers.3.mlp.gate_up_proj.weight"));
 
     let other = with(
         llama().without("layers.0.mlp.up_proj"),
@@ -297,25 +317,109 @@ fn a_fused_member_that_is_missing_or_unlike_is_named() {
         &[48, 8],
     );
     assert_eq!(
-        fused(&other, Ranks::alone()),
-        "fused tensor \"model.layers.0.mlp.gate_up_proj.weight\": \"model.layers.0.mlp.gate_proj.weight\" is BF16 [48, 8], \"model.layers.0.mlp.up_proj.weight\" is F32 [48, 8]"
-    );
-    let taken = with(llama(), "model.layers.0.mlp.gate_up_proj.weight", Dtype::F32, &[1]);
-    let config = ModelConfig::parse(taken.config.as_bytes()).unwrap();
-    let rules = Rules::of(&config).unwrap().unmatched(Unmatched::Replicate);
-    assert_eq!(
-        share_by(&taken, &rules, Ranks::alone(), Fuse::All).unwrap_err().to_string(),
-        "two tensors of the result would be named \"model.layers.0.mlp.gate_up_proj.weight\""
+        unfused(&other, "gate_up").0,
+        [
+            "gate_up of 1 module, \"model.layers.0.mlp.gate_up_proj.weight\": \"model.layers.0.mlp.gate_proj.weight\" is BF16 [48, 8], column, \"model.layers.0.mlp.up_proj.weight\" is F32 [48, 8], column"
+        ]
     );
     assert_eq!(
-        share(&llama(), Ranks::alone(), Fuse::Only(vec!["kv".to_owned()])).unwrap_err().to_string(),
+        share(&llama(), Ranks::alone(), only("kv")).unwrap_err().to_string(),
         "the rules fuse no \"kv\"; they fuse qkv, gate_up"
     );
-    let only = share(&llama(), Ranks::alone(), Fuse::Only(vec!["qkv".to_owned()])).unwrap();
-    let names: Vec<&str> = only.assembly.tensors.iter().map(|tensor| tensor.name.as_str()).collect();
+    let attention = share(&llama(), Ranks::alone(), only("qkv")).unwrap();
+    let names = self::names(&attention);
     assert!(
         names.contains(&"model.layers.4.self_attn.qkv_proj.weight")
             && names.contains(&"model.layers.4.mlp.up_proj.weight")
+    );
+}
+
+#[test]
+fn a_module_is_fused_whole_or_not_at_all() {
+    // Biases of q and v alone.
+    let mut model = llama();
+    for layer in 0..5 {
+        for (name, rows) in [("q", 48), ("v", 12)] {
+            let name = format!("model.layers.{layer}.self_attn.{name}_proj.bias");
+            model = with(model, &name, Dtype::Bf16, &[rows]);
+        }
+    }
+    let (told, _) = unfused(&model, "qkv");
+    assert_eq!(
+        told,
+        [
+            "qkv of 5 modules, such as \"model.layers.0.self_attn.qkv_proj.bias\": its member \"model.layers.0.self_attn.k_proj.bias\" is not there"
+        ]
+    );
+    let share = share(&model, Ranks::alone(), Fuse::All).unwrap();
+    assert!(!names(&share).iter().any(|name| name.contains("qkv_proj")));
+    assert_eq!(names(&share).len(), model.tensors.len() - 5);
+}
+
+#[test]
+fn stacks_that_lack_an_expert_stay_apart_on_every_rank() {
+    let moe = models::qwen_moe("Qwen3MoeForCausalLM", &TINY);
+    for expert in [2, 7] {
+        let missing = format!("model.layers.1.mlp.experts.{expert}.up_proj");
+        let model = moe.clone().without(&missing);
+        let told = [0, 1].map(|rank| {
+            let share = share(&model, Ranks::alone().ep(rank, 2), Fuse::All).unwrap();
+            assert!(names(&share).contains(&"model.layers.0.mlp.experts.w13_weight"));
+            assert!(!names(&share).contains(&"model.layers.1.mlp.experts.w13_weight"));
+            share.assembly.unfused
+        });
+        assert_eq!(told[0], told[1]);
+        assert!(told[0][0].why.contains(&format!("member \"{missing}.weight\" is not there")), "{told:?}");
+    }
+    let (told, refused) = unfused(&moe.without("experts.7."), "experts_w13");
+    assert_eq!(told.len(), 2);
+    assert!(told[0].starts_with("experts_w13 of 5 modules, such as "), "{told:?}");
+    assert!(
+        refused.contains("experts_w13\" out")
+            || refused.contains("member \"model.layers.0.mlp.experts.7.gate_proj.weight\""),
+        "{refused}"
+    );
+}
+
+#[test]
+fn a_fused_tensor_does_not_take_anothers_name() {
+    let taken = with(llama(), "model.layers.0.mlp.gate_up_proj.weight", Dtype::F32, &[1]);
+    let config = ModelConfig::parse(taken.config.as_bytes()).unwrap();
+    let rules = Rules::of(&config).unwrap().unmatched(Unmatched::Replicate);
+    let share = share_by(&taken, &rules, Ranks::alone(), Fuse::All).unwrap();
+    assert_eq!(
+        share.assembly.unfused[0].to_string(),
+        "gate_up of 1 module, \"model.layers.0.mlp.gate_up_proj.weight\": another tensor has that name"
+    );
+    let names = names(&share);
+    assert_eq!(names.iter().filter(|name| **name == "model.layers.0.mlp.gate_up_proj.weight").count(), 1);
+    let refused = share_by(&taken, &rules, Ranks::alone(), only("gate_up")).unwrap_err().to_string();
+    assert!(refused.contains("another tensor has that name"), "{refused}");
+}
+
+#[test]
+fn latent_attention_without_low_rank_queries_has_no_fused_attention() {
+    // DeepSeek-V2-Lite: q_proj and kv_a_proj_with_mqa are there, q_a_proj and k_proj are not.
+    let sizes = Sizes { nope: 2, hidden: 12, q_lora: 8, ..TINY };
+    let mut model = models::deepseek("DeepseekV2ForCausalLM", &sizes).without("self_attn.q_");
+    for layer in 0..=sizes.layers {
+        let name = format!("model.layers.{layer}.self_attn.q_proj.weight");
+        model = with(model, &name, Dtype::Bf16, &[24 * (2 + 2), 12]);
+    }
+    let (told, _) = unfused(&model, "qkv");
+    assert_eq!(told.len(), 2, "{told:?}");
+    for name in ["qkv_a of 6 modules, such as ", "qkv of 6 modules, such as "] {
+        assert!(told.iter().any(|line| line.starts_with(name)), "{told:?}");
+    }
+    let share = share(&model, Ranks::alone().tp(1, 2), Fuse::All).unwrap();
+    assert!(names(&share).contains(&"model.layers.2.mlp.experts.w13_weight"));
+    assert!(names(&share).contains(&"model.layers.0.mlp.gate_up_proj.weight"));
+    let refused = self::share(&llama(), Ranks::alone(), Fuse::Only(vec!["qkv".into(), "kv".into()]));
+    assert!(refused.is_err());
+    let nothing = models::deepseek("DeepseekV3ForCausalLM", &sizes);
+    assert_eq!(
+        self::share(&nothing, Ranks::alone(), only("qkv")).unwrap_err().to_string(),
+        "no tensor of the model goes into a fused \"qkv\"; leave it out"
     );
 }
 
@@ -327,11 +431,15 @@ fn what_stays_packed_is_not_fused_and_not_cut_inside_a_block() {
     let quantization = recognize(&checkpoint, &model);
     let config = ModelConfig::parse(model.config.as_bytes()).unwrap();
     let rules = Rules::of(&config).unwrap();
-    let stored = Setup { quantization: Some(&quantization), dequantize: None, fuse: Fuse::All };
-    let partition = Partition::new(&checkpoint, &config, &rules, &stored).unwrap();
+    let stored = |fuse| Setup { quantization: Some(&quantization), dequantize: None, fuse };
+    let partition = Partition::new(&checkpoint, &config, &rules, &stored(Fuse::All)).unwrap();
+    let share = partition.share(&Ranks::alone(), DeviceId::Host).unwrap();
+    assert_eq!(share.assembly.unfused.len(), 5, "{:?}", share.assembly.unfused);
+    assert_eq!(names(&share).len(), model.tensors.len());
+    assert!(partition.summary(&share).to_string().contains("\n  not fused: qkv_a of 6 modules, such as "));
     assert_eq!(
-        partition.share(&Ranks::alone(), DeviceId::Host).unwrap_err().to_string(),
-        "fused tensor \"model.layers.0.self_attn.fused_qkv_a_proj.weight\": \"model.layers.0.self_attn.q_a_proj.weight\" is quantized; dequantize it or leave it unfused"
+        Partition::new(&checkpoint, &config, &rules, &stored(only("qkv_a"))).unwrap_err().to_string(),
+        "fused tensor \"model.layers.0.self_attn.fused_qkv_a_proj.weight\": \"model.layers.0.self_attn.q_a_proj.weight\" stays quantized, with scales of its own; dequantized it would fit; leave \"qkv_a\" out, or fuse what can be (--fuse alone)"
     );
     // Without recognition a scale is a tensor like any other, and has no rule.
     let unseen = Setup::default();
@@ -347,12 +455,80 @@ fn what_stays_packed_is_not_fused_and_not_cut_inside_a_block() {
     let rules = Rules::of(&config).unwrap();
     let partition = Partition::new(&checkpoint, &config, &rules, &setup).unwrap();
     partition.share(&Ranks::alone().tp(2, 3), DeviceId::Host).unwrap();
+    // By rules that know of no blocks.
+    let text = r#"{"extends":"GptOssForCausalLM","rules":{
+        "layers.*.mlp.experts.gate_up_proj": {"rule":"column","by":"intermediate","stacked":true},
+        "layers.*.mlp.experts.gate_up_proj_bias": {"rule":"column","by":"intermediate","stacked":true},
+        "layers.*.mlp.experts.down_proj": {"rule":"row","by":"intermediate","stacked":true}}}"#;
+    let even = Rules::parse(text).unwrap();
+    let partition = Partition::new(&checkpoint, &config, &even, &setup).unwrap();
     let error = partition.share(&Ranks::alone().tp(1, 2), DeviceId::Host).unwrap_err();
-    assert_eq!(error.to_string(), "a tensor that stays as it is stored cannot be cut so");
+    assert_eq!(
+        error.to_string(),
+        "a tensor that stays as it is stored cannot be cut so; tp sizes that can: 1, 3; whole experts (--whole-experts) or dequantizing (--dequantize) would work, too"
+    );
     assert_eq!(
         std::error::Error::source(&error).unwrap().to_string(),
         "tensor \"model.layers.0.mlp.experts.down_proj_scales\": column 48 of \"model.layers.0.mlp.experts.down_proj\" is inside 32 columns that are scaled together; cutting at 32 or 64 would work, or dequantizing"
     );
+    partition.share(&Ranks::alone().tp(1, 2).whole_experts(), DeviceId::Host).unwrap();
+}
+
+#[test]
+fn packed_experts_are_shared_in_whole_blocks_and_their_biases_with_them() {
+    let sizes = Sizes { hidden: 32, moe_intermediate: 96, block: 32, layers: 1, ..TINY };
+    let model = models::gpt_oss(&sizes);
+    let checkpoint = model.checkpoint();
+    let quantization = recognize(&checkpoint, &model);
+    let config = ModelConfig::parse(model.config.as_bytes()).unwrap();
+    let rules = Rules::of(&config).unwrap();
+    let dequantize = all(&quantization);
+    let widths = |dequantize, tp_size: u32| -> Vec<[u64; 5]> {
+        let setup = Setup { quantization: Some(&quantization), dequantize, fuse: Fuse::No };
+        let partition = Partition::new(&checkpoint, &config, &rules, &setup).unwrap();
+        let of_rank = |rank| {
+            let share = partition.share(&Ranks::alone().tp(rank, tp_size), DeviceId::Host).unwrap();
+            let len = |name: &str, dim: usize| {
+                let name = format!("model.layers.0.mlp.experts.{name}");
+                let find = |tensor: &&tensorhaul_plan::Assembled| tensor.name == name;
+                let found = share.assembly.tensors.iter().find(find);
+                found.map_or(0, |tensor| if tensor.shape.contains(&0) { 0 } else { tensor.shape[dim] })
+            };
+            match dequantize {
+                None => [
+                    len("gate_up_proj_blocks", 1),
+                    len("gate_up_proj_scales", 1),
+                    len("gate_up_proj_bias", 1),
+                    len("down_proj_blocks", 2) * 32,
+                    len("down_proj_scales", 2) * 32,
+                ],
+                Some(_) => {
+                    let rows = len("gate_up_proj", 1);
+                    [rows, rows, len("gate_up_proj_bias", 1), len("down_proj", 2), len("down_proj", 2)]
+                }
+            }
+        };
+        (0..tp_size).map(of_rank).collect()
+    };
+    let features = |counts: &[u64]| counts.iter().map(|n| [2 * n, 2 * n, 2 * n, *n, *n]).collect::<Vec<_>>();
+    // 3 blocks of 32: as many as go around, then none.
+    assert_eq!(widths(None, 1), features(&[96]));
+    assert_eq!(widths(None, 2), features(&[64, 32]));
+    assert_eq!(widths(None, 3), features(&[32, 32, 32]));
+    assert_eq!(widths(None, 4), features(&[32, 32, 32, 0]));
+    assert_eq!(widths(Some(&dequantize), 2), features(&[48, 48]));
+    assert_eq!(widths(Some(&dequantize), 4), features(&[24; 4]));
+}
+
+#[test]
+fn experts_that_a_model_does_not_have_are_not_shared() {
+    assert_eq!(
+        refused(&llama(), Ranks::alone().ep(0, 2)),
+        "LlamaForCausalLM has no experts for 2 ranks to share; leave expert parallelism out"
+    );
+    share(&llama(), Ranks::alone().whole_experts(), Fuse::No).unwrap();
+    let stacked = models::gpt_oss(&Sizes { hidden: 32, ..TINY });
+    share(&stacked, Ranks::alone().ep(0, 2), Fuse::No).unwrap();
 }
 
 #[test]
@@ -457,6 +633,58 @@ fn sections_of_packed_columns_lie_side_by_side_and_a_group_index_keeps_all_group
     assert_eq!(find("o_proj.scales").0, [4, 64]);
     let error = partition.share(&Ranks::alone().tp(1, 8), DeviceId::Host).unwrap_err().to_string();
     assert!(error.contains("8 ranks cannot share 4 heads evenly; 1, 2, 4 can"), "{error}");
+}
+
+#[test]
+fn an_index_in_order_leaves_a_rank_the_scales_of_its_own_groups() {
+    let model = phi3_gptq();
+    let checkpoint = model.checkpoint();
+    let quantization = recognize(&checkpoint, &model);
+    let config = ModelConfig::parse(model.config.as_bytes()).unwrap();
+    let rules = Rules::of(&config).unwrap();
+    let setup = Setup { quantization: Some(&quantization), ..Setup::default() };
+    let share = |index: &dyn Fn(u32) -> u32, tp_rank, tp_size| {
+        let partition = Partition::new(&checkpoint, &config, &rules, &setup).unwrap();
+        let indices = partition.indices(tp_size);
+        let names: Vec<&str> = indices.iter().map(|id| checkpoint.tensor(*id).info.name).collect();
+        assert_eq!(
+            names,
+            ["model.layers.0.self_attn.o_proj.g_idx", "model.layers.0.mlp.down_proj.g_idx"],
+            "columns of others are not cut"
+        );
+        assert_eq!(partition.indices(1), []);
+        let mut values = Values::none();
+        for id in indices {
+            let bytes: Vec<u8> = (0..64).flat_map(|col| index(col).to_le_bytes()).collect();
+            values.insert(id, bytes);
+        }
+        partition.with_indices(&values).share(&Ranks::alone().tp(tp_rank, tp_size), DeviceId::Host).unwrap()
+    };
+    let find = |share: &Share, name: &str| {
+        let tensor = share.assembly.tensors.iter().find(|tensor| tensor.name.ends_with(name)).unwrap();
+        let starts: Vec<u64> = tensor.parts[0].slice.ranges().iter().map(|range| range.start).collect();
+        (tensor.shape.clone(), starts)
+    };
+    let in_order = share(&|col| col / 16, 1, 2);
+    assert_eq!(find(&in_order, "o_proj.qweight"), (vec![4, 64], vec![4, 0]));
+    assert_eq!(find(&in_order, "o_proj.scales"), (vec![2, 64], vec![2, 0]));
+    assert_eq!(find(&in_order, "o_proj.qzeros"), (vec![2, 8], vec![2, 0]));
+    // The first entries count from the rank's own first group.
+    assert_eq!(find(&in_order, "o_proj.g_idx"), (vec![32], vec![0]));
+    let by_activation = share(&|col| (col + 1) % 64 / 16, 1, 2);
+    assert_eq!(find(&by_activation, "o_proj.scales").0, [4, 64]);
+    assert_eq!(find(&by_activation, "o_proj.g_idx"), (vec![32], vec![32]));
+    // Down's columns in 8 are half a group: the index of these columns, and all scales.
+    let sizes = r#"{"extends":"Phi3ForCausalLM","rules":{"layers.*.self_attn.o_proj":"row","layers.*.self_attn.qkv_proj":{"rule":"column","sections":3}}}"#;
+    let rules = Rules::parse(sizes).unwrap();
+    let partition = Partition::new(&checkpoint, &config, &rules, &setup).unwrap();
+    let mut values = Values::none();
+    for id in partition.indices(8) {
+        values.insert(id, (0..64u32).flat_map(|col| (col / 16).to_le_bytes()).collect::<Vec<u8>>());
+    }
+    let straddling = partition.with_indices(&values).share(&Ranks::alone().tp(3, 8), DeviceId::Host).unwrap();
+    assert_eq!(find(&straddling, "down_proj.scales").0, [4, 64]);
+    assert_eq!(find(&straddling, "down_proj.g_idx"), (vec![8], vec![24]));
 }
 
 #[test]

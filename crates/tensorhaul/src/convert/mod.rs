@@ -1,32 +1,36 @@
 //! Copies a checkpoint, in other shards, as another floating-point type, or dequantized.
 
+mod codes;
+mod converted;
 mod made;
+mod metadata;
+mod report;
 
 use std::cell::RefCell;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::fmt;
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
-use serde::Serialize;
 use tensorhaul_plan::quant::{self, Pass};
-use tensorhaul_plan::{DeviceId, Dtype, DtypeKind, Request, TensorInfo};
+use tensorhaul_plan::{Assembly, DeviceId, Dtype, DtypeKind, Padding, Request, TensorInfo};
 
 use crate::atomic::NewFile;
-use crate::cast::{can_cast, cast};
+use crate::cast::can_cast;
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::options::LoadOptions;
 use crate::parallel::{Parallel, RANKS};
+use crate::private;
 use crate::progress::Progress;
 use crate::quantized::Dequantization;
-use crate::save::{OutFolder, SaveOptions, SaveTensor, TensorBytes, write_checkpoint};
+use crate::save::{OutFolder, SaveOptions, SaveTensor, write_checkpoint};
 use crate::sidecar::{self, Change};
-use crate::tensor::Tensor;
+use codes::Quantized;
+use converted::Converted;
 use made::{Batches, Made};
+pub use report::{ConvertReport, Kept, LeftOut, Overflowed};
 
 /// How to convert a checkpoint.
 #[derive(Clone, Debug, Default)]
@@ -85,67 +89,6 @@ impl ConvertOptions {
     }
 }
 
-/// What a conversion did.
-#[derive(Clone, Debug, Serialize)]
-#[non_exhaustive]
-pub struct ConvertReport {
-    /// The names of the files that hold tensors, in order.
-    pub files: Vec<String>,
-    /// The name of the index, where there is more than one of them.
-    pub index: Option<String>,
-    /// The names of the files copied beside them: configuration, tokenizer.
-    pub sidecars: Vec<String>,
-    /// Number of tensors.
-    pub tensors: u64,
-    /// Bytes of the tensors as they were.
-    pub bytes_before: u64,
-    /// Bytes of the tensors as written.
-    pub bytes: u64,
-    /// Number of tensors that were cast.
-    pub tensors_cast: u64,
-    /// Number of tensors that were dequantized.
-    pub tensors_dequantized: u64,
-    /// Floating-point tensors that were not cast, and why.
-    pub kept: Vec<Kept>,
-    /// Tensors in which the cast made finite numbers infinite.
-    pub overflowed: Vec<Overflowed>,
-    /// What was not copied, and why: files, and keys of `__metadata__`.
-    pub left_out: Vec<LeftOut>,
-    /// From the call until the files had their names.
-    pub seconds: f64,
-    /// `bytes` by `seconds`, in 1e9 bytes a second.
-    pub gb_per_s: f64,
-}
-
-/// A floating-point tensor that was not cast.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Kept {
-    /// Its name.
-    pub tensor: String,
-    /// Its element type, before and after.
-    pub dtype: Dtype,
-    /// Why.
-    pub why: String,
-}
-
-/// A tensor in which the cast made finite numbers infinite.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Overflowed {
-    /// Its name.
-    pub tensor: String,
-    /// How many.
-    pub elements: u64,
-}
-
-/// Something of the source that the copy has not.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct LeftOut {
-    /// The file's name, or `__metadata__` and the key.
-    pub what: String,
-    /// Why.
-    pub why: String,
-}
-
 /// Writes a model's tensors into a folder, and copies the files that belong to them.
 ///
 /// Tensors go from the page cache through a buffer of 4 MiB, whatever their size; those that are dequantized are loaded in batches of
@@ -186,22 +129,31 @@ pub fn convert(model: &Model, out_dir: &Path, options: &ConvertOptions) -> Resul
         return Err(Error::bad_request("a rank's part is not cast on the way; cast the whole model first"));
     }
     let overflowed = RefCell::new(Vec::new());
-    let (mut metadata, mut left_out) = joined_metadata(model);
+    let (mut metadata, mut left_out) = metadata::joined(model);
     let load = load_options(options);
-    let batches = Batches::new(model, &load);
+    if let Some(parallel) = &options.parallel {
+        if parallel.one_rank().is_none() {
+            let what = "a copy is of one rank's part; convert for each rank by itself";
+            return Err(Error::bad_request(what));
+        }
+        metadata.insert(RANKS.to_owned(), parallel.to_string());
+    }
+    // Once for the whole copy: matching the tensors of a large model with their rules takes longer than reading a batch of them.
+    let request = private::request(&model.inner, &load)?;
+    let batches = Batches::new(model, &load, &request);
     let parts = match (options.dequantize, &options.parallel) {
         (None, None) => stored(model),
-        _ => planned(model, &load, &batches, &mut left_out)?,
+        _ => planned(model, &load, &request, &batches, &mut left_out)?,
     };
-    if let Some(parallel) = &options.parallel {
-        metadata.insert(RANKS.to_owned(), parallel.to_string());
-        left_out.extend(padding(model, &load, parallel)?);
-    }
+    let unfused = request.assembly.as_ref().map_or(Vec::new(), |assembly| {
+        left_out.extend(padding(assembly));
+        assembly.unfused.clone()
+    });
     let Selected { tensors, kept, tensors_cast, tensors_dequantized, bytes_before } =
         select(model, parts, options.cast, &overflowed);
     let metadata = match options.dequantize {
         None => metadata,
-        Some(_) => without_quantization(metadata, &mut left_out),
+        Some(_) => metadata::without_quantization(metadata, &mut left_out),
     };
     let save = options.save.clone().metadata(metadata);
 
@@ -228,6 +180,7 @@ pub fn convert(model: &Model, out_dir: &Path, options: &ConvertOptions) -> Resul
         kept,
         overflowed: overflowed.into_inner(),
         left_out,
+        unfused,
         seconds,
         gb_per_s: saved.bytes as f64 / seconds / 1e9,
     })
@@ -264,10 +217,11 @@ fn load_options(options: &ConvertOptions) -> LoadOptions {
 fn planned<'b, 'm: 'b>(
     model: &'m Model,
     load: &LoadOptions,
+    request: &Request,
     batches: &'b Batches<'m>,
     left_out: &mut Vec<LeftOut>,
 ) -> Result<Vec<Part<'b>>> {
-    let (plan, quantization) = (model.plan(load)?, model.quantization()?);
+    let (plan, quantization) = (private::plan_of(&model.inner, load, request)?, model.quantization()?);
     let mut parts = Vec::with_capacity(plan.tensors().len());
     for placed in plan.tensors() {
         let name = plan.name(placed);
@@ -298,16 +252,12 @@ fn planned<'b, 'm: 'b>(
 }
 
 /// Lists the rows that a rank has behind the end of its vocabulary.
-fn padding(model: &Model, load: &LoadOptions, parallel: &Parallel) -> Result<Vec<LeftOut>> {
-    let Some(ranks) = parallel.one_rank() else {
-        return Err(Error::bad_request("a copy is of one rank's part; convert for each rank by itself"));
-    };
-    let padding = model.describe_rank(load, ranks)?.padding;
-    let left_out = |(name, rows): (String, u64)| LeftOut {
-        what: format!("{rows} rows of padding behind {name:?}"),
+fn padding(assembly: &Assembly) -> impl Iterator<Item = LeftOut> {
+    let left_out = |Padding { tensor, rows }: &Padding| LeftOut {
+        what: format!("{rows} rows of padding behind {:?}", assembly.tensors[*tensor as usize].name),
         why: "they are past the end of the vocabulary, and in no file".to_owned(),
     };
-    Ok(padding.into_iter().map(left_out).collect())
+    assembly.padding.iter().map(left_out)
 }
 
 struct Selected<'m> {
@@ -368,231 +318,15 @@ fn select<'m>(
     selected
 }
 
-/// The bytes of one tensor of the result.
-struct Converted<'m> {
-    model: &'m Model,
-    info: TensorInfo<'m>,
-    dtype: Dtype,
-    /// The source, from the first piece on.
-    tensor: Option<Tensor>,
-    overflowed: &'m RefCell<Vec<Overflowed>>,
-}
-
-impl TensorBytes for Converted<'_> {
-    fn len_bytes(&self) -> u64 {
-        match self.info.len_bytes() {
-            unchanged if self.dtype == self.info.dtype => unchanged,
-            cast => cast / (self.info.dtype.bits() / 8) * (self.dtype.bits() / 8),
-        }
-    }
-
-    fn fill(&mut self, offset_bytes: u64, target: &mut [u8]) -> Result<()> {
-        let tensor = match &mut self.tensor {
-            Some(tensor) => tensor,
-            none => none.insert(self.model.tensor(self.info.name)?),
-        };
-        let source = tensor.bytes()?;
-        if self.dtype == self.info.dtype {
-            let begin = offset_bytes as usize;
-            target.copy_from_slice(&source[begin..begin + target.len()]);
-        } else {
-            let (from, to) = (self.info.dtype.bits() as usize / 8, self.dtype.bits() as usize / 8);
-            let begin = offset_bytes as usize / to * from;
-            let source = &source[begin..begin + target.len() / to * from];
-            let elements = cast(self.info.dtype, source, self.dtype, target);
-            self.count_overflow(elements);
-        }
-        if offset_bytes + target.len() as u64 == TensorBytes::len_bytes(self) {
-            self.tensor = None;
-        }
-        Ok(())
-    }
-}
-
-impl Converted<'_> {
-    fn count_overflow(&self, elements: u64) {
-        if elements == 0 {
-            return;
-        }
-        let mut overflowed = self.overflowed.borrow_mut();
-        match overflowed.last_mut() {
-            Some(last) if last.tensor == self.info.name => last.elements += elements,
-            _ => overflowed.push(Overflowed { tensor: self.info.name.to_owned(), elements }),
-        }
-    }
-}
-
-/// Which tensors are quantized codes, and which scale them, as far as names and dtypes tell.
-///
-/// Codes and scales belong together when they are in one module (`m.weight` and `m.weight_scale`, `m.qweight`
-/// and `m.scales`), or when the scales are in a module that has the codes' name (`m.weight.absmax`). Where this
-/// is wrong, it keeps too much: a tensor stays as it is stored, and the report says so.
-struct Quantized<'m> {
-    /// A scale of each module that has one.
-    scales: HashMap<&'m str, &'m str>,
-    /// Codes, by their own name and by their module's.
-    codes: HashMap<&'m str, &'m str>,
-}
-
-impl<'m> Quantized<'m> {
-    fn find(tensors: impl Iterator<Item = TensorInfo<'m>>) -> Quantized<'m> {
-        let mut quantized = Quantized { scales: HashMap::new(), codes: HashMap::new() };
-        for tensor in tensors {
-            let (module, _) = split(tensor.name);
-            if is_scale(tensor.name) {
-                quantized.scales.entry(module).or_insert(tensor.name);
-            } else if is_code(tensor.dtype) {
-                quantized.codes.entry(module).or_insert(tensor.name);
-                quantized.codes.insert(tensor.name, tensor.name);
-            }
-        }
-        quantized
-    }
-
-    /// Returns why a floating-point tensor cannot be cast by itself, if it cannot.
-    fn why_kept(&self, tensor: &TensorInfo<'_>) -> Option<String> {
-        if tensor.dtype.bits() < 8 {
-            return Some("codes of less than a byte are numbers only with their scale".to_owned());
-        }
-        let (module, _) = split(tensor.name);
-        if is_scale(tensor.name) {
-            let codes = self.codes.get(module)?;
-            return Some(format!("it belongs to {codes:?}, which is quantized"));
-        }
-        let scale = self.scales.get(module).or_else(|| self.scales.get(tensor.name));
-        let scale = scale.filter(|_| is_code(tensor.dtype))?;
-        Some(format!("it is quantized, and without {scale:?} its codes are other numbers"))
-    }
-}
-
-fn is_code(dtype: Dtype) -> bool {
-    match dtype.kind() {
-        DtypeKind::Float => dtype.bits() <= 8,
-        DtypeKind::Signed | DtypeKind::Unsigned => dtype.bits() <= 32,
-        _ => false,
-    }
-}
-
-fn is_scale(name: &str) -> bool {
-    let (_, leaf) = split(name);
-    let leaf = leaf.to_ascii_lowercase();
-    SCALE_WORDS.iter().any(|word| leaf.contains(word)) || SCALE_NAMES.contains(&leaf.as_str())
-}
-
-/// A tensor's module, and its name in there.
-fn split(name: &str) -> (&str, &str) {
-    name.rsplit_once('.').unwrap_or(("", name))
-}
-
-/// What is in the names of tensors that turn codes into numbers.
-///
-/// # Source
-/// `scale`, `weight_scale(_inv)`, `scales`, `scale_weight`, `zero_point`, `qzeros`: vLLM, compressed-tensors,
-/// AutoGPTQ, AutoAWQ, HQQ. `absmax`, `quant_map`, `quant_state`, `SCB`: bitsandbytes.
-const SCALE_WORDS: [&str; 6] = ["scale", "zero", "absmax", "quant_map", "quant_state", "scb"];
-
-/// MLX calls what it adds to `q * scale` so; a plain layer has one `bias`.
-const SCALE_NAMES: [&str; 2] = ["biases", "qbiases"];
-
-/// Joins the `__metadata__` of all files. A key on which they disagree belongs to none of the new files.
-fn joined_metadata(model: &Model) -> (BTreeMap<String, String>, Vec<LeftOut>) {
-    let (mut joined, mut disagreed) = (BTreeMap::new(), BTreeSet::new());
-    for file in model.checkpoint().files() {
-        for (key, value) in file.header().metadata() {
-            if joined.entry(key.clone()).or_insert_with(|| value.clone()) != value {
-                disagreed.insert(key.clone());
-            }
-        }
-    }
-    joined.retain(|key, _| !disagreed.contains(key));
-    let why = "the model's files have different values for it";
-    let left_out = |key| LeftOut { what: format!("__metadata__ {key:?}"), why: why.to_owned() };
-    (joined, disagreed.into_iter().map(left_out).collect())
-}
-
-/// Leaves out what says that tensors are quantized: torchao's list of names with an entry for each, ComfyUI's description.
-fn without_quantization(
-    mut metadata: BTreeMap<String, String>,
-    left_out: &mut Vec<LeftOut>,
-) -> BTreeMap<String, String> {
-    let names = metadata.get(TORCHAO_NAMES).and_then(|names| serde_json::from_str::<Vec<String>>(names).ok());
-    let own = [TORCHAO_NAMES.to_owned(), COMFY_LAYERS.to_owned()];
-    for key in names.into_iter().flatten().chain(own) {
-        if metadata.remove(&key).is_some() {
-            let (what, why) = (format!("__metadata__ {key:?}"), "it says how tensors were quantized");
-            left_out.push(LeftOut { what, why: why.to_owned() });
-        }
-    }
-    metadata
-}
-
-const TORCHAO_NAMES: &str = "tensor_names";
-const COMFY_LAYERS: &str = "_quantization_metadata";
-
 fn is_same_folder(a: &Path, b: &Path) -> bool {
     matches!((fs::canonicalize(a), fs::canonicalize(b)), (Ok(a), Ok(b)) if a == b)
 }
 
-impl fmt::Display for Kept {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:?} stays {}: {}", self.tensor, self.dtype, self.why)
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use tensorhaul_io::memory::Faults;
-
     use super::*;
     use crate::error::ErrorKind;
-    use crate::save::save;
-
-    fn info(name: &str, dtype: Dtype) -> TensorInfo<'_> {
-        TensorInfo { name, dtype, shape: &[], data_offsets: (0, 0) }
-    }
-
-    /// Says for each tensor whether it may be cast.
-    fn cast_of(tensors: &[(&str, Dtype)]) -> Vec<bool> {
-        let infos = || tensors.iter().map(|(name, dtype)| info(name, *dtype));
-        let quantized = Quantized::find(infos());
-        infos().map(|info| quantized.why_kept(&info).is_none()).collect()
-    }
-
-    #[test]
-    fn codes_and_their_scales_stay_and_what_is_beside_them_is_cast() {
-        use Dtype::*;
-        let fp8 =
-            [("m.0.weight", F8E4m3), ("m.0.weight_scale_inv", F32), ("m.0.bias", Bf16), ("m.1.weight", Bf16)];
-        assert_eq!(cast_of(&fp8), [false, false, true, true]);
-        assert_eq!(cast_of(&[("m.w", F8E4m3), ("n.weight_scale", F32)]), [true, true]);
-        let gptq = [("m.qweight", I32), ("m.qzeros", I32), ("m.scales", F16), ("m.bias", F16)];
-        assert_eq!(cast_of(&gptq)[2..], [false, true]);
-        let bitsandbytes = [("m.weight", U8), ("m.weight.absmax", F32), ("m.weight.quant_map", F32)];
-        assert_eq!(cast_of(&bitsandbytes)[1..], [false, false]);
-        assert_eq!(cast_of(&[("weight", F8E5m2), ("scale", F32)]), [false, false]);
-        assert_eq!(
-            cast_of(&[("experts.up_blocks", U8), ("experts.up_scales", F8E8m0), ("experts.up_bias", Bf16)])
-                [1..],
-            [false, true]
-        );
-        assert_eq!(
-            cast_of(&[("m.weight", U32), ("m.scales", Bf16), ("m.biases", Bf16)])[1..],
-            [false, false]
-        );
-        assert_eq!(cast_of(&[("m.weight", F4)]), [false]);
-    }
-
-    #[test]
-    fn names_that_only_sound_like_scales_are_cast() {
-        use Dtype::*;
-        let clip = [
-            ("logit_scale", F32),
-            ("position_ids", I64),
-            ("block.layer_scale.gamma", F32),
-            ("block.w", Bf16),
-        ];
-        assert_eq!(cast_of(&clip), [true; 4]);
-    }
+    use crate::save::{TensorBytes, save};
 
     #[test]
     fn an_unscaled_f8_tensor_is_cast_and_an_overflow_is_told() {
@@ -646,20 +380,6 @@ mod tests {
                 assert_eq!(values[8..10], [0.015625, 0.017578125], "{name}"); // 2^-6, and an eighth more.
             }
         }
-    }
-
-    #[test]
-    fn metadata_on_which_files_disagree_is_left_out() {
-        let file = |name: &str, part: &str| {
-            let metadata =
-                [("format", "pt"), ("part", part)].map(|(key, value)| (key.to_owned(), value.to_owned()));
-            let header = tensorhaul_plan::header::encode(&[], &metadata.into(), 0).unwrap();
-            (name.to_owned(), Arc::from(header))
-        };
-        let model = Model::from_memory(vec![file("a", "1"), file("b", "2")], Faults::default()).unwrap();
-        let (metadata, left_out) = joined_metadata(&model);
-        assert_eq!(metadata.into_iter().collect::<Vec<_>>(), [("format".to_owned(), "pt".to_owned())]);
-        assert_eq!(left_out[0].what, "__metadata__ \"part\"");
     }
 
     #[test]

@@ -67,7 +67,9 @@ pub enum CutError {
         unit: u64,
         /// What they are together: `packed` or `scaled`.
         what: &'static str,
-        /// The nearest cuts below and above that all tensors of the group allow.
+        /// Rows or columns that are together in any tensor of the group: where it could be cut.
+        multiple: u64,
+        /// The nearest such cuts below and above.
         nearest: [u64; 2],
     },
     /// The bytes are no slice of the shape that the tensor is stored with.
@@ -111,13 +113,15 @@ impl fmt::Display for CutError {
                 Quoted(tensor),
                 Quoted(group)
             ),
-            CutError::InsideUnit { group, tensor, dim, at, unit, what, nearest: [below, above] } => write!(
-                f,
-                "tensor {}: {dim} {at} of {} is inside {unit} {dim}s that are {what} together; \
+            CutError::InsideUnit { group, tensor, dim, at, unit, what, nearest: [below, above], .. } => {
+                write!(
+                    f,
+                    "tensor {}: {dim} {at} of {} is inside {unit} {dim}s that are {what} together; \
                  cutting at {below} or {above} would work, or dequantizing",
-                Quoted(tensor),
-                Quoted(group)
-            ),
+                    Quoted(tensor),
+                    Quoted(group)
+                )
+            }
             CutError::NotASlice { group, tensor, shape } => write!(
                 f,
                 "tensor {}: the part of {} is no slice of its shape {shape:?}; dequantizing works",

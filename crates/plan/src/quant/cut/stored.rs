@@ -19,7 +19,8 @@ impl Group {
     /// group. Tensors that differ neither by row nor by column are whole, and so are those that describe the group: `weight_shape`, HQQ's
     /// `shape` and bitsandbytes' `quant_state` say the *unsharded* sizes. With a group index (GPTQ's act-order), a rank gets the index of its
     /// columns, which counts groups of the whole tensor, and so the scales and zero-points of all groups. Of a window without
-    /// numbers, every tensor with dimensions is empty.
+    /// numbers, every tensor with dimensions is empty. An index that the recipe does not read, because it is [in order](Group::is_index_in_order), counts
+    /// the rank's own groups: its first entries, as many as the rank has columns.
     ///
     /// # Errors
     /// As [`Group::cut`]; [`CutError::InsideUnit`] when a word, byte, block or group would be cut; [`CutError::NotASlice`] when
@@ -40,12 +41,34 @@ impl Group {
         let slice = |&(role, id): &(Role, TensorId)| {
             let slice = match cut.members.iter().find(|member| member.tensor == id) {
                 Some(member) => stored.slice(member)?,
-                None if role == Role::GroupIndex => Slice::rows(window.cols.clone()),
+                None if role == Role::GroupIndex => Slice::rows(0..window.cols.end - window.cols.start),
                 None => Slice::new([]),
             };
             Ok((id, slice))
         };
         members.iter().map(slice).collect()
+    }
+
+    /// Tells whether the group's index, which has these bytes, names the groups in their order: what files without an act-order have, and many that
+    /// say they have one.
+    pub fn is_index_in_order(&self, bytes: &[u8]) -> bool {
+        let Some(scale) = &self.recipe.scale else { return false };
+        let (indices, rest) = bytes.as_chunks();
+        let is_in_order = |(col, index): (u32, &[u8; 4])| {
+            u32::from_le_bytes(*index) == col / scale.grid.cols_per_group.max(1)
+        };
+        rest.is_empty() && indices.len() as u64 == self.recipe.cols && (0..).zip(indices).all(is_in_order)
+    }
+
+    /// Returns the group as its recipe would be without an index, for one whose index is [in order](Group::is_index_in_order): columns are then
+    /// cut with the scales of their own groups.
+    pub fn without_index(&self) -> Group {
+        let mut group = self.clone();
+        group.recipe.group_index = None;
+        for (role, _) in group.members.iter_mut().filter(|(role, _)| *role == Role::GroupIndex) {
+            *role = Role::Description;
+        }
+        group
     }
 
     /// The recipe as if it read what GPTQ and compressed-tensors store besides: zero-points of symmetric codes, indices that are
@@ -128,6 +151,7 @@ impl Stored<'_> {
                     at,
                     unit: unit.len,
                     what: unit.what,
+                    multiple,
                     nearest: [
                         at / multiple * multiple,
                         (at / multiple + 1).saturating_mul(multiple).min(len),
