@@ -86,7 +86,7 @@ pub struct RankPlan {
     pub tensors: u64,
     /// What the load promises.
     pub promised: Promised,
-    /// Tensors of whose rows more is read than kept.
+    /// Tensors that account for what is read beyond the request's bound; none where it is kept. See [`tensorhaul_plan::Plan::over_reads`].
     pub over_reads: Vec<OverRead>,
 }
 

@@ -52,6 +52,7 @@ impl<'m> Batches<'m> {
             }
             let mut request = Request::of(Select::Names(names));
             request.device = self.options.request.device;
+            request.over_read_max = self.options.request.over_read_max;
             let loaded = self.model.load(&self.options.clone().request(request))?;
             state.loaded.extend(loaded.tensors);
         }
