@@ -3,7 +3,9 @@
 use std::fmt;
 use std::fs;
 use std::io;
+use std::num::NonZero;
 use std::sync::Arc;
+use std::thread;
 
 use serde::Serialize;
 pub use tensorhaul_plan::parallel::{Fuse, Layers, ParallelError, Ranks, Rules, Unmatched};
@@ -101,7 +103,7 @@ pub struct RankSummary {
 }
 
 impl Model {
-    /// Plans what each of these ranks would load, without doing it.
+    /// Plans what each of these ranks would load, without doing it, on as many threads as there are processors.
     ///
     /// # Errors
     /// As [`Model::plan`].
@@ -122,7 +124,16 @@ impl Model {
                 over_reads,
             })
         };
-        ranks.into_iter().map(plan).collect()
+        let ranks: Vec<Ranks> = ranks.into_iter().collect();
+        let threads = thread::available_parallelism().map_or(1, NonZero::get);
+        // Ranks take about as long as one another.
+        let some = ranks.chunks(ranks.len().div_ceil(threads).max(1));
+        let plan_some = |some: &[Ranks]| some.iter().cloned().map(plan).collect::<Result<Vec<_>>>();
+        let plans: Result<Vec<_>> = thread::scope(|scope| {
+            let threads: Vec<_> = some.map(|some| scope.spawn(move || plan_some(some))).collect();
+            threads.into_iter().map(|thread| thread.join().expect("planning does not panic")).collect()
+        });
+        Ok(plans?.into_iter().flatten().collect())
     }
 
     /// Describes what a rank has of each tensor, by its rule.
