@@ -4,7 +4,9 @@
 //! most 150 ms for one rank, 0.6 s for all 8.
 
 use std::hint::black_box;
+use std::num::NonZero;
 use std::sync::Arc;
+use std::thread;
 
 use criterion::{BenchmarkId, Criterion};
 use tensorhaul_plan::parallel::{Fuse, ModelConfig, Partition, Ranks, Rules, Setup};
@@ -52,7 +54,14 @@ fn main() {
                 let plan = Plan::new(&checkpoint, black_box(&request), &Machine::default());
                 plan.expect("it fits").reads().len()
             };
-            tp_ranks.iter().map(one).sum()
+            // As `Model::plan_ranks` does: on as many threads as there are processors.
+            let threads = thread::available_parallelism().map_or(1, NonZero::get);
+            let count = |some: &[u32]| some.iter().map(one).sum::<usize>();
+            thread::scope(|scope| {
+                let some = tp_ranks.chunks(tp_ranks.len().div_ceil(threads));
+                let threads: Vec<_> = some.map(|some| scope.spawn(move || count(some))).collect();
+                threads.into_iter().map(|thread| thread.join().expect("planning does not panic")).sum()
+            })
         };
         for (what, tp_ranks) in [("one_of_8", &[3][..]), ("all_8", &[0, 1, 2, 3, 4, 5, 6, 7])] {
             group.bench_function(BenchmarkId::new(name, what), |bencher| bencher.iter(|| plan(tp_ranks)));

@@ -39,6 +39,9 @@ pub(crate) struct Selection {
     /// The most device memory for packed tensors that wait to be dequantized [default: 256MiB, or what the largest needs]
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes, requires = "dequantize")]
     transient: Option<u64>,
+
+    #[command(flatten)]
+    bound: Bound,
 }
 
 impl Selection {
@@ -54,6 +57,9 @@ impl Selection {
         };
         let mut request = Request::of(select);
         request.device = self.placement.device.named().unwrap_or_else(tensorhaul::default_device);
+        if let Some(over_read_max) = self.bound.over_read_max {
+            request.over_read_max = over_read_max;
+        }
         let device = request.device;
         let mut options = self.placement.options().request(request);
         if let Some(dequantization) = self.dequantizing.dequantization() {
@@ -111,6 +117,15 @@ impl Dequantizing {
         }
         Some(dequantization)
     }
+}
+
+/// How much may be read that is not needed.
+#[derive(Args)]
+pub(crate) struct Bound {
+    /// The most to read, as a multiple of what is needed: gaps that are cheaper read than skipped, and whole blocks of direct reads. What
+    /// cannot be spared beyond it is told [default: 1.02]
+    #[arg(long, value_name = "FACTOR", value_parser = parse_factor)]
+    pub(crate) over_read_max: Option<f64>,
 }
 
 /// Onto what to load, through how much memory.
@@ -189,6 +204,14 @@ fn parse_named_device(text: &str) -> Result<DeviceId, String> {
     text.parse().map_err(|error: tensorhaul::UnknownDevice| error.to_string())
 }
 
+/// Reads a factor of at least 1.
+fn parse_factor(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(factor) if factor.is_finite() && factor >= 1.0 => Ok(factor),
+        _ => Err("give a number from 1 on, such as 1.02".to_owned()),
+    }
+}
+
 /// Reads a number of bytes: plain, or with a unit of 1000 (`kB`, `MB`, `GB`, `TB`) or 1024 (`KiB` to `TiB`).
 pub(crate) fn parse_bytes(text: &str) -> Result<u64, String> {
     let digits = text.bytes().take_while(u8::is_ascii_digit).count();
@@ -229,6 +252,14 @@ mod tests {
         }
         for text in ["", "MiB", "-1", "1.5GB", "1XB", "99999999TiB", "1M"] {
             assert!(parse_bytes(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn factors_begin_at_1() {
+        assert_eq!((parse_factor("1"), parse_factor("1.02")), (Ok(1.0), Ok(1.02)));
+        for text in ["", "0.99", "-1", "NaN", "inf", "1e999", "2x"] {
+            assert!(parse_factor(text).is_err(), "{text}");
         }
     }
 

@@ -7,7 +7,7 @@ use clap::Args;
 use tensorhaul::convert::{ConvertOptions, ConvertReport, convert};
 use tensorhaul::{Dtype, Model};
 
-use crate::arguments::{Device, cast_targets, parse_bytes, parse_device};
+use crate::arguments::{Bound, Device, cast_targets, parse_bytes, parse_device};
 use crate::failure::Outcome;
 use crate::interrupt;
 use crate::output::{bytes, count, print, print_json, printable, seconds};
@@ -49,6 +49,9 @@ pub(crate) struct Convert {
     #[command(flatten)]
     sharing: Sharing,
 
+    #[command(flatten)]
+    bound: Bound,
+
     /// The most bytes of tensors in one file: bytes, or with a unit such as 5GB [default: one file]
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
     max_shard_bytes: Option<u64>,
@@ -73,6 +76,9 @@ impl Convert {
         }
         if let Some(parallel) = self.sharing.parallel(false)? {
             options = options.parallel(parallel);
+        }
+        if let Some(over_read_max) = self.bound.over_read_max {
+            options = options.over_read_max(over_read_max);
         }
         if let Some(max_shard_bytes) = self.max_shard_bytes {
             options = options.max_shard_bytes(max_shard_bytes);

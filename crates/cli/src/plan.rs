@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use tensorhaul::parallel::RankPlan;
-use tensorhaul::{LoadOptions, Model};
+use tensorhaul::{LoadOptions, Model, OverRead};
 
 use crate::arguments::Selection;
 use crate::failure::Outcome;
@@ -39,7 +39,7 @@ pub(crate) struct PlanLoad {
     #[arg(long, conflicts_with_all = ["all_ranks", "tp_devices"])]
     by_rule: bool,
 
-    /// Print one JSON object: promised, machine, files, arenas, operations, reads, tensors
+    /// Print one JSON object: promised, over_reads, machine, files, arenas, operations, reads, tensors
     #[arg(long)]
     json: bool,
 }
@@ -95,15 +95,13 @@ impl PlanLoad {
         let over_read = over(read_bytes, needed_bytes);
         let _ =
             writeln!(text, "{:<28} {:>8} {:>20} {:>20} {over_read:>10}", "all", "", "", grouped(read_bytes));
-        let worst = plans.iter().flat_map(|plan| plan.over_reads.first()).max_by_key(|over| over.over_bytes);
-        if let Some(worst) = worst {
-            let count = plans.iter().map(|plan| plan.over_reads.len()).max().unwrap_or(0);
-            let _ = writeln!(
-                text,
-                "{count} tensors of a rank are in pieces too short to be read apart, and are read whole: {}, in pieces of {} bytes, is the largest",
-                printable(&worst.name),
-                worst.piece_len_bytes
-            );
+        let over_bytes = |plan: &&RankPlan| plan.over_reads.iter().map(|over| over.over_bytes).sum::<u64>();
+        let worst = plans.iter().max_by_key(over_bytes);
+        for (ranks, sum) in worst
+            .iter()
+            .flat_map(|plan| OverRead::sums(&plan.over_reads).into_iter().map(|sum| (&plan.ranks, sum)))
+        {
+            let _ = writeln!(text, "{ranks}: {}, because {}", printable(&sum.to_string()), sum.worst.reason);
         }
         if let Some(plan) = plans.first() {
             for unfused in &plan.unfused {

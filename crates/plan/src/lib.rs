@@ -57,8 +57,8 @@ pub use index::{Index, IndexError};
 pub use machine::Machine;
 pub use placement::{Arena, DeviceId, Place};
 pub use plan::{
-    Brought, Copy, Operation, OverRead, OverReadReason, PlacedTensor, Plan, PlanError, Promised, Read,
-    Source, Staged, Steps, Target,
+    Brought, Copy, Operation, OverRead, OverReadReason, OverReadSum, PlacedTensor, Plan, PlanError, Promised,
+    Read, Source, Staged, Steps, Target,
 };
 pub use request::{Dequantize, External, Layout, Request, Select};
 pub use share::{Share, ShareError, SharePromised};

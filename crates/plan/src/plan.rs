@@ -17,7 +17,7 @@ use crate::request::Request;
 use crate::schedule;
 pub use error::PlanError;
 pub use operation::{Operation, Source};
-pub use promised::{OverRead, OverReadReason, Promised, Staged};
+pub use promised::{OverRead, OverReadReason, OverReadSum, Promised, Staged};
 pub use read::{Brought, Copy, Read, Steps, Target};
 
 /// An immutable transfer schedule: prints as text, serializes as JSON, and is obeyed to the byte.

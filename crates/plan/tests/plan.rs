@@ -11,8 +11,8 @@ use proptest::prelude::*;
 use tensorhaul_plan::plan::Target;
 use tensorhaul_plan::quant::{Codes, Element, Family, Group, Recipe, Role, ZeroPoint};
 use tensorhaul_plan::{
-    Brought, Dequantize, DeviceId, Dtype, External, InPlace, Layout, Machine, Place, Plan, PlanError,
-    Request, Route, Select, Slice, SliceRange, Stride,
+    Brought, Dequantize, DeviceId, DeviceMap, Dtype, External, InPlace, Layout, Machine, Place, Plan,
+    PlanError, Request, Route, Select, Slice, SliceRange, Stride,
 };
 
 use support::{Spec, World, execute, naive, world};
@@ -440,6 +440,38 @@ proptest! {
             prop_assert_eq!(operation.recipe.fold.is_some(), fold);
             prop_assert_eq!(operation.shape[1], 3);
         }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(256))]
+
+    #[test]
+    fn what_several_devices_make_numbers_of_is_read_once(
+        files in files(),
+        sizes in proptest::collection::vec(1usize..5, 1..9),
+        lanes in proptest::collection::vec(0usize..2, 1..9),
+        turns in proptest::collection::vec(0usize..2, 1..9),
+        in_place in any::<bool>(),
+    ) {
+        let world = world(&files, 64);
+        let groups = groups_of(&world, &sizes);
+        let devices: Vec<_> = (0..3).map(DeviceId::Cuda).collect();
+        let routes = devices.iter().flat_map(|device| InPlace::shared(*device, 65536).routes).collect();
+        let in_place = if in_place { InPlace { routes } } else { InPlace::never() };
+        let machine = Machine { buffer_len_bytes: 65536, direct_align_bytes: 1, in_place, ..Machine::default() };
+        let mut request = Request::all();
+        let (dtype, layout) = (Dtype::Bf16, Layout::Rows);
+        request.dequantize = Some(Dequantize { groups, globs: None, dtype, layout, fold: true });
+        request.over_read_max = 1.0;
+        let reads = |request: &Request| {
+            let plan = Plan::new(&world.checkpoint, request, &machine).unwrap();
+            check_operations(&world, &plan, |read| lanes[read % lanes.len()], &turns);
+            plan.promised().read_bytes
+        };
+        let one = reads(&request);
+        request.device_map = Some(Arc::new(DeviceMap::new([(String::new(), devices)]).unwrap()));
+        prop_assert_eq!(reads(&request), one, "replicated tensors add no reads");
     }
 }
 

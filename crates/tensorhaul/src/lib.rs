@@ -51,6 +51,7 @@ mod mapping;
 mod model;
 mod operations;
 mod options;
+mod over_read;
 pub mod parallel;
 mod pinned;
 mod pipeline;
@@ -100,6 +101,7 @@ pub use tensorhaul_exchange as exchange;
 pub use tensorhaul_io::memory::{FailsAt, Faults};
 pub use tensorhaul_plan::placement::UnknownDevice;
 pub use tensorhaul_plan::{
-    Assembled, Assembly, Checkpoint, DeviceId, DeviceMap, DeviceMapError, Dtype, DtypeKind, File, Part, Plan,
-    Promised, Request, Select, Share, SharePromised, Slice, TensorId, TensorInfo, TensorRef, assembly, quant,
+    Assembled, Assembly, Checkpoint, DeviceId, DeviceMap, DeviceMapError, Dtype, DtypeKind, File, OverRead,
+    OverReadReason, OverReadSum, Part, Plan, Promised, Request, Select, Share, SharePromised, Slice,
+    TensorId, TensorInfo, TensorRef, assembly, quant,
 };

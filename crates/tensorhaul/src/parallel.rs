@@ -4,7 +4,9 @@ use std::fmt;
 use std::fs;
 use std::io;
 use std::mem;
+use std::num::NonZero;
 use std::sync::Arc;
+use std::thread;
 
 use serde::Serialize;
 pub use tensorhaul_plan::Unfused;
@@ -91,14 +93,14 @@ pub struct RankPlan {
     pub tensors: u64,
     /// What the load promises.
     pub promised: Promised,
-    /// Tensors of whose rows more is read than kept.
+    /// Tensors that account for what is read beyond the request's bound; none where it is kept. See [`tensorhaul_plan::Plan::over_reads`].
     pub over_reads: Vec<OverRead>,
     /// What was to be fused and is not.
     pub unfused: Vec<Unfused>,
 }
 
 impl Model {
-    /// Plans what each of these ranks would load, without doing it.
+    /// Plans what each of these ranks would load, without doing it, on as many threads as there are processors.
     ///
     /// # Errors
     /// As [`Model::plan`].
@@ -119,7 +121,16 @@ impl Model {
                 unfused: plan.unfused().to_vec(),
             })
         };
-        ranks.into_iter().map(plan).collect()
+        let ranks: Vec<Ranks> = ranks.into_iter().collect();
+        let threads = thread::available_parallelism().map_or(1, NonZero::get);
+        // Ranks take about as long as one another.
+        let some = ranks.chunks(ranks.len().div_ceil(threads).max(1));
+        let plan_some = |some: &[Ranks]| some.iter().cloned().map(plan).collect::<Result<Vec<_>>>();
+        let plans: Result<Vec<_>> = thread::scope(|scope| {
+            let threads: Vec<_> = some.map(|some| scope.spawn(move || plan_some(some))).collect();
+            threads.into_iter().map(|thread| thread.join().expect("planning does not panic")).collect()
+        });
+        Ok(plans?.into_iter().flatten().collect())
     }
 
     /// Sums up what a rank has of the tensors that are selected, by their rules.

@@ -16,6 +16,7 @@ use crate::lanes::Reading;
 use crate::mapping;
 use crate::model::Inner;
 use crate::options::{LoadOptions, Preference};
+use crate::over_read;
 use crate::parallel;
 use crate::pipeline::{Dropped, Ended, Lane, Transfer, Transferred};
 use crate::prepare::{self, Preparation, Prepared, PreparedDevice, Preparing, Side, timed};
@@ -108,6 +109,7 @@ fn attempt(model: &Inner, options: &LoadOptions, cancel: &Cancel, emit: &mut Emi
         fallbacks.extend(storages.iter().flat_map(Storage::fallbacks));
         fallbacks.extend(storages.iter().filter_map(|storage| storage.staged_fallback(&plan)));
         fallbacks.extend(parallel::fallbacks(&plan));
+        fallbacks.extend(over_read::fallbacks(&plan));
         if options.dequantization.is_some() {
             fallbacks.extend(quantized::warnings(model)?);
         }

@@ -104,6 +104,9 @@ fn a_command_line_that_cannot_be_read_exits_with_2() {
         &["load", tiny_llama(), "--threads", "0"],
         &["load", tiny_llama(), "--in-place", "maybe"],
         &["load", tiny_llama(), "--gds", "maybe"],
+        &["load", tiny_llama(), "--over-read-max", "0.9"],
+        &["plan", tiny_llama(), "--over-read-max", "inf"],
+        &["convert", tiny_llama(), "out", "--over-read-max", "much"],
         &["verify", tiny_llama()],
         &["verify", tiny_llama(), "--manifest", "a", "--write-manifest", "b"],
         &["convert", tiny_llama()],
@@ -116,6 +119,8 @@ fn a_command_line_that_cannot_be_read_exits_with_2() {
     }
     let line = tensorhaul(["load", tiny_llama(), "--engine", "steam"]).error(2);
     assert!(line.contains("'steam'") && line.contains("io-uring"), "{line}");
+    let line = tensorhaul(["plan", tiny_llama(), "--over-read-max", "0.5"]).error(2);
+    assert!(line.contains("'0.5'") && line.contains("a number from 1 on, such as 1.02"), "{line}");
 }
 
 #[test]

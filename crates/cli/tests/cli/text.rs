@@ -38,6 +38,27 @@ fn plan_shows_reads_and_promises() {
 }
 
 #[test]
+fn what_passes_the_bound_on_reading_is_told_with_its_reason() {
+    // Rank 0's columns of tiny-llama's row-parallel matrices are pieces of 32 bytes and more.
+    let plan = |bound: &str, more: &[&str]| {
+        let rank =
+            ["plan", tiny_llama(), "--tp-size", "4", "--unmatched", "replicate", "--over-read-max", bound];
+        tensorhaul([&rank[..], more].concat()).ok()
+    };
+    let reason = "bytes are too short to be read apart";
+    assert!(plan("1.02", &["--tp-rank", "0"]).contains(reason));
+    assert!(!plan("9", &["--tp-rank", "0"]).contains(reason), "so much may be read");
+    let all = plan("1.02", &["--all-ranks"]);
+    assert!(all.contains("read in vain for") && all.contains(reason), "{all}");
+    let json: serde_json::Value = serde_json::from_str(&plan("1.02", &["--tp-rank", "0", "--json"])).unwrap();
+    let over_reads = json["over_reads"].as_array().unwrap();
+    let is_short = |over: &&serde_json::Value| over["reason"] == "short_pieces";
+    let over = over_reads.iter().find(is_short).unwrap();
+    assert!(over["over_bytes"].as_u64() > Some(0) && over["piece_len_bytes"].as_u64() < Some(512), "{over}");
+    assert!(over["name"].as_str().unwrap().ends_with("proj.weight"), "{over}");
+}
+
+#[test]
 fn doctor_names_every_device() {
     let text = tensorhaul(["doctor"]).ok();
     let words =

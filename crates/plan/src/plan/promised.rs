@@ -1,6 +1,7 @@
 //! What a plan says of its cost.
 
 use std::fmt;
+use std::mem::discriminant;
 
 use serde::Serialize;
 
@@ -43,6 +44,46 @@ pub struct OverRead {
     /// Why they cannot be spared.
     #[serde(flatten)]
     pub reason: OverReadReason,
+}
+
+/// The over-reads of one kind.
+#[derive(Clone, Copy, Debug)]
+pub struct OverReadSum<'o> {
+    /// Number of tensors.
+    pub tensors: u64,
+    /// Bytes that are read and not kept, of all of them.
+    pub over_bytes: u64,
+    /// The worst of them.
+    pub worst: &'o OverRead,
+}
+
+impl OverRead {
+    /// Sums over-reads, of which the worst come first, by their kind.
+    pub fn sums(over_reads: &[OverRead]) -> Vec<OverReadSum<'_>> {
+        let mut sums: Vec<OverReadSum<'_>> = Vec::new();
+        for over in over_reads {
+            let is_alike =
+                |sum: &&mut OverReadSum<'_>| discriminant(&sum.worst.reason) == discriminant(&over.reason);
+            match sums.iter_mut().find(is_alike) {
+                Some(sum) => {
+                    sum.tensors += 1;
+                    sum.over_bytes += over.over_bytes;
+                }
+                None => sums.push(OverReadSum { tensors: 1, over_bytes: over.over_bytes, worst: over }),
+            }
+        }
+        sums
+    }
+}
+
+impl fmt::Display for OverReadSum<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let OverReadSum { tensors, over_bytes, worst: OverRead { name, .. } } = self;
+        match tensors {
+            1 => write!(f, "{over_bytes} bytes are read in vain for {name:?}"),
+            _ => write!(f, "{over_bytes} bytes are read in vain for {tensors} tensors, most for {name:?}"),
+        }
+    }
 }
 
 /// Why more is read than is kept.

@@ -26,7 +26,11 @@ pub(super) fn assembled<'r>(
     }
     let kept = assembly.selected(checkpoint, request)?;
     let mut assembling = Assembling { checkpoint, request, known: Vec::new() };
-    kept.into_iter().map(|place| assembling.one(&assembly.tensors[place])).collect()
+    let mut wanted = Vec::with_capacity(kept.len());
+    for place in kept {
+        wanted.push(assembling.one(&assembly.tensors[place])?);
+    }
+    Ok(wanted)
 }
 
 impl Assembly {
@@ -171,12 +175,13 @@ impl<'r> Assembling<'r> {
 
     /// Cuts a group, or finds one that was cut alike.
     fn cut(&mut self, group: &'r Group, slice: &'r Slice) -> Result<Option<Arc<Cut>>, PlanError> {
-        if let Some(known) = self.known.iter().find(|known| known.is_like(self.checkpoint, group, slice)) {
+        let members = members(self.checkpoint, group);
+        if let Some(known) = self.known.iter().find(|known| known.is_like(group, slice, &members)) {
             return Ok(known.cut.clone());
         }
         let cut = cut(self.checkpoint, group, slice)?;
         self.known.truncate(KNOWN_MAX - 1);
-        self.known.insert(0, Known { group, slice, cut: cut.clone() });
+        self.known.insert(0, Known { group, slice, members, cut: cut.clone() });
         Ok(cut)
     }
 }
@@ -185,17 +190,24 @@ impl<'r> Assembling<'r> {
 struct Known<'r> {
     group: &'r Group,
     slice: &'r Slice,
+    members: Members<'r>,
     cut: Option<Arc<Cut>>,
+}
+
+/// What the members of a group are, and how they are stored.
+type Members<'r> = SmallVec<[(Role, (Dtype, &'r [u64])); 4]>;
+
+fn members<'r>(checkpoint: &'r Checkpoint, group: &Group) -> Members<'r> {
+    group.members.iter().map(|(role, id)| (*role, whole(checkpoint.tensor(*id)))).collect()
 }
 
 impl Known<'_> {
     /// Tells whether the same part of another group is made of the same parts of its members.
-    fn is_like(&self, checkpoint: &Checkpoint, group: &Group, slice: &Slice) -> bool {
-        let member = |(role, id): &(Role, TensorId)| (*role, whole(checkpoint.tensor(*id)));
+    fn is_like(&self, group: &Group, slice: &Slice, members: &Members<'_>) -> bool {
         self.slice == slice
             && self.group.shape == group.shape
+            && *self.members == **members
             && self.group.recipe == group.recipe
-            && self.group.members.iter().map(member).eq(group.members.iter().map(member))
     }
 }
 

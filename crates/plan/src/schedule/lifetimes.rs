@@ -25,42 +25,79 @@ pub(super) struct Owner {
 impl Lifetimes {
     pub(super) fn new(request: &Request, wanted: &[Wanted<'_>]) -> Lifetimes {
         let stretches = stretches(request, wanted);
-        let mut len_bytes: HashMap<(DeviceId, &str), u64> = HashMap::new();
-        // The sum of the layer, or whatever is around the smallest group, stays here until a name leaves it.
-        let mut open = ((DeviceId::Host, ""), 0);
-        for stretch in stretches.iter().filter(|stretch| !stretch.is_external) {
-            let [smallest, around] = stretch.groups.map(|group| (stretch.device, group));
-            if smallest.1 != around.1 {
-                *len_bytes.entry(smallest).or_default() += stretch.len_bytes;
-            }
-            if open.0 != around {
-                *len_bytes.entry(open.0).or_default() += open.1;
-                open = (around, 0);
-            }
-            open.1 += stretch.len_bytes;
+        let mut groups = Groups::default();
+        let mut numbers = Vec::with_capacity(stretches.len());
+        for stretch in &stretches {
+            numbers.push(match stretch.is_external {
+                true => [u32::MAX; GROUP_DEPTH_MAX], // Not asked for.
+                false => groups.add(stretch),
+            });
         }
-        *len_bytes.entry(open.0).or_default() += open.1;
 
-        let mut numbers: HashMap<(DeviceId, &str), u32> = HashMap::new();
         let mut arenas: Vec<Owner> = Vec::new();
         let mut of_wanted = Vec::with_capacity(wanted.len());
-        for stretch in stretches {
+        for (stretch, numbers) in stretches.iter().zip(numbers) {
             let (device, is_external) = (stretch.device, stretch.is_external);
             let mut add = |name: &str| {
                 arenas.push(Owner { device, name: name.to_owned(), is_external });
                 arenas.len() as u32 - 1
             };
-            let worth_one = |group: &&str| len_bytes[&(device, *group)] >= ARENA_LEN_BYTES_MIN;
+            let worth_one =
+                |place: &usize| groups.groups[numbers[*place] as usize].len_bytes >= ARENA_LEN_BYTES_MIN;
             let arena = match is_external {
                 true => add(stretch.groups[0]),
                 false => {
-                    let group = stretch.groups.into_iter().find(worth_one).unwrap_or("");
-                    *numbers.entry((device, group)).or_insert_with(|| add(group))
+                    let (number, name) = match (0..GROUP_DEPTH_MAX).find(worth_one) {
+                        Some(place) => (numbers[place], stretch.groups[place]),
+                        None => (groups.number(device, ""), ""),
+                    };
+                    *groups.groups[number as usize].arena.get_or_insert_with(|| add(name))
                 }
             };
             of_wanted.extend(std::iter::repeat_n(arena, stretch.count));
         }
         Lifetimes { arenas, of_wanted }
+    }
+}
+
+/// The groups of each device by number: finding one by its name takes longer than all that is done with it.
+#[derive(Default)]
+struct Groups<'r> {
+    numbers: HashMap<(DeviceId, &'r str), u32>,
+    groups: Vec<Group>,
+    /// The one around the last stretch, which is around most of its neighbours too.
+    around: Option<((DeviceId, &'r str), u32)>,
+}
+
+#[derive(Default)]
+struct Group {
+    len_bytes: u64,
+    arena: Option<u32>,
+}
+
+impl<'r> Groups<'r> {
+    /// Counts a stretch in its groups, and returns their numbers.
+    fn add(&mut self, stretch: &Stretch<'r>) -> [u32; GROUP_DEPTH_MAX] {
+        let [smallest, around] = stretch.groups;
+        let around_number = match self.around {
+            Some((last, number)) if last == (stretch.device, around) => number,
+            _ => self.number(stretch.device, around),
+        };
+        self.around = Some(((stretch.device, around), around_number));
+        self.groups[around_number as usize].len_bytes += stretch.len_bytes;
+        if smallest == around {
+            return [around_number; GROUP_DEPTH_MAX];
+        }
+        let number = self.number(stretch.device, smallest);
+        self.groups[number as usize].len_bytes += stretch.len_bytes;
+        [number, around_number]
+    }
+
+    fn number(&mut self, device: DeviceId, name: &'r str) -> u32 {
+        *self.numbers.entry((device, name)).or_insert_with(|| {
+            self.groups.push(Group::default());
+            self.groups.len() as u32 - 1
+        })
     }
 }
 

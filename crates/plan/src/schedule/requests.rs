@@ -64,7 +64,7 @@ impl Means {
 
 impl Requests {
     fn new(checkpoint: &Checkpoint, segments: &[Segment], mut means: Means, machine: &Machine) -> Requests {
-        let mut requests = Requests::default();
+        let mut requests = Requests { counts: Vec::with_capacity(segments.len()), ..Requests::default() };
         let mut rest = segments;
         while let [segment, ..] = rest {
             let count = match segment.way {

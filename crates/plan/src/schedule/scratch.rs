@@ -23,7 +23,8 @@ pub(super) struct Scratch {
     pub(super) payloads: Vec<TensorId>,
     /// Sources of a few bytes, which are read before everything else, ascending by file and offset.
     pub(super) small: Vec<Segment>,
-    /// The other sources, those of an operation one behind the other.
+    /// The other sources, those of an operation one behind the other; those of operations with the same payload, for several devices,
+    /// ascending together, so that each byte is read once for all of them.
     pub(super) large: Vec<Segment>,
 }
 
@@ -46,7 +47,12 @@ pub(super) fn scratch(
     scratch.operations.reserve(jobs.jobs.len());
     scratch.payloads.reserve(jobs.jobs.len());
     scratch.large.reserve(jobs.jobs.len());
+    let mut alike = (None, 0); // The payload of the last operations, and where their sources begin.
     for job in &jobs.jobs {
+        if alike.0 != Some(job.payload) {
+            scratch.ascend(alike.1);
+            alike = (Some(job.payload), scratch.large.len());
+        }
         let ring = rings.get_mut(&job.device).expect("there is one for every device of a job");
         let operation = scratch.operations.len() as u32;
         let to = Destination {
@@ -76,6 +82,7 @@ pub(super) fn scratch(
             read_count: 0,
         });
     }
+    scratch.ascend(alike.1);
     scratch.small.sort_by_key(|segment| (segment.file, segment.begin));
     for (device, ring) in rings {
         let arena = |what: &str, len_bytes| Arena {
@@ -89,6 +96,20 @@ pub(super) fn scratch(
         arenas.push(arena("sources", ring.slots.capacity_bytes));
     }
     Ok(scratch)
+}
+
+impl Scratch {
+    /// Puts the last of the large sources in the order of their files, unless one of their operations waits for another: all of that
+    /// one's sources then come first.
+    fn ascend(&mut self, first: usize) {
+        let alike = &mut self.large[first..];
+        let first_operation = alike.first().and_then(|source| source.operation);
+        let is_alone = alike.last().is_none_or(|source| source.operation == first_operation);
+        let waits = |source: &Segment| Some(source.after.end) > first_operation;
+        if !is_alone && !alike.iter().any(waits) {
+            alike.sort_by_key(|source| (source.file, source.begin));
+        }
+    }
 }
 
 /// What operations have to make, in the order of time, whatever the device.
@@ -136,14 +157,17 @@ fn jobs<'w>(
         }));
     }
     jobs.sort_by_key(|job| job.payload);
+    let shared = shared(checkpoint, dequantize, &jobs);
     let mut needed = Vec::with_capacity(2 * jobs.len());
     for job in &mut jobs {
         let first = needed.len();
         needed.extend(job.making.sources(dequantize).map(|(role, id, pieces)| {
             let stored = checkpoint.tensor(id);
-            // Only whole payloads are worth a read of their own in place.
+            // Only whole payloads are worth a read of their own in place, and where several devices take one, it is read once through the
+            // staging ring.
             let is_long = stored.info.len_bytes() >= IN_PLACE_LEN_BYTES_MIN;
             let is_worth_it = role == Role::Payload && is_long && pieces.is_none();
+            let is_shared = shared.get(id.0 as usize).is_some_and(|takers| *takers > 1);
             let can_land = || machine.in_place.route(job.device, stored.file).is_some();
             Needed {
                 role,
@@ -152,13 +176,26 @@ fn jobs<'w>(
                 file_offset_bytes: stored.file_offset_bytes,
                 pieces,
                 len_bytes: pieces.map_or(stored.info.len_bytes(), Pieces::len_bytes),
-                how: if is_worth_it && can_land() { How::InPlace } else { How::Gathered },
+                how: if is_worth_it && !is_shared && can_land() { How::InPlace } else { How::Gathered },
             }
         }));
         needed[first..].sort_by_key(|needed| needed.id);
         job.needed = first..needed.len();
     }
     Jobs { jobs, needed }
+}
+
+/// Counts how many operations take each stored tensor, up to 2; empty where all are on one device.
+fn shared(checkpoint: &Checkpoint, dequantize: &Dequantize, jobs: &[Job<'_>]) -> Vec<u8> {
+    if jobs.windows(2).all(|pair| pair[0].device == pair[1].device) {
+        return Vec::new();
+    }
+    let mut takers = vec![0u8; checkpoint.len()];
+    for (_, id, _) in jobs.iter().flat_map(|job| job.making.sources(dequantize)) {
+        let count = &mut takers[id.0 as usize];
+        *count = (*count + 1).min(2);
+    }
+    takers
 }
 
 /// Prepares a ring for every device that something is made on; `arena` is the number of the first arena they append.

@@ -327,7 +327,9 @@ fn quantized_tensors_become_the_same_numbers_on_every_device() {
     let folder = quantized::checkpoint();
     let model = Model::open(folder.path()).unwrap();
     let dequantize = |options: LoadOptions| options.dequantize(Dequantization::to(Dtype::Bf16));
-    let expected = model.load(&dequantize(LoadOptions::default())).unwrap().tensors;
+    let on_host = dequantize(LoadOptions::default());
+    let needed_bytes = model.plan(&on_host).unwrap().promised().needed_bytes;
+    let expected = model.load(&on_host).unwrap().tensors;
     let layers: Vec<_> = (0..6).map(|layer| format!("model.layers.{layer}")).collect();
     let devices: [&[DeviceId]; 6] =
         [&[id(0)], &[id(1)], &[id(2)], &[id(1), id(0)], &[id(0)], &[id(2), id(1)]];
@@ -340,6 +342,7 @@ fn quantized_tensors_become_the_same_numbers_on_every_device() {
             let loaded = model.load(&options.transient_bytes(256 << 10)).unwrap();
             let count: usize = expected.iter().map(|(name, _)| map.devices_of(name).unwrap().len()).sum();
             assert_eq!(loaded.tensors.len(), count);
+            assert_eq!(loaded.report.promised.needed_bytes, needed_bytes, "each source is read once");
             for (name, tensor) in loaded.tensors.iter() {
                 let expected = expected.get(name).unwrap();
                 assert_eq!((tensor.dtype(), tensor.shape()), (expected.dtype(), expected.shape()));

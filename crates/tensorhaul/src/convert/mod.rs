@@ -38,6 +38,7 @@ pub struct ConvertOptions {
     cast: Option<Dtype>,
     dequantize: Option<Dtype>,
     parallel: Option<Parallel>,
+    over_read_max: Option<f64>,
     device: Option<DeviceId>,
     save: SaveOptions,
 }
@@ -65,6 +66,12 @@ impl ConvertOptions {
     /// written, and listed. Cannot be cast on the way. Default: the whole model.
     pub fn parallel(self, parallel: Parallel) -> Self {
         ConvertOptions { parallel: Some(parallel), ..self }
+    }
+
+    /// The most that a rank's part may make the conversion read, as a multiple of what is needed; see
+    /// [`Request::over_read_max`]. Default: 1.02.
+    pub fn over_read_max(self, over_read_max: f64) -> Self {
+        ConvertOptions { over_read_max: Some(over_read_max), ..self }
     }
 
     /// Where tensors are dequantized; the bytes are the same on every device. Default: the host.
@@ -203,6 +210,9 @@ fn stored(model: &Model) -> Vec<Part<'_>> {
 fn load_options(options: &ConvertOptions) -> LoadOptions {
     let mut request = Request::all();
     request.device = options.device.unwrap_or(DeviceId::Host);
+    if let Some(over_read_max) = options.over_read_max {
+        request.over_read_max = over_read_max;
+    }
     let mut load = LoadOptions::default().request(request);
     if let Some(dtype) = options.dequantize {
         load = load.dequantize(Dequantization::to(dtype).fold());
