@@ -113,6 +113,12 @@ pub(crate) fn find(id: DeviceId) -> Result<Found> {
     }
 }
 
+/// Finds a device without initializing its driver: `None` where this process has not done so yet, and where there is no such device.
+pub(crate) fn find_known(id: DeviceId) -> Option<Found> {
+    let is_known = Vendor::of(id).is_none_or(|vendor| (vendor.is_initialized)());
+    is_known.then(|| find(id).ok())?
+}
+
 /// Finds the devices of a load. Accelerators of different vendors are refused: what one's driver pins, the other's cannot copy from.
 pub(crate) fn find_all(ids: &[DeviceId]) -> Result<Vec<Found>> {
     let vendor = |id: &DeviceId| mem::discriminant(id);

@@ -25,22 +25,37 @@ use crate::report::{DeviceReport, Fallback, Phases, Report};
 use crate::shares::Shares;
 use crate::storage::{self, Storage};
 
+/// What a plan may do to know the devices that it is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Asking {
+    /// Nothing: those whose driver this process has initialized are known, and of those that are open, which reach each other.
+    Nobody,
+    /// Initialize their drivers; open them, where it matters which reach each other.
+    Devices,
+}
+
 /// Plans a private load and does nothing else.
-pub(crate) fn plan(model: &Inner, options: &LoadOptions) -> Result<Plan> {
+pub(crate) fn plan(model: &Inner, options: &LoadOptions, asking: Asking) -> Result<Plan> {
     let request = request(model, options)?;
     mapping::check(model, &request)?;
     let probed = Probed::new(model, options);
     let ids = mapping::devices(&request);
-    // Accelerators are opened to make a plan only where it matters which reach each other, so what direct storage can do is not known;
-    // they are described where they are there, because one may share the host's memory.
-    let peers = match mapping::replicates(&request) {
-        true => devices::open_all(&ids).map_or(Vec::new(), |opened| devices::peers(&opened)),
-        false => Vec::new(),
+    let find = |id: &DeviceId| match asking {
+        Asking::Nobody => devices::find_known(*id),
+        Asking::Devices => devices::find(*id).ok(),
     };
+    // Accelerators are opened to make a plan only where it matters which reach each other, so what direct storage can do is not known.
+    let opened = match (mapping::replicates(&request), asking) {
+        (false, _) => Vec::new(),
+        (true, Asking::Nobody) => ids.iter().filter_map(|id| find(id)?.opened().cloned()).collect(),
+        (true, Asking::Devices) => devices::open_all(&ids).unwrap_or_default(),
+    };
+    let peers = devices::peers(&opened);
     let is_required = options.direct_storage == Preference::Required;
     let accelerators = ids.iter().filter(|id| is_required && **id != DeviceId::Host);
     let routes = accelerators.map(|id| storage::route_for_all(*id)).collect();
-    let able = |id: &DeviceId| devices::find(*id).is_ok_and(|found| is_able(&found, *id, options));
+    // They are described where that is allowed, because one may share the host's memory.
+    let able = |id: &DeviceId| find(id).is_some_and(|found| is_able(&found, *id, options));
     let able: Vec<_> = ids.iter().map(|id| (*id, able(id))).collect();
     let machine = machine(options, &able, peers, &probed, routes)?;
     Ok(Plan::new(&model.checkpoint, &request, &machine)?)

@@ -219,7 +219,7 @@ fn vendors_do_not_mix_and_devices_that_are_not_there_are_named() {
 fn a_device_that_vanishes_between_plan_and_load_is_named() {
     let (_folder, model) = model();
     let sim = Sim::new("devices=3");
-    model.plan(&options(&mixed())).unwrap();
+    model.plan_for_devices(&options(&mixed())).unwrap();
     drop(sim);
     let sim = Sim::new("devices=2");
     let error = model.load(&options(&mixed())).unwrap_err();
