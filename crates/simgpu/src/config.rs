@@ -26,6 +26,8 @@ pub(crate) struct Config {
     pub(crate) pools: bool,
     /// `unified=0`: the device does not reach pinned host memory by its address. Default: 1.
     pub(crate) unified: bool,
+    /// `host_node=NODE`: the host's memory node that drivers name for every device. Default: they do not know.
+    pub(crate) host_node: Option<u32>,
     /// `integrated=1`: the device says that it shares the host's memory, and copies work there too. Default: 0.
     pub(crate) integrated: bool,
     /// `batches=0`: the driver refuses batched copies. Default: 1.
@@ -84,6 +86,7 @@ impl Default for Config {
             poison: true,
             pools: true,
             unified: true,
+            host_node: None,
             integrated: false,
             batches: true,
             peers: true,
@@ -117,6 +120,7 @@ impl Config {
                 "poison" => config.poison = number()? != 0,
                 "pools" => config.pools = number()? != 0,
                 "unified" => config.unified = number()? != 0,
+                "host_node" => config.host_node = Some(number()? as u32),
                 "integrated" => config.integrated = number()? != 0,
                 "batches" => config.batches = number()? != 0,
                 "peers" => config.peers = number()? != 0,

@@ -3,10 +3,11 @@
 use std::thread::{self, Scope};
 use std::time::Instant;
 
+use tensorhaul_device::Near;
 use tensorhaul_direct::Direct;
 use tensorhaul_io::Counts;
 use tensorhaul_plan::{DeviceId, External, InPlace, Machine, Plan, Request, Route, Select};
-use tensorhaul_stage::Ring;
+use tensorhaul_stage::{Placement, Ring};
 
 use crate::cancel::Cancel;
 use crate::devices::{self, Found};
@@ -253,13 +254,11 @@ impl Load<'_> {
     /// When a device refuses to pin its ring, everything is read once more, through rings of the driver's own.
     fn read(&self, sides: Vec<Side<'_>>, mut fallbacks: Vec<Fallback>, emit: &mut Emit<'_>) -> Result<Read> {
         let Load { model, plan, shares, temperatures, options, device_count, cancel, .. } = *self;
-        let near_processors: Vec<_> = sides.iter().map(|side| side.near_processors.clone()).collect();
-        let reading =
-            Reading { model, options, plan, temperatures, shares, near_processors: &near_processors };
-        let numbers = 0..sides.len();
-        let mut rings = numbers
-            .map(|device| ring(plan, shares, device, options, device_count))
-            .collect::<Result<Vec<_>>>()?;
+        let near: Vec<_> = sides.iter().map(|side| side.near.clone()).collect();
+        let reading = Reading { model, options, plan, temperatures, shares, near: &near };
+        let rings = near.iter().enumerate();
+        let rings = rings.map(|(device, near)| ring(plan, shares, device, near, options, device_count));
+        let mut rings = rings.collect::<Result<Vec<_>>>()?;
         let mut dropped = Counts::default();
         let mut preparing = self.preparing(sides, &rings)?;
         loop {
@@ -275,6 +274,10 @@ impl Load<'_> {
                 Ended::Complete(mut done, prepared) => {
                     done.counts += dropped;
                     fallbacks.extend(told);
+                    for (id, ring) in shares.devices().iter().zip(&rings) {
+                        fallbacks
+                            .extend(ring.as_ref().and_then(|ring| devices::placement_fallback(*id, ring)));
+                    }
                     fallbacks.extend(late_fallbacks(&done, &prepared));
                     let engine = engine_name(&lanes);
                     return Ok(Read { rings, prepared, started_at, done, engine, fallbacks });
@@ -404,11 +407,12 @@ fn machine(
     })
 }
 
-/// Takes a ring for a device, no larger than the reads staged for it can use; none when nothing is.
+/// Takes a ring for a device, near it, no larger than the reads staged for it can use; none when nothing is.
 fn ring(
     plan: &Plan,
     shares: &Shares,
     device: usize,
+    near: &Near,
     options: &LoadOptions,
     device_count: usize,
 ) -> Result<Option<Ring>> {
@@ -419,7 +423,7 @@ fn ring(
     let layout = staging_layout(options, device_count)?;
     debug_assert!(staged.read_len_bytes_max <= plan.machine().buffer_len_bytes);
     let layout = layout.at_most(staged.reads).for_reads_of(staged.read_len_bytes_max);
-    devices::ring(shares.devices()[device], layout).map(Some)
+    devices::ring(shares.devices()[device], layout, near).map(Some)
 }
 
 /// Counts the host memory that the load allocated for its result.
@@ -439,6 +443,10 @@ fn device_reports(
     let of_ring = |(id, ring): (&DeviceId, &Option<Ring>)| DeviceReport {
         device: id.to_string(),
         peak_staging_bytes: ring.as_ref().map_or(0, Ring::peak_bytes),
+        staging_node: match ring.as_ref().map(Ring::placement) {
+            Some(Placement::Near(node)) => Some(node),
+            _ => None,
+        },
         ..DeviceReport::default()
     };
     let mut reports: Vec<_> = shares.devices().iter().zip(rings).map(of_ring).collect();

@@ -127,6 +127,10 @@ pub struct DeviceReport {
     pub copies: u64,
     /// The most memory of its own staging ring that was in use.
     pub peak_staging_bytes: u64,
+    /// The host's memory node that its staging ring was put on, nearest to it; `None` where nobody knows of one, and where the driver
+    /// put the ring.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub staging_node: Option<u32>,
     /// As in [`Phases`], of this device alone.
     pub context_seconds: f64,
     /// As above.
