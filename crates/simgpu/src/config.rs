@@ -20,6 +20,8 @@ pub(crate) struct Config {
     ///
     /// [`simgpu_fail`]: crate::control::simgpu_fail
     pub(crate) slows: Vec<Slow>,
+    /// `flip=CALL:N`: what the N-th use of CALL (from 1) copies arrives with its first bit wrong. May repeat.
+    pub(crate) flips: Vec<(String, u64)>,
     /// `poison=0`: device memory is not written over when it is allocated and freed, which takes longer than any driver. Default: 1.
     pub(crate) poison: bool,
     /// `pools=0`: the device has no stream-ordered allocator. Default: 1.
@@ -83,6 +85,7 @@ impl Default for Config {
             link_mb_per_s: 0,
             fails: Vec::new(),
             slows: Vec::new(),
+            flips: Vec::new(),
             poison: true,
             pools: true,
             unified: true,
@@ -145,6 +148,10 @@ impl Config {
                     let (device, peer) = value.split_once(':').ok_or_else(wrong)?;
                     let pair = (device.parse().map_err(|_| wrong())?, peer.parse().map_err(|_| wrong())?);
                     config.no_peers.push(pair);
+                }
+                "flip" => {
+                    let (call, nth) = value.split_once(':').ok_or_else(wrong)?;
+                    config.flips.push((call.to_owned(), nth.parse().map_err(|_| wrong())?));
                 }
                 "slow" => {
                     let (call, millis) = value.split_once(':').ok_or_else(wrong)?;

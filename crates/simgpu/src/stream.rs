@@ -15,6 +15,8 @@ use crate::kernels::Launch;
 pub(crate) enum Work {
     /// Copies of equal rows, and when they were queued; plain copies are one row.
     Copy(Rows, Instant),
+    /// Flips a bit of the byte at an address, which a copy has just written.
+    Flip(usize),
     /// A kernel.
     Launch(Launch),
     /// Marks an event's recording as complete.
@@ -101,6 +103,11 @@ impl Work {
                     rows.copy();
                 }
                 link.carry((rows.row_len * rows.row_count) as u64, queued_at);
+            }
+            Work::Flip(address) => {
+                let byte = std::ptr::with_exposed_provenance_mut::<u8>(address);
+                // SAFETY: the copy before it wrote there.
+                unsafe { *byte ^= 1 };
             }
             Work::Launch(launch) => launch.run(),
             Work::Complete(event, recording) => event.complete(recording),

@@ -143,6 +143,64 @@ fn what_goes_to_several_devices_is_read_once() {
     assert!(staged.devices.iter().all(|device| device.bytes_from_peers == 0));
 }
 
+#[test]
+fn a_copy_that_arrives_wrong_on_one_device_fails_a_load_with_checksums() {
+    let (_folder, model) = model();
+    let everywhere = DeviceMap::everything_on(vec![id(0), id(1), id(2)]).unwrap();
+    for (config, call) in [("", call::COPY_PEER), ("peers=0", call::COPY_IN)] {
+        for nth in [1, 2, 7] {
+            let sim = Sim::new(&format!("devices=3;batches=0;{config};flip={call}:{nth}"));
+            let options = options(&everywhere).checksums(true);
+            let error = model.load(&options).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Device, "{}", error.one_line());
+            assert!(error.tensor().is_some(), "{}", error.one_line());
+            assert!(error.one_line().contains(": its copies differ: checksum "), "{}", error.one_line());
+            sim.assert_clean("after the comparison");
+        }
+    }
+}
+
+/// Returns how many mappings of this process prefer a memory node, as the kernel tells it.
+fn mappings_near(node: u32) -> usize {
+    let maps = std::fs::read_to_string("/proc/self/numa_maps").unwrap();
+    maps.lines().filter(|line| line.contains(&format!(" prefer:{node} "))).count()
+}
+
+#[test]
+fn a_ring_lies_on_the_node_that_its_driver_names() {
+    let (_folder, model) = model();
+    let map = map(&[("f0", &[id(0)]), ("", &[id(1)])]);
+    let sim = Sim::new("devices=2;host_node=0");
+    assert_eq!(mappings_near(0), 0);
+    let loaded = model.load(&options(&map)).unwrap();
+    let nodes: Vec<_> = loaded.report.devices.iter().map(|device| device.staging_node).collect();
+    assert_eq!(nodes, [Some(0), Some(0)]);
+    assert_eq!(mappings_near(0), 2, "the rings are kept for the next load");
+    assert_mapped(&model, &map, &loaded, "near");
+    assert_eq!(loaded.report.fallbacks, []);
+    drop((loaded, sim));
+
+    // A node that no machine has.
+    let sim = Sim::new("devices=2;host_node=1023");
+    for _ in 0..2 {
+        let loaded = model.load(&options(&map)).unwrap();
+        assert!(loaded.report.devices.iter().all(|device| device.staging_node.is_none()));
+        let told: Vec<_> = loaded.report.fallbacks.iter().map(|told| told.what.clone()).collect();
+        let lies = |device| {
+            format!("staging memory of {device} lies on any memory node, not on node 1023, its nearest")
+        };
+        assert_eq!(told, [vendor::FIRST, vendor::SECOND].map(lies));
+        assert_mapped(&model, &map, &loaded, "anywhere");
+    }
+    drop(sim);
+
+    let sim = Sim::new("devices=2");
+    let loaded = model.load(&options(&map)).unwrap();
+    assert!(loaded.report.devices.iter().all(|device| device.staging_node.is_none()), "nobody knows");
+    assert_eq!((mappings_near(0), &*loaded.report.fallbacks), (0, &[][..]));
+    drop((loaded, sim));
+}
+
 /// Device 0 does not get on; what goes to device 1, whose bytes come after its in the plan, arrives all the same. Reads of bytes for both, which
 /// this map has none of, would wait for both.
 #[test]
