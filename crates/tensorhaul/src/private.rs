@@ -397,6 +397,10 @@ fn machine(
             InPlace { routes }
         }
     };
+    // Arenas that storage writes into are the host's, which drivers take for no device's when they copy between two.
+    let is_of_device = |id: &DeviceId| !in_place.is_hosts(*id);
+    let mut peers = peers;
+    peers.retain(|(source, target)| is_of_device(source) && is_of_device(target));
     let direct_align_bytes = storage::add_routes(&mut in_place, routes, probed.direct_align_bytes);
     Ok(Machine {
         buffer_len_bytes,
