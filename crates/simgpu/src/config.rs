@@ -9,6 +9,8 @@ pub(crate) struct Config {
     pub(crate) memory_bytes: u64,
     /// `delay_us`: the longest time that queued work waits before it runs; each waits a part of it, from the seed. Default: 0.
     pub(crate) delay_us: u64,
+    /// `delay_us_of=DEVICE:MICROSECONDS`: the same for one device, by its ordinal. May repeat.
+    pub(crate) delays_us: Vec<(usize, u64)>,
     /// `seed`: where the dice start. Default: 1.
     pub(crate) seed: u64,
     /// `link_mb_per_s`: speed of the host link of each device, in 1e6 bytes a second; 0 for no limit. Default: 0.
@@ -81,6 +83,7 @@ impl Default for Config {
             devices: 1,
             memory_bytes: 1 << 30,
             delay_us: 0,
+            delays_us: Vec::new(),
             seed: 1,
             link_mb_per_s: 0,
             fails: Vec::new(),
@@ -152,6 +155,11 @@ impl Config {
                 "flip" => {
                     let (call, nth) = value.split_once(':').ok_or_else(wrong)?;
                     config.flips.push((call.to_owned(), nth.parse().map_err(|_| wrong())?));
+                }
+                "delay_us_of" => {
+                    let (device, delay_us) = value.split_once(':').ok_or_else(wrong)?;
+                    let one = (device.parse().map_err(|_| wrong())?, delay_us.parse().map_err(|_| wrong())?);
+                    config.delays_us.push(one);
                 }
                 "slow" => {
                     let (call, millis) = value.split_once(':').ok_or_else(wrong)?;

@@ -54,7 +54,9 @@ pub(crate) struct Stream {
 impl Stream {
     pub(crate) fn start(config: &Config, device: usize) -> Stream {
         let (sender, queue) = mpsc::channel::<Work>();
-        let (delay_us, link_mb_per_s, mut dice) = (config.delay_us, config.link_mb_per_s, config.seed);
+        let own_delay = config.delays_us.iter().find(|(of, _)| *of == device);
+        let delay_us = own_delay.map_or(config.delay_us, |(_, delay_us)| *delay_us);
+        let (link_mb_per_s, mut dice) = (config.link_mb_per_s, config.seed);
         let work = move || {
             let mut link = Link { mb_per_s: link_mb_per_s, free_at: Instant::now() };
             for work in queue {

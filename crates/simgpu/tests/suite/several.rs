@@ -354,13 +354,74 @@ fn a_failed_call_on_any_device_fails_the_load_on_all_and_the_next_load_works() {
 #[test]
 fn a_cancelled_load_leaves_nothing_on_any_device() {
     let (_folder, model) = model();
-    for taken in 0..6 {
-        let sim = Sim::new("devices=3;delay_us=500");
-        let mut stream = model.stream(&options(&mixed())).unwrap();
-        let kept: Vec<_> = stream.by_ref().take(taken).map(|ready| ready.unwrap()).collect();
-        drop(stream);
-        drop(kept);
-        sim.assert_clean("after the stream was dropped");
+    for config in ["delay_us=500", "delay_us_of=2:4000", "peers=0;delay_us_of=0:4000"] {
+        for taken in [0, 1, 2, 3, 5, 12] {
+            let sim = Sim::new(&format!("devices=3;{config}"));
+            let mut stream = model.stream(&options(&mixed())).unwrap();
+            let kept: Vec<_> = stream.by_ref().take(taken).map(|ready| ready.unwrap()).collect();
+            drop(stream);
+            for (name, tensor) in &kept {
+                assert!(tensor.to_host().unwrap() == model.tensor(name).unwrap().bytes().unwrap(), "{name}");
+            }
+            drop(kept);
+            sim.assert_clean(&format!("{config}: after the stream was dropped"));
+        }
+    }
+}
+
+#[test]
+fn a_cancelled_load_that_dequantizes_leaves_nothing_on_any_device() {
+    let folder = quantized::checkpoint();
+    let model = Model::open(folder.path()).unwrap();
+    let map =
+        map(&[("model.layers.3", &[id(1), id(0)]), ("model.layers.5", &[id(2)]), ("", &[id(0), id(2)])]);
+    let options = options(&map).dequantize(Dequantization::to(Dtype::Bf16)).staging_bytes(192 << 10);
+    for config in ["delay_us_of=2:2000", "peers=0;delay_us_of=0:2000"] {
+        for taken in 0..6 {
+            let sim = Sim::new(&format!("devices=3;{config}"));
+            let mut stream = model.stream(&options.clone().transient_bytes(256 << 10)).unwrap();
+            let kept: Vec<_> = stream.by_ref().take(taken).map(|ready| ready.unwrap()).collect();
+            drop(stream);
+            assert_eq!(kept.len(), taken);
+            drop(kept);
+            sim.assert_clean(&format!("{config}: after {taken} tensors"));
+        }
+    }
+}
+
+/// Whatever call it is lost at, and however far behind another is: the load ends, names a device that it was for, and nobody touches memory that
+/// is gone.
+#[test]
+fn a_device_lost_beside_a_slow_one_fails_the_load_on_all() {
+    let (_folder, model) = model();
+    for config in ["devices=3;delay_us_of=1:2000", "devices=3;peers=0;delay_us_of=1:2000"] {
+        let sim = Sim::new(config);
+        drop(model.load(&options(&mixed())).unwrap());
+        let counts = sim.report().calls;
+        drop(sim);
+        let mut failed = 0;
+        for (called, count) in counts.iter().filter(|(called, _)| !call::SURVIVED.contains(&called.as_str()))
+        {
+            for nth in BTreeSet::from([1, 2, *count]).into_iter().filter(|nth| nth <= count) {
+                let what = format!("{config}: a device is lost at use {nth} of {count} of {called}");
+                let sim = Sim::new(config);
+                sim.fail(&format!("fail={called}:{nth}:700"));
+                match model.load(&options(&mixed())) {
+                    // Counts of what is asked again and again, or of what closes devices, are not the same twice.
+                    Ok(loaded) => drop(loaded),
+                    Err(error) => {
+                        assert_eq!(error.kind(), ErrorKind::Device, "{what}: {}", error.one_line());
+                        let is_named =
+                            error.device().is_some_and(|device| mixed().devices().contains(&device));
+                        assert!(is_named, "{what}: {}", error.one_line());
+                        failed += 1;
+                    }
+                }
+                tensorhaul::release_devices();
+                assert!(sim.report().violations.is_empty(), "{what}: {:?}", sim.report().violations);
+            }
+        }
+        assert!(failed > 20, "{config}: {failed} loads failed");
     }
 }
 
