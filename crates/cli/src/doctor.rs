@@ -226,8 +226,9 @@ fn device(device: &DeviceFact) -> String {
         format!("pinned copies {to_device_gb_per_s:.1} GB/s to it, {to_host_gb_per_s:.1} GB/s back")
     });
     let shared = device.shares_memory.then(|| "memory shared with the host".to_owned());
-    let facts =
-        [device.description.clone(), memory, shared, device.link.as_ref().map(ToString::to_string), copies];
+    let near = device.host_node.map(|node| format!("nearest to memory node {node}"));
+    let link = device.link.as_ref().map(ToString::to_string);
+    let facts = [device.description.clone(), memory, shared, link, near, copies];
     let facts: Vec<_> = facts.into_iter().flatten().collect();
     if facts.is_empty() { "works".to_owned() } else { format!("works: {}", facts.join(", ")) }
 }

@@ -54,7 +54,7 @@ impl PlanLoad {
         if self.by_rule {
             return self.by_rule(&model, &options);
         }
-        let plan = model.plan(&options)?;
+        let plan = model.plan_for_devices(&options)?;
         if self.json {
             return print_json(&plan);
         }

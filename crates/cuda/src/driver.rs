@@ -80,6 +80,11 @@ impl Cuda {
         self.check("cuDeviceGetAttribute", code)?;
         Ok(value)
     }
+
+    /// Returns the host's memory node nearest to a device. Older drivers do not know the attribute; -1 is a system without nodes.
+    fn host_node(&self, device: sys::Device) -> Option<u32> {
+        self.attribute(sys::ATTRIBUTE_HOST_NUMA_ID, device).ok()?.try_into().ok()
+    }
 }
 
 /// Reads a string that a call writes into a buffer.
@@ -132,6 +137,7 @@ unsafe impl Driver for Cuda {
             name,
             total_bytes: total as u64,
             pci_bus_id: pci_bus_id.unwrap_or_default(),
+            host_node: self.host_node(device),
             architecture: format!("sm_{major}{minor}"),
             integrated: self.attribute(sys::ATTRIBUTE_INTEGRATED, device)? != 0,
             processor_count: self.attribute(sys::ATTRIBUTE_MULTIPROCESSOR_COUNT, device)?.max(0) as u32,

@@ -45,7 +45,6 @@ pub fn find(ordinal: u32) -> Result<Found<Cuda>, DeviceError> {
 /// # Errors
 /// A sentence with the likely cause. In a child forked after the first call: that it was.
 pub fn driver() -> Result<Arc<Cuda>, String> {
-    static DRIVER: OnceLock<(u32, Result<Arc<Cuda>, String>)> = OnceLock::new();
     let load = || (std::process::id(), Cuda::load(&candidates()).map(Arc::new));
     let (process, driver) = DRIVER.get_or_init(load);
     if driver.is_ok() && *process != std::process::id() {
@@ -53,6 +52,14 @@ pub fn driver() -> Result<Arc<Cuda>, String> {
     }
     driver.clone()
 }
+
+/// Tells whether this process has loaded and initialized the driver: from then on its children cannot.
+pub fn is_initialized() -> bool {
+    DRIVER.get().is_some_and(|(process, driver)| driver.is_ok() && *process == std::process::id())
+}
+
+/// With the process that loaded it.
+static DRIVER: OnceLock<(u32, Result<Arc<Cuda>, String>)> = OnceLock::new();
 
 /// The names to try: the user's own, or what the driver installs.
 fn candidates() -> Vec<PathBuf> {

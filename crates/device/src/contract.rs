@@ -220,11 +220,20 @@ pub trait Device: Send + Sync {
     /// [`DeviceError`] when the device could not be made current; `act` was then not called.
     fn lend(&self, stream: Stream, act: &mut dyn FnMut(u64)) -> Result<(), DeviceError>;
 
-    /// Returns the processors whose memory is nearest to the device; empty when all are as near, or nobody knows.
-    fn near_processors(&self) -> Vec<u32>;
+    /// Returns what of the host is nearest to the device.
+    fn near(&self) -> Near;
 
     /// Returns what could not be done as preferred so far: what was done instead, and why.
     fn fallbacks(&self) -> Vec<(String, String)>;
+}
+
+/// What of the host is nearest to a device: on the same socket, before the link to the next.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Near {
+    /// The memory node; `None` when nobody knows.
+    pub node: Option<u32>,
+    /// The processors; empty when all are as near, or nobody knows.
+    pub processors: Vec<u32>,
 }
 
 /// Memory of a device. Dropping the last handle frees it; whoever queued work on it keeps a handle until

@@ -22,7 +22,7 @@ pub mod host;
 mod operation;
 
 pub use contract::{
-    Allocation, Capabilities, Device, DeviceError, Event, Kept, MemoryInfo, Piece, STORAGE_ALIGN_BYTES,
+    Allocation, Capabilities, Device, DeviceError, Event, Kept, MemoryInfo, Near, Piece, STORAGE_ALIGN_BYTES,
     Stream, StridedCopy,
 };
 pub use operation::{Cast, Dequantize, Location, Operation, OperationKind, Source, Strided};

@@ -48,7 +48,7 @@ pub(crate) fn run(
 }
 
 /// Keeps the calling thread on these processors. A system that refuses runs it anywhere, only slower.
-fn stay_on(processors: &[u32]) {
+pub(crate) fn stay_on(processors: &[u32]) {
     if !processors.is_empty() {
         let mut set = rustix::thread::CpuSet::new();
         let known = processors

@@ -14,6 +14,7 @@ use crate::engine::{
 };
 use crate::file::OpenFile;
 use crate::pacer::Pacer;
+use crate::threads;
 
 /// Reads through an `io_uring`; one thread, as many in flight as the disk rewards.
 ///
@@ -26,6 +27,7 @@ pub struct Uring {
     registered: Registered,
     files: Arc<[OpenFile]>,
     depth: Depth,
+    processors: Vec<u32>,
     _staging: Option<Ring>,
 }
 
@@ -72,7 +74,17 @@ impl Uring {
             files: register_files(&ring, &files),
             buffers: staging.as_ref().map(|staging| register_buffers(&ring, staging)),
         };
-        Ok(Uring { ring: ring.into(), registered, files, depth, _staging: staging })
+        Ok(Uring { ring: ring.into(), registered, files, depth, processors: Vec::new(), _staging: staging })
+    }
+
+    /// Keeps the thread that submits and the kernel's workers, who copy what is in the page cache, on these processors, those near the device
+    /// that the bytes go to; empty means any. A kernel that refuses (before 5.14) lets its workers run anywhere, only slower.
+    pub fn near(self, processors: Vec<u32>) -> Uring {
+        if !processors.is_empty() {
+            let ring = self.ring.lock().unwrap_or_else(PoisonError::into_inner);
+            let _ = ring.submitter().register_iowq_aff(&processor_set(&processors));
+        }
+        Uring { processors, ..self }
     }
 
     /// Returns what the kernel registered, and why not where it refused.
@@ -100,6 +112,17 @@ fn register_files(ring: &IoUring, files: &[OpenFile]) -> io::Result<()> {
     ring.submitter().register_files(&descriptors.collect::<Vec<_>>())
 }
 
+/// Returns a set as the kernel takes it.
+fn processor_set(processors: &[u32]) -> libc::cpu_set_t {
+    // SAFETY: a set of bits, of which none is set.
+    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+    for processor in processors.iter().filter(|processor| **processor < libc::CPU_SETSIZE as u32) {
+        // SAFETY: the number is of a bit of the set, as just checked.
+        unsafe { libc::CPU_SET(*processor as usize, &mut set) };
+    }
+    set
+}
+
 /// Registers each staging buffer under its own index.
 fn register_buffers(ring: &IoUring, staging: &Ring) -> Result<(), BuffersRefused> {
     let (layout, start) = (staging.layout(), staging.memory().as_ptr().as_ptr());
@@ -124,6 +147,7 @@ impl Engine for Uring {
     }
 
     fn run(&self, feed: &dyn Feed, sink: &dyn Sink) -> Counts {
+        threads::stay_on(&self.processors);
         let mut ring = self.ring.lock().unwrap_or_else(PoisonError::into_inner);
         let mut flight = Flight {
             engine: self,

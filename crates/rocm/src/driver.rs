@@ -89,6 +89,11 @@ impl Rocm {
         Ok(value)
     }
 
+    /// Returns the host's memory node nearest to a device. Older runtimes do not know the attribute; -1 is a system without nodes.
+    fn host_node(&self, device: sys::Device) -> Option<u32> {
+        self.attribute(sys::ATTRIBUTE_HOST_NUMA_ID, device).ok()?.try_into().ok()
+    }
+
     /// Returns the architecture as HIP writes it: `gfx942:sramecc+:xnack-`.
     fn architecture(&self, device: sys::Device) -> Result<String, CallError> {
         let mut properties = Box::new(sys::Properties([0; _]));
@@ -183,6 +188,7 @@ unsafe impl Driver for Rocm {
             name: if name.is_empty() { format!("AMD {architecture}") } else { name },
             total_bytes: total as u64,
             pci_bus_id: pci_bus_id.unwrap_or_default(),
+            host_node: self.host_node(device),
             architecture,
             processor_count: self.attribute(sys::ATTRIBUTE_MULTIPROCESSOR_COUNT, device)?.max(0) as u32,
             reads_pinned: self.attribute(sys::ATTRIBUTE_CAN_MAP_HOST_MEMORY, device)? != 0,

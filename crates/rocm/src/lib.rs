@@ -55,7 +55,6 @@ pub fn find(ordinal: u32) -> Result<Found<Rocm>, DeviceError> {
 /// # Errors
 /// A sentence with the likely cause. In a child forked after the first call: that it was.
 pub fn driver() -> Result<Arc<Rocm>, String> {
-    static DRIVER: OnceLock<(u32, Result<Arc<Rocm>, String>)> = OnceLock::new();
     let load = || (std::process::id(), Rocm::load(&candidates()).map(Arc::new));
     let (process, driver) = DRIVER.get_or_init(load);
     if driver.is_ok() && *process != std::process::id() {
@@ -63,6 +62,14 @@ pub fn driver() -> Result<Arc<Rocm>, String> {
     }
     driver.clone()
 }
+
+/// Tells whether this process has loaded and initialized the runtime: from then on its children cannot.
+pub fn is_initialized() -> bool {
+    DRIVER.get().is_some_and(|(process, driver)| driver.is_ok() && *process == std::process::id())
+}
+
+/// With the process that loaded it.
+static DRIVER: OnceLock<(u32, Result<Arc<Rocm>, String>)> = OnceLock::new();
 
 /// The names to try where the process holds no runtime: the user's own, or what ROCm installs, the newest first.
 fn candidates() -> Vec<PathBuf> {

@@ -121,6 +121,8 @@ pub(crate) const LOST: &[c_int] = &[4, 214, 700, 702, 709, 710, 719];
 
 /// `hipDeviceAttributeCanMapHostMemory`.
 pub(crate) const ATTRIBUTE_CAN_MAP_HOST_MEMORY: c_int = 3;
+/// `hipDeviceAttributeHostNumaId`, since 7.2.
+pub(crate) const ATTRIBUTE_HOST_NUMA_ID: c_int = 92;
 /// `hipDeviceAttributeIntegrated`.
 pub(crate) const ATTRIBUTE_INTEGRATED: c_int = 16;
 /// `hipDeviceAttributeMultiprocessorCount`.

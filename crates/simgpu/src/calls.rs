@@ -338,7 +338,11 @@ impl Machine {
     }
 
     fn copy(&mut self, rows: Rows, stream: usize) -> Result<(), i32> {
+        let target = rows.target;
         self.stream(stream)?.queue(Work::Copy(rows, Instant::now()));
+        if self.flips {
+            self.stream(stream)?.queue(Work::Flip(target));
+        }
         Ok(())
     }
 

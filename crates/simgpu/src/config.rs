@@ -9,6 +9,8 @@ pub(crate) struct Config {
     pub(crate) memory_bytes: u64,
     /// `delay_us`: the longest time that queued work waits before it runs; each waits a part of it, from the seed. Default: 0.
     pub(crate) delay_us: u64,
+    /// `delay_us_of=DEVICE:MICROSECONDS`: the same for one device, by its ordinal. May repeat.
+    pub(crate) delays_us: Vec<(usize, u64)>,
     /// `seed`: where the dice start. Default: 1.
     pub(crate) seed: u64,
     /// `link_mb_per_s`: speed of the host link of each device, in 1e6 bytes a second; 0 for no limit. Default: 0.
@@ -20,12 +22,16 @@ pub(crate) struct Config {
     ///
     /// [`simgpu_fail`]: crate::control::simgpu_fail
     pub(crate) slows: Vec<Slow>,
+    /// `flip=CALL:N`: what the N-th use of CALL (from 1) copies arrives with its first bit wrong. May repeat.
+    pub(crate) flips: Vec<(String, u64)>,
     /// `poison=0`: device memory is not written over when it is allocated and freed, which takes longer than any driver. Default: 1.
     pub(crate) poison: bool,
     /// `pools=0`: the device has no stream-ordered allocator. Default: 1.
     pub(crate) pools: bool,
     /// `unified=0`: the device does not reach pinned host memory by its address. Default: 1.
     pub(crate) unified: bool,
+    /// `host_node=NODE`: the host's memory node that drivers name for every device. Default: they do not know.
+    pub(crate) host_node: Option<u32>,
     /// `integrated=1`: the device says that it shares the host's memory, and copies work there too. Default: 0.
     pub(crate) integrated: bool,
     /// `batches=0`: the driver refuses batched copies. Default: 1.
@@ -77,13 +83,16 @@ impl Default for Config {
             devices: 1,
             memory_bytes: 1 << 30,
             delay_us: 0,
+            delays_us: Vec::new(),
             seed: 1,
             link_mb_per_s: 0,
             fails: Vec::new(),
             slows: Vec::new(),
+            flips: Vec::new(),
             poison: true,
             pools: true,
             unified: true,
+            host_node: None,
             integrated: false,
             batches: true,
             peers: true,
@@ -117,6 +126,7 @@ impl Config {
                 "poison" => config.poison = number()? != 0,
                 "pools" => config.pools = number()? != 0,
                 "unified" => config.unified = number()? != 0,
+                "host_node" => config.host_node = Some(number()? as u32),
                 "integrated" => config.integrated = number()? != 0,
                 "batches" => config.batches = number()? != 0,
                 "peers" => config.peers = number()? != 0,
@@ -141,6 +151,15 @@ impl Config {
                     let (device, peer) = value.split_once(':').ok_or_else(wrong)?;
                     let pair = (device.parse().map_err(|_| wrong())?, peer.parse().map_err(|_| wrong())?);
                     config.no_peers.push(pair);
+                }
+                "flip" => {
+                    let (call, nth) = value.split_once(':').ok_or_else(wrong)?;
+                    config.flips.push((call.to_owned(), nth.parse().map_err(|_| wrong())?));
+                }
+                "delay_us_of" => {
+                    let (device, delay_us) = value.split_once(':').ok_or_else(wrong)?;
+                    let one = (device.parse().map_err(|_| wrong())?, delay_us.parse().map_err(|_| wrong())?);
+                    config.delays_us.push(one);
                 }
                 "slow" => {
                     let (call, millis) = value.split_once(':').ok_or_else(wrong)?;

@@ -31,6 +31,8 @@ pub(crate) struct Machine {
     pub(crate) violations: Vec<String>,
     /// Goes up when it is set which calls are slow.
     pub(crate) pace: u64,
+    /// Whether the call at hand copies wrongly.
+    pub(crate) flips: bool,
     /// What a library for direct storage keeps.
     pub(crate) storage: Storage,
     next_handle: usize,
@@ -136,6 +138,7 @@ pub(crate) fn call(name: &'static str, act: impl FnOnce(&mut Machine) -> Result<
     if machine.config.capturing && CAPTURE_MODE.get() != CAPTURE_RELAXED && ENDS_CAPTURES.contains(&name) {
         machine.violations.push(format!("{name} ends a capture of somebody else"));
     }
+    machine.flips = machine.config.flips.iter().any(|(call, at)| call == name && *at == nth);
     act(machine).err().unwrap_or(0)
 }
 
@@ -157,6 +160,7 @@ impl Machine {
             calls: BTreeMap::new(),
             violations: Vec::new(),
             pace: 0,
+            flips: false,
             storage: Storage::default(),
             next_handle: 0x1000,
         }

@@ -36,7 +36,7 @@ calls! {
     };
     fn cuDeviceGetAttribute(value: *mut c_int, attribute: c_int, _device: c_int) |machine| {
         let unified = c_int::from(machine.config.unified);
-        give!(value, match attribute { 75 => 8, 76 => 0, 18 => machine.config.integrated.into(), 16 => 2, 19 | 41 | 91 => unified, 115 => 1, _ => return Err(INVALID_VALUE) })
+        give!(value, match attribute { 75 => 8, 76 => 0, 18 => machine.config.integrated.into(), 16 => 2, 19 | 41 | 91 => unified, 115 => 1, 134 => machine.config.host_node.ok_or(INVALID_VALUE)? as c_int, _ => return Err(INVALID_VALUE) })
     };
     fn cuDeviceTotalMem_v2(bytes: *mut usize, _device: c_int) |machine| give!(bytes, machine.config.memory_bytes as usize);
 

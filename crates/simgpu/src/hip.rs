@@ -83,7 +83,7 @@ calls! {
     fn hipDeviceGetAttribute(value: *mut c_int, attribute: c_int, device: c_int) |machine| {
         check_device(machine, device)?;
         let unified = c_int::from(machine.config.unified);
-        give!(value, match attribute { 3 => unified, 16 => machine.config.integrated.into(), 63 => 2, _ => return Err(INVALID_VALUE) })
+        give!(value, match attribute { 3 => unified, 16 => machine.config.integrated.into(), 63 => 2, 92 => machine.config.host_node.ok_or(INVALID_VALUE)? as c_int, _ => return Err(INVALID_VALUE) })
     };
     fn hipDeviceTotalMem(bytes: *mut usize, device: c_int) |machine| {
         check_device(machine, device)?;

@@ -15,6 +15,8 @@ use crate::kernels::Launch;
 pub(crate) enum Work {
     /// Copies of equal rows, and when they were queued; plain copies are one row.
     Copy(Rows, Instant),
+    /// Flips a bit of the byte at an address, which a copy has just written.
+    Flip(usize),
     /// A kernel.
     Launch(Launch),
     /// Marks an event's recording as complete.
@@ -52,7 +54,9 @@ pub(crate) struct Stream {
 impl Stream {
     pub(crate) fn start(config: &Config, device: usize) -> Stream {
         let (sender, queue) = mpsc::channel::<Work>();
-        let (delay_us, link_mb_per_s, mut dice) = (config.delay_us, config.link_mb_per_s, config.seed);
+        let own_delay = config.delays_us.iter().find(|(of, _)| *of == device);
+        let delay_us = own_delay.map_or(config.delay_us, |(_, delay_us)| *delay_us);
+        let (link_mb_per_s, mut dice) = (config.link_mb_per_s, config.seed);
         let work = move || {
             let mut link = Link { mb_per_s: link_mb_per_s, free_at: Instant::now() };
             for work in queue {
@@ -101,6 +105,11 @@ impl Work {
                     rows.copy();
                 }
                 link.carry((rows.row_len * rows.row_count) as u64, queued_at);
+            }
+            Work::Flip(address) => {
+                let byte = std::ptr::with_exposed_provenance_mut::<u8>(address);
+                // SAFETY: the copy before it wrote there.
+                unsafe { *byte ^= 1 };
             }
             Work::Launch(launch) => launch.run(),
             Work::Complete(event, recording) => event.complete(recording),

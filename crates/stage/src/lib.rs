@@ -34,8 +34,10 @@
 
 mod layout;
 mod memory;
+mod node;
 mod ring;
 
 pub use layout::{BUFFER_LEN_BYTES_MIN, Layout, LayoutError};
 pub use memory::{AllocateError, HUGE_PAGE_BYTES, HostMemory, StagingMemory};
+pub use node::Placement;
 pub use ring::{Copying, Filled, Filling, Pinned, Ring};

@@ -7,6 +7,8 @@ use std::sync::Arc;
 
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 
+use crate::node::{self, Placement};
+
 /// A block of host memory that a ring can be cut from: the host's own, or a device driver's pinned memory.
 ///
 /// # Safety
@@ -29,6 +31,7 @@ pub unsafe trait StagingMemory: Send + Sync {
 pub struct HostMemory {
     ptr: NonNull<u8>,
     len_bytes: usize,
+    placement: Placement,
 }
 
 impl HostMemory {
@@ -38,7 +41,8 @@ impl HostMemory {
     /// [`AllocateError`] when the system refuses.
     pub fn allocate(len_bytes: usize) -> Result<HostMemory, AllocateError> {
         if len_bytes == 0 {
-            return Ok(HostMemory { ptr: NonNull::<Page>::dangling().cast(), len_bytes: 0 });
+            let ptr = NonNull::<Page>::dangling().cast();
+            return Ok(HostMemory { ptr, len_bytes: 0, placement: Placement::Anywhere });
         }
         let refused = |source: rustix::io::Errno| AllocateError { len_bytes, source: source.into() };
         // A huge page only fits where the address is a multiple of its size: reserve one more, keep the middle.
@@ -61,7 +65,24 @@ impl HostMemory {
             let _ = unsafe { madvise(kept, len_bytes, Advice::LinuxHugepage) };
         }
         let ptr = NonNull::new(kept.cast()).expect("the kernel maps nothing at address 0");
-        Ok(HostMemory { ptr, len_bytes })
+        Ok(HostMemory { ptr, len_bytes, placement: Placement::Anywhere })
+    }
+
+    /// Asks the system for pages of a memory node, before anything touches them; what was touched stays where it is. A copy by a
+    /// device from another node's memory crosses the link between the sockets, which several devices share.
+    ///
+    /// A system that refuses puts them anywhere, and [`placement`](HostMemory::placement) says so: one without such a node, or a container
+    /// that forbids the call (Docker's default does without `CAP_SYS_NICE`).
+    pub fn near(mut self, node: u32) -> HostMemory {
+        if self.len_bytes > 0 {
+            self.placement = node::prefer(self.ptr.as_ptr().cast(), round_to_page(self.len_bytes), node);
+        }
+        self
+    }
+
+    /// Returns where the system was asked to put it.
+    pub fn placement(&self) -> Placement {
+        self.placement
     }
 
     /// Keeps the memory from children of a fork, which then must not touch it.
@@ -182,6 +203,43 @@ mod tests {
         let memory = HostMemory::allocate(HUGE_PAGE_BYTES + 5000).unwrap();
         memory.keep_from_children();
         assert!(flags(&memory).contains(" dc"), "{}", flags(&memory));
+    }
+
+    /// Returns the mapping's policy as the kernel tells it, and where its pages lie: `prefer:0 anon=2 dirty=2 N0=2`.
+    fn policy(memory: &HostMemory) -> String {
+        let text = std::fs::read_to_string("/proc/self/numa_maps").unwrap();
+        let start = format!("{:08x} ", memory.as_ptr().as_ptr().addr());
+        text.lines().find_map(|line| line.strip_prefix(&start)).unwrap().to_owned()
+    }
+
+    #[test]
+    fn pages_come_from_the_node_asked_for() {
+        let nodes = std::fs::read_to_string("/sys/devices/system/node/has_memory").unwrap();
+        // The last of `0` or `0-1,3`.
+        let node: u32 = nodes.trim().rsplit([',', '-']).next().unwrap().parse().unwrap();
+        for len_bytes in [5000, HUGE_PAGE_BYTES + 5000] {
+            let anywhere = HostMemory::allocate(len_bytes).unwrap();
+            assert_eq!(anywhere.placement(), Placement::Anywhere);
+            assert!(policy(&anywhere).starts_with("default"), "{}", policy(&anywhere));
+            let near = HostMemory::allocate(len_bytes).unwrap().near(node);
+            assert_eq!(near.placement(), Placement::Near(node));
+            // SAFETY: the block is that long, and nobody else touches it.
+            unsafe { near.as_ptr().write_bytes(1, len_bytes) };
+            let policy = policy(&near);
+            assert!(policy.starts_with(&format!("prefer:{node} ")), "{policy}");
+            assert!(policy.contains(&format!(" N{node}=")), "{policy}");
+        }
+        assert_eq!(HostMemory::allocate(0).unwrap().near(node).placement(), Placement::Anywhere);
+    }
+
+    #[test]
+    fn a_node_that_is_not_there_leaves_memory_anywhere() {
+        for node in [63, 64, 1023, 40_000] {
+            let memory = HostMemory::allocate(8192).unwrap().near(node);
+            let refused = Placement::Refused { node, errno: libc::EINVAL };
+            assert_eq!(memory.placement(), refused);
+            assert!(policy(&memory).starts_with("default"), "{}", policy(&memory));
+        }
     }
 
     #[test]

@@ -6,6 +6,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crate::layout::Layout;
 use crate::memory::{HostMemory, StagingMemory};
+use crate::node::Placement;
 
 /// A fixed set of equal staging buffers. Clones are handles of the same ring.
 #[derive(Clone)]
@@ -129,6 +130,14 @@ impl Ring {
     /// Returns the whole block the buffers are cut from, for registering it with a kernel or a driver.
     pub fn memory(&self) -> &dyn StagingMemory {
         self.shared.memory.bytes()
+    }
+
+    /// Returns where the system was asked to put the memory; anywhere, where somebody else allocated it.
+    pub fn placement(&self) -> Placement {
+        match &self.shared.memory {
+            Memory::Own { memory, .. } => memory.placement(),
+            Memory::Pinned(_) => Placement::Anywhere,
+        }
     }
 
     /// Lets a device pin the memory where it is, also while buffers of it are being filled. `None` when the device

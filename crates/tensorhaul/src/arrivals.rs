@@ -1,7 +1,6 @@
 //! Takes what has been read, on the thread that called the load: copies it, makes of it what is asked for, hands it over.
 
 use std::any::Any;
-use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::thread;
@@ -9,10 +8,10 @@ use std::time::{Duration, Instant};
 
 use tensorhaul_device::DeviceError;
 use tensorhaul_io::{Counts, Done, JobMemory, ReadCause, ReadError};
-use tensorhaul_plan::{Brought, Plan};
+use tensorhaul_plan::Brought;
 use tensorhaul_stage::Filled;
 
-use crate::checksum::Hashing;
+use crate::checksum::{Hashing, Namesakes};
 use crate::copies::Copies;
 use crate::devices;
 use crate::error::{Error, Result};
@@ -24,7 +23,6 @@ use crate::operations::Operations;
 use crate::pipeline::{Message, Transfer};
 use crate::prepare::{Prepared, PreparedDevice};
 use crate::progress::Progress;
-use crate::shares::Shares;
 use crate::tensor::{Storage, Tensor};
 
 /// What a transfer's reads have brought so far, and what became of it.
@@ -41,8 +39,6 @@ pub(crate) struct Arrivals<'a, 'e> {
     copies: Copies,
     operations: Operations,
     fan_out: FanOut,
-    /// Whether each tensor is on an earlier device, too; its checksum is computed there. Empty on a single device.
-    is_repeated: Vec<bool>,
     failed: Option<Error>,
     pub(crate) counts: Counts,
     /// When the first copy was seen to be complete.
@@ -71,7 +67,6 @@ impl<'a, 'e> Arrivals<'a, 'e> {
             hashing,
             emit,
             missing: plan.tensors().iter().map(|tensor| tensor.read_count + tensor.operation_count).collect(),
-            is_repeated: repeated(plan, shares),
             missing_sources: plan.operations().iter().map(|operation| operation.read_count).collect(),
             copies: Copies::new(shares),
             operations: Operations::new(shares),
@@ -318,7 +313,6 @@ impl<'a, 'e> Arrivals<'a, 'e> {
         }
         let plan = self.transfer.plan;
         let placed = &plan.tensors()[tensor];
-        let is_repeated = self.is_repeated.get(tensor).copied().unwrap_or(false);
         let arena = Arc::clone(&self.prepared.arenas[placed.place.arena as usize]);
         let memory: &dyn Any = &*arena;
         let strides = memory.downcast_ref().and_then(ExternalMemory::strides).map(<[u64]>::to_vec);
@@ -335,9 +329,12 @@ impl<'a, 'e> Arrivals<'a, 'e> {
         }
         self.progress.ready_tensors += 1;
         let name = plan.name(placed);
-        if !is_repeated {
-            self.hashing.add(name, &tensor);
-        }
+        // What a device map names twice is one tensor; ranks have their parts under one name.
+        let namesakes = match self.transfer.options.request.device_map {
+            Some(_) => Namesakes::Copies,
+            None => Namesakes::Parts,
+        };
+        self.hashing.add(name, namesakes, &tensor);
         (self.emit)(Ready { id: placed.id, name, is_renamed: placed.name.is_some(), tensor });
     }
 
@@ -369,15 +366,6 @@ impl<'a, 'e> Arrivals<'a, 'e> {
         self.transfer.cancel.cancel();
         self.gate.close();
     }
-}
-
-/// Finds the tensors that are on an earlier device, too, which comes first in a plan.
-fn repeated(plan: &Plan, shares: &Shares) -> Vec<bool> {
-    if shares.devices().len() == 1 {
-        return Vec::new();
-    }
-    let mut seen = HashSet::new();
-    plan.tensors().iter().map(|tensor| !seen.insert(plan.name(tensor))).collect()
 }
 
 /// How long a filled buffer may wait for its device to be asked again; a copy of 4 MiB takes 80 us on PCIe 5.

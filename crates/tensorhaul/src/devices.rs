@@ -1,17 +1,19 @@
 //! Devices that loads use, and the staging rings they leave for the next load.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io;
 use std::mem;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
-use tensorhaul_device::gpu::{self, Driver};
+use tensorhaul_device::gpu::{self, Driver, topology};
 use tensorhaul_device::host::Host;
-use tensorhaul_device::{Allocation, Capabilities, Device, DeviceError, Stream};
+use tensorhaul_device::{Allocation, Capabilities, Device, DeviceError, Near, Stream};
 use tensorhaul_plan::DeviceId;
-use tensorhaul_stage::{HostMemory, Layout, Pinned, Ring};
+use tensorhaul_stage::{HostMemory, Layout, Pinned, Placement, Ring};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::report::Fallback;
 use crate::storage;
 use crate::vendors::{VENDORS, Vendor};
 
@@ -75,7 +77,7 @@ pub(crate) enum Found {
 /// A device as its driver describes it, whoever the vendor.
 pub(crate) trait Described: Send {
     fn capabilities(&self) -> Capabilities;
-    fn near_processors(&self) -> Vec<u32>;
+    fn near(&self) -> Near;
     fn total_bytes(&self) -> u64;
     fn open(self: Box<Self>) -> std::result::Result<Arc<dyn Device>, DeviceError>;
 }
@@ -85,8 +87,8 @@ impl<D: Driver> Described for gpu::Found<D> {
         gpu::Found::capabilities(self)
     }
 
-    fn near_processors(&self) -> Vec<u32> {
-        gpu::Found::near_processors(self)
+    fn near(&self) -> Near {
+        gpu::Found::near(self)
     }
 
     fn total_bytes(&self) -> u64 {
@@ -111,6 +113,12 @@ pub(crate) fn find(id: DeviceId) -> Result<Found> {
         DeviceId::Rocm(ordinal) => Ok(Found::Described(Box::new(tensorhaul_rocm::find(ordinal)?))),
         other => Err(Error::bad_request(format!("{other}: this build has no backend for it; host works"))),
     }
+}
+
+/// Finds a device without initializing its driver: `None` where this process has not done so yet, and where there is no such device.
+pub(crate) fn find_known(id: DeviceId) -> Option<Found> {
+    let is_known = Vendor::of(id).is_none_or(|vendor| (vendor.is_initialized)());
+    is_known.then(|| find(id).ok())?
 }
 
 /// Finds the devices of a load. Accelerators of different vendors are refused: what one's driver pins, the other's cannot copy from.
@@ -165,11 +173,11 @@ impl Found {
         }
     }
 
-    /// Returns the processors whose memory is nearest to it.
-    pub(crate) fn near_processors(&self) -> Vec<u32> {
+    /// Returns what of the host is nearest to it.
+    pub(crate) fn near(&self) -> Near {
         match self {
-            Found::Open(device) => device.near_processors(),
-            Found::Described(found) => found.near_processors(),
+            Found::Open(device) => device.near(),
+            Found::Described(found) => found.near(),
         }
     }
 
@@ -216,9 +224,9 @@ pub(crate) fn open(id: DeviceId) -> Result<Arc<dyn Device>> {
 }
 
 /// Returns a staging ring for a device: the one kept, if it has this layout, or one of the host's own memory, which
-/// reads may fill before the device has pinned it. One of another layout is let go first: budgets hold for what
+/// reads may fill before the device has pinned it, near the device. One of another layout is let go first: budgets hold for what
 /// is kept, too.
-pub(crate) fn ring(id: DeviceId, layout: Layout) -> Result<Ring> {
+pub(crate) fn ring(id: DeviceId, layout: Layout, near: &Near) -> Result<Ring> {
     let kept = lock().get_mut(&id).filter(|kept| kept.is_ours()).and_then(|kept| kept.ring.take());
     if let Some(ring) = kept.filter(|ring| ring.layout() == layout) {
         ring.reset_peak();
@@ -228,6 +236,11 @@ pub(crate) fn ring(id: DeviceId, layout: Layout) -> Result<Ring> {
         needed_bytes: layout.len_bytes() as u64,
         source: error.into(),
     })?;
+    // Before the first touch, which is a read's, or the driver's when it pins.
+    let memory = match near.node {
+        Some(node) => memory.near(node),
+        None => memory,
+    };
     memory.keep_from_children();
     Ok(Ring::unpinned(memory, layout))
 }
@@ -256,6 +269,20 @@ pub(crate) fn pinning_was_refused(id: DeviceId) -> bool {
 /// Returns a staging ring of memory that the device's driver allocated.
 pub(crate) fn drivers_own_ring(device: &dyn Device, layout: Layout) -> Result<Ring> {
     Ok(Ring::from_boxed(device.staging_memory(layout.len_bytes())?, layout))
+}
+
+/// Tells that a device's staging memory may lie far from it. On a machine with one node there is no far.
+pub(crate) fn placement_fallback(id: DeviceId, ring: &Ring) -> Option<Fallback> {
+    let Placement::Refused { node, errno } = ring.placement() else { return None };
+    topology::is_one_of_several(node).then(|| {
+        let error = io::Error::from_raw_os_error(errno);
+        let remedy = match error.kind() {
+            io::ErrorKind::PermissionDenied => "a container needs the capability SYS_NICE for it",
+            _ => "this process may have no memory of that node",
+        };
+        let what = format!("staging memory of {id} lies on any memory node, not on node {node}, its nearest");
+        Fallback::new(what, format!("mbind: {error}; {remedy}"))
+    })
 }
 
 /// Keeps a ring for the next load on its device, if it came back whole from one that went well.

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::thread;
 
+use tensorhaul_device::Near;
 use tensorhaul_direct::Direct;
 use tensorhaul_io::memory::Memory;
 use tensorhaul_io::mmap::Mmap;
@@ -26,8 +27,8 @@ pub(crate) struct Reading<'r> {
     pub(crate) plan: &'r Plan,
     pub(crate) temperatures: &'r Temperatures,
     pub(crate) shares: &'r Shares,
-    /// For each device, the processors near it, if some are nearer than others.
-    pub(crate) near_processors: &'r [Vec<u32>],
+    /// For each device, what of the host is near it.
+    pub(crate) near: &'r [Near],
 }
 
 impl Reading<'_> {
@@ -59,7 +60,7 @@ impl Reading<'_> {
         ring: Option<&Ring>,
         fallbacks: &mut Vec<Fallback>,
     ) -> Result<Engines> {
-        let Reading { model, options, plan, temperatures, shares, near_processors } = *self;
+        let Reading { model, options, plan, temperatures, shares, near } = *self;
         let cores = thread::available_parallelism().map_or(1, |cores| cores.get() as u32);
         let share = |threads: u32| threads.div_ceil(shares.reading_count() as u32);
         let copiers = share(options.thread_count.unwrap_or(cores.min(COPY_THREADS_MAX)));
@@ -86,9 +87,10 @@ impl Reading<'_> {
                 engines.push((engine, reads));
             }
         };
+        let near = &near[device].processors;
         let pread = |threads: u32, reads: &[u32]| {
             let engine = Pread::new(Arc::clone(files), threads.min(reads.len() as u32));
-            Box::new(engine.near(near_processors[device].clone()))
+            Box::new(engine.near(near.clone()))
         };
         match options.engine {
             EngineChoice::Mmap => {
@@ -99,7 +101,7 @@ impl Reading<'_> {
             }
             EngineChoice::IoUring if shares.devices().len() > 1 && cached.is_empty() && direct.is_empty() => {
             }
-            EngineChoice::IoUring => match uring(files, options, ring, fallbacks) {
+            EngineChoice::IoUring => match uring(files, options, ring, near, fallbacks) {
                 Some(uring) => {
                     // A ring of requests has no use for reads of many short pieces.
                     let of_pieces = |read: &u32| plan.reads()[*read as usize].stride.is_some();
@@ -113,7 +115,7 @@ impl Reading<'_> {
                 }
             },
             EngineChoice::Auto if !direct.is_empty() => {
-                let uring = uring(files, options, ring, fallbacks);
+                let uring = uring(files, options, ring, near, fallbacks);
                 add(pread(copiers, &cached), cached);
                 add(uring.unwrap_or_else(|| pread(direct_threads, &direct)), direct);
             }
@@ -135,6 +137,7 @@ fn uring(
     files: &Arc<[OpenFile]>,
     options: &LoadOptions,
     ring: Option<&Ring>,
+    near: &[u32],
     fallbacks: &mut Vec<Fallback>,
 ) -> Option<Box<dyn Engine>> {
     use tensorhaul_io::uring::Uring;
@@ -152,7 +155,7 @@ fn uring(
             if let Some(Err(refused)) = &registered.buffers {
                 tell(fallbacks, Fallback::new("io_uring pins staging buffers for each request", refused));
             }
-            Some(Box::new(uring))
+            Some(Box::new(uring.near(near.to_vec())))
         }
         Err(error) => {
             tell(fallbacks, Fallback::new("pread threads read instead of io_uring", error));
@@ -166,6 +169,7 @@ fn uring(
     _files: &Arc<[OpenFile]>,
     _options: &LoadOptions,
     _ring: Option<&Ring>,
+    _near: &[u32],
     fallbacks: &mut Vec<Fallback>,
 ) -> Option<Box<dyn Engine>> {
     let why = "this build is without the io-uring feature";

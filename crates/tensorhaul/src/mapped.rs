@@ -9,7 +9,7 @@ use tensorhaul_io::{Residency, probe};
 use tensorhaul_plan::{Promised, TensorId};
 
 use crate::cancel::Cancel;
-use crate::checksum::{self, Hashing};
+use crate::checksum::{self, Hashing, Namesakes};
 use crate::error::{Error, Result};
 use crate::handover::{Emit, Ready};
 use crate::model::{Inner, mapped};
@@ -58,7 +58,7 @@ pub(crate) fn run(
             for id in &wanted[next..run.last] {
                 let stored = model.checkpoint.tensor(*id);
                 let tensor = mapped(stored, &map);
-                hashing.add(stored.info.name, &tensor);
+                hashing.add(stored.info.name, Namesakes::Copies, &tensor);
                 emit(Ready { id: stored.id, name: stored.info.name, is_renamed: false, tensor });
             }
             next = run.last;

@@ -20,6 +20,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::loaded::Loaded;
 use crate::locate::{Located, locate};
 use crate::options::{Handover, LoadOptions};
+use crate::private::Asking;
 use crate::stream::TensorStream;
 use crate::tensor::{Storage, Tensor};
 use crate::{handover, mapping, private};
@@ -140,17 +141,31 @@ impl Model {
 
     /// Plans a private load without doing it: every read, place and copy, and the memory they take.
     ///
-    /// A device other than the host is asked whether it shares the host's memory, which initializes its driver, as a load does, and
-    /// makes no context. Where there is no such device the plan is for one of memory of its own.
+    /// Initializes no driver, so that the process can still fork and its children load. A device whose driver this process has not
+    /// initialized, by a load or by what opens devices, is taken for one of memory of its own that reaches no other;
+    /// [`plan_for_devices`](Model::plan_for_devices) asks.
     ///
     /// # Errors
     /// As [`load`](Model::load) before its first read.
     pub fn plan(&self, options: &LoadOptions) -> Result<Plan> {
-        private::plan(&self.inner, options)
+        private::plan(&self.inner, options, Asking::Nobody)
+    }
+
+    /// Plans as [`plan`](Model::plan) does, for the devices that are there: whether each shares the host's memory, and where tensors go to
+    /// several, which reach each other.
+    ///
+    /// This initializes their drivers, as a load does; children forked from then on cannot load onto them. Devices are opened only for the second
+    /// question. One that is not there is taken for one of memory of its own.
+    ///
+    /// # Errors
+    /// As [`load`](Model::load) before its first read.
+    pub fn plan_for_devices(&self, options: &LoadOptions) -> Result<Plan> {
+        private::plan(&self.inner, options, Asking::Devices)
     }
 
     /// Makes a device map for a load by what is free on devices: layers whole and in their order, neighbours on the same device, each device filled in
-    /// proportion. See [`DeviceMap::auto`] for what else is where. Opens the devices. Without any given it is for all of the vendor of the
+    /// proportion. See [`DeviceMap::auto`] for what else is where. Opens the devices, because nothing else tells what is free: children forked
+    /// from then on cannot load onto them. Without any given it is for all of the vendor of the
     /// request's own.
     ///
     /// # Errors

@@ -142,7 +142,8 @@ impl LoadOptions {
     }
 
     /// Whether the report holds the xxh3-64 of every tensor's bytes. Default: no. Costs a pass over host
-    /// memory, on threads of its own while later bytes arrive; makes a mapped load resident.
+    /// memory, on threads of its own while later bytes arrive; makes a mapped load resident. What a device holds is read back, each copy
+    /// of a tensor on several devices too, and a load whose copies differ fails.
     pub fn checksums(self, checksums: bool) -> Self {
         LoadOptions { checksums, ..self }
     }

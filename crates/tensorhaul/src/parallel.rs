@@ -19,7 +19,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::locate::read_limited;
 use crate::model::{Inner, Model, Source};
 use crate::options::LoadOptions;
-use crate::private;
+use crate::private::{self, Asking};
 use crate::report::Fallback;
 
 /// Whose parts of a model are loaded, and by which rules it is cut.
@@ -112,7 +112,7 @@ impl Model {
         let parallel = options.parallel.clone().unwrap_or_else(|| Parallel::rank(Ranks::alone()));
         let plan = |ranks: Ranks| {
             let one = Parallel { shares: vec![(ranks.clone(), None)], ..parallel.clone() };
-            let plan = private::plan(&self.inner, &options.clone().parallel(one))?;
+            let plan = private::plan(&self.inner, &options.clone().parallel(one), Asking::Nobody)?;
             Ok(RankPlan {
                 ranks,
                 tensors: plan.tensors().len() as u64,

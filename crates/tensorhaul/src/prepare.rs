@@ -5,7 +5,7 @@ use std::thread::{self, Scope, ScopedJoinHandle};
 use std::time::Instant;
 
 use tensorhaul_device::host::Host;
-use tensorhaul_device::{Allocation, Device, DeviceError, OperationKind, Stream};
+use tensorhaul_device::{Allocation, Device, DeviceError, Near, OperationKind, Stream};
 use tensorhaul_plan::{Arena, DeviceId, Padding, PlacedTensor, Plan, Request};
 use tensorhaul_stage::{Pinned, Ring};
 
@@ -82,7 +82,7 @@ pub(crate) struct Preparing<'p> {
 /// A device of a load before it is ready.
 pub(crate) struct Side<'scope> {
     pub(crate) id: DeviceId,
-    pub(crate) near_processors: Vec<u32>,
+    pub(crate) near: Near,
     /// Whether storage can write into its memory.
     pub(crate) is_able: bool,
     /// Its memory in all, where that is all that is known.
@@ -102,7 +102,7 @@ impl<'scope> Side<'scope> {
     pub(crate) fn new(id: DeviceId, found: Found, is_able: bool) -> Side<'scope> {
         Side {
             id,
-            near_processors: found.near_processors(),
+            near: found.near(),
             is_able,
             total_bytes: found.total_bytes(),
             opening: match found.opened() {

@@ -3,10 +3,11 @@
 use std::thread::{self, Scope};
 use std::time::Instant;
 
+use tensorhaul_device::Near;
 use tensorhaul_direct::Direct;
 use tensorhaul_io::Counts;
 use tensorhaul_plan::{DeviceId, External, InPlace, Machine, Plan, Request, Route, Select};
-use tensorhaul_stage::Ring;
+use tensorhaul_stage::{Placement, Ring};
 
 use crate::cancel::Cancel;
 use crate::devices::{self, Found};
@@ -26,26 +27,46 @@ use crate::report::{DeviceReport, Fallback, Phases, Report};
 use crate::shares::Shares;
 use crate::storage::{self, Storage};
 
+/// What a plan may do to know the devices that it is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Asking {
+    /// Nothing: those whose driver this process has initialized are known, and of those that are open, which reach each other.
+    Nobody,
+    /// Initialize their drivers; open them, where it matters which reach each other.
+    Devices,
+}
+
 /// Plans a private load and does nothing else.
-pub(crate) fn plan(model: &Inner, options: &LoadOptions) -> Result<Plan> {
-    plan_of(model, options, &request(model, options)?)
+pub(crate) fn plan(model: &Inner, options: &LoadOptions, asking: Asking) -> Result<Plan> {
+    plan_of(model, options, &request(model, options)?, asking)
 }
 
 /// Plans a [request] that is complete.
-pub(crate) fn plan_of(model: &Inner, options: &LoadOptions, request: &Request) -> Result<Plan> {
+pub(crate) fn plan_of(
+    model: &Inner,
+    options: &LoadOptions,
+    request: &Request,
+    asking: Asking,
+) -> Result<Plan> {
     mapping::check(model, request)?;
     let probed = Probed::new(model, options);
     let ids = mapping::devices(request);
-    // Accelerators are opened to make a plan only where it matters which reach each other, so what direct storage can do is not known;
-    // they are described where they are there, because one may share the host's memory.
-    let peers = match mapping::replicates(request) {
-        true => devices::open_all(&ids).map_or(Vec::new(), |opened| devices::peers(&opened)),
-        false => Vec::new(),
+    let find = |id: &DeviceId| match asking {
+        Asking::Nobody => devices::find_known(*id),
+        Asking::Devices => devices::find(*id).ok(),
     };
+    // Accelerators are opened to make a plan only where it matters which reach each other, so what direct storage can do is not known.
+    let opened = match (mapping::replicates(request), asking) {
+        (false, _) => Vec::new(),
+        (true, Asking::Nobody) => ids.iter().filter_map(|id| find(id)?.opened().cloned()).collect(),
+        (true, Asking::Devices) => devices::open_all(&ids).unwrap_or_default(),
+    };
+    let peers = devices::peers(&opened);
     let is_required = options.direct_storage == Preference::Required;
     let accelerators = ids.iter().filter(|id| is_required && **id != DeviceId::Host);
     let routes = accelerators.map(|id| storage::route_for_all(*id)).collect();
-    let able = |id: &DeviceId| devices::find(*id).is_ok_and(|found| is_able(&found, *id, options));
+    // They are described where that is allowed, because one may share the host's memory.
+    let able = |id: &DeviceId| find(id).is_some_and(|found| is_able(&found, *id, options));
     let able: Vec<_> = ids.iter().map(|id| (*id, able(id))).collect();
     let machine = machine(options, &able, peers, &probed, routes)?;
     Ok(Plan::new(&model.checkpoint, request, &machine)?)
@@ -245,13 +266,11 @@ impl Load<'_> {
     /// When a device refuses to pin its ring, everything is read once more, through rings of the driver's own.
     fn read(&self, sides: Vec<Side<'_>>, mut fallbacks: Vec<Fallback>, emit: &mut Emit<'_>) -> Result<Read> {
         let Load { model, plan, shares, temperatures, options, device_count, cancel, .. } = *self;
-        let near_processors: Vec<_> = sides.iter().map(|side| side.near_processors.clone()).collect();
-        let reading =
-            Reading { model, options, plan, temperatures, shares, near_processors: &near_processors };
-        let numbers = 0..sides.len();
-        let mut rings = numbers
-            .map(|device| ring(plan, shares, device, options, device_count))
-            .collect::<Result<Vec<_>>>()?;
+        let near: Vec<_> = sides.iter().map(|side| side.near.clone()).collect();
+        let reading = Reading { model, options, plan, temperatures, shares, near: &near };
+        let rings = near.iter().enumerate();
+        let rings = rings.map(|(device, near)| ring(plan, shares, device, near, options, device_count));
+        let mut rings = rings.collect::<Result<Vec<_>>>()?;
         let mut dropped = Counts::default();
         let mut preparing = self.preparing(sides, &rings)?;
         loop {
@@ -267,6 +286,10 @@ impl Load<'_> {
                 Ended::Complete(mut done, prepared) => {
                     done.counts += dropped;
                     fallbacks.extend(told);
+                    for (id, ring) in shares.devices().iter().zip(&rings) {
+                        fallbacks
+                            .extend(ring.as_ref().and_then(|ring| devices::placement_fallback(*id, ring)));
+                    }
                     fallbacks.extend(late_fallbacks(&done, &prepared));
                     let engine = engine_name(&lanes);
                     return Ok(Read { rings, prepared, started_at, done, engine, fallbacks });
@@ -386,6 +409,10 @@ fn machine(
             InPlace { routes }
         }
     };
+    // Arenas that storage writes into are the host's, which drivers take for no device's when they copy between two.
+    let is_of_device = |id: &DeviceId| !in_place.is_hosts(*id);
+    let mut peers = peers;
+    peers.retain(|(source, target)| is_of_device(source) && is_of_device(target));
     let direct_align_bytes = storage::add_routes(&mut in_place, routes, probed.direct_align_bytes);
     Ok(Machine {
         buffer_len_bytes,
@@ -396,11 +423,12 @@ fn machine(
     })
 }
 
-/// Takes a ring for a device, no larger than the reads staged for it can use; none when nothing is.
+/// Takes a ring for a device, near it, no larger than the reads staged for it can use; none when nothing is.
 fn ring(
     plan: &Plan,
     shares: &Shares,
     device: usize,
+    near: &Near,
     options: &LoadOptions,
     device_count: usize,
 ) -> Result<Option<Ring>> {
@@ -411,7 +439,7 @@ fn ring(
     let layout = staging_layout(options, device_count)?;
     debug_assert!(staged.read_len_bytes_max <= plan.machine().buffer_len_bytes);
     let layout = layout.at_most(staged.reads).for_reads_of(staged.read_len_bytes_max);
-    devices::ring(shares.devices()[device], layout).map(Some)
+    devices::ring(shares.devices()[device], layout, near).map(Some)
 }
 
 /// Counts the host memory that the load allocated for its result.
@@ -431,6 +459,10 @@ fn device_reports(
     let of_ring = |(id, ring): (&DeviceId, &Option<Ring>)| DeviceReport {
         device: id.to_string(),
         peak_staging_bytes: ring.as_ref().map_or(0, Ring::peak_bytes),
+        staging_node: match ring.as_ref().map(Ring::placement) {
+            Some(Placement::Near(node)) => Some(node),
+            _ => None,
+        },
         ..DeviceReport::default()
     };
     let mut reports: Vec<_> = shares.devices().iter().zip(rings).map(of_ring).collect();

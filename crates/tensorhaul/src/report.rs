@@ -56,7 +56,8 @@ pub struct Report {
     pub devices: Vec<DeviceReport>,
     /// What could not be done as preferred, and why.
     pub fallbacks: Vec<Fallback>,
-    /// xxh3-64 of every tensor's bytes, 16 hexadecimal digits, if asked for.
+    /// xxh3-64 of every tensor's bytes by its name, 16 hexadecimal digits, if asked for. Copies on several devices were all summed and are
+    /// the same; of parts that ranks have under one name, those that differ from the first device's are under `name on device`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub checksums: Option<BTreeMap<String, String>>,
 }
@@ -127,6 +128,10 @@ pub struct DeviceReport {
     pub copies: u64,
     /// The most memory of its own staging ring that was in use.
     pub peak_staging_bytes: u64,
+    /// The host's memory node that its staging ring was put on, nearest to it; `None` where nobody knows of one, and where the driver
+    /// put the ring.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub staging_node: Option<u32>,
     /// As in [`Phases`], of this device alone.
     pub context_seconds: f64,
     /// As above.

@@ -13,6 +13,8 @@ pub(crate) struct Vendor {
     pub(crate) maker: &'static str,
     /// Loads and initializes its driver, once a process; the error is a sentence with the likely cause.
     pub(crate) driver: fn() -> Result<Arc<dyn Driver>, String>,
+    /// Tells whether this process has done so.
+    pub(crate) is_initialized: fn() -> bool,
     /// Where the kernel's part of the driver tells its version.
     pub(crate) module_version: &'static str,
     /// Its number on the PCI bus.
@@ -33,6 +35,7 @@ pub(crate) const VENDORS: &[Vendor] = &[
         name: "cuda",
         maker: "an NVIDIA",
         driver: cuda,
+        is_initialized: is_cuda_initialized,
         module_version: "/sys/module/nvidia/version",
         pci_vendor: "0x10de",
         pci_classes: &["0x03", "0x12"],
@@ -42,6 +45,7 @@ pub(crate) const VENDORS: &[Vendor] = &[
         name: "rocm",
         maker: "an AMD",
         driver: rocm,
+        is_initialized: is_rocm_initialized,
         module_version: "/sys/module/amdgpu/version",
         pci_vendor: "0x1002",
         pci_classes: &["0x0380", "0x12"],
@@ -63,6 +67,16 @@ fn cuda() -> Result<Arc<dyn Driver>, String> {
     Ok(tensorhaul_cuda::driver()?)
 }
 
+#[cfg(feature = "cuda")]
+fn is_cuda_initialized() -> bool {
+    tensorhaul_cuda::is_initialized()
+}
+
+#[cfg(not(feature = "cuda"))]
+fn is_cuda_initialized() -> bool {
+    false
+}
+
 #[cfg(not(feature = "cuda"))]
 fn cuda() -> Result<Arc<dyn Driver>, String> {
     Err("not in this build: the feature cuda is off".to_owned())
@@ -71,6 +85,16 @@ fn cuda() -> Result<Arc<dyn Driver>, String> {
 #[cfg(feature = "rocm")]
 fn rocm() -> Result<Arc<dyn Driver>, String> {
     Ok(tensorhaul_rocm::driver()?)
+}
+
+#[cfg(feature = "rocm")]
+fn is_rocm_initialized() -> bool {
+    tensorhaul_rocm::is_initialized()
+}
+
+#[cfg(not(feature = "rocm"))]
+fn is_rocm_initialized() -> bool {
+    false
 }
 
 #[cfg(not(feature = "rocm"))]

@@ -400,6 +400,8 @@ pub struct DeviceFacts {
     pub total_bytes: u64,
     /// `0000:01:00.0`; empty where unknown.
     pub pci_bus_id: String,
+    /// The host's memory node that is nearest, where the driver tells.
+    pub host_node: Option<u32>,
     /// Architecture: `sm_90`, `gfx942`.
     pub architecture: String,
     /// Whether it shares its memory with the host.

@@ -40,7 +40,7 @@ use tensorhaul_stage::{HostMemory, StagingMemory};
 use unified::Unified;
 
 use crate::contract::{
-    Allocation, Capabilities, Device, DeviceError, Event, MemoryInfo, Piece, Stream, StridedCopy,
+    Allocation, Capabilities, Device, DeviceError, Event, MemoryInfo, Near, Piece, Stream, StridedCopy,
 };
 use crate::operation::{Location, Operation, OperationKind};
 
@@ -110,9 +110,9 @@ impl<D: Driver> Found<D> {
         capabilities(&self.facts)
     }
 
-    /// Returns the processors whose memory is nearest to it; empty when all are as near, or nobody knows.
-    pub fn near_processors(&self) -> Vec<u32> {
-        topology::near_processors(&self.facts.pci_bus_id)
+    /// Returns what of the host is nearest to it.
+    pub fn near(&self) -> Near {
+        topology::near(&self.facts)
     }
 
     /// Opens it: its context and two streams.
@@ -589,8 +589,8 @@ impl<D: Driver> Device for Gpu<D> {
         Ok(())
     }
 
-    fn near_processors(&self) -> Vec<u32> {
-        topology::near_processors(&self.shared.facts.pci_bus_id)
+    fn near(&self) -> Near {
+        topology::near(&self.shared.facts)
     }
 
     fn fallbacks(&self) -> Vec<(String, String)> {

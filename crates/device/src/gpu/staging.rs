@@ -10,6 +10,7 @@ use tensorhaul_stage::{HostMemory, StagingMemory};
 
 use super::Shared;
 use super::driver::{Driver, Meaning};
+use super::topology;
 use crate::contract::DeviceError;
 
 /// Pins staging memory by the first way that works.
@@ -25,6 +26,10 @@ pub(super) fn allocate<D: Driver>(
         needed_bytes: len_bytes as u64,
         source: error.into(),
     })?;
+    let memory = match topology::near(&shared.facts).node {
+        Some(node) => memory.near(node),
+        None => memory,
+    };
     if let Some(pinned) = register(shared, Arc::new(memory))? {
         return Ok(pinned);
     }

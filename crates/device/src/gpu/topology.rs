@@ -2,6 +2,9 @@
 
 use std::fs;
 
+use super::driver::DeviceFacts;
+use crate::contract::Near;
+
 /// Generation and width of a PCI Express link, now and at most.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Link {
@@ -15,17 +18,28 @@ pub struct Link {
     pub width_max: String,
 }
 
-/// Returns the processors on the node of a PCI device; empty when every processor is, or the system does not say.
+/// Returns the memory node and the processors nearest to a device. The driver knows the node where containers hide the bus.
 ///
 /// # Source
-/// Linux, Documentation/ABI/testing/sysfs-bus-pci: `local_cpulist`.
-pub fn near_processors(pci_bus_id: &str) -> Vec<u32> {
-    let (near, all) =
-        (attribute(pci_bus_id, "local_cpulist"), fs::read_to_string("/sys/devices/system/cpu/online"));
-    match (near, all) {
-        (Some(near), Ok(all)) if near != all.trim() => parse_list(&near),
+/// Linux, Documentation/ABI/testing/sysfs-bus-pci: `numa_node`, `local_cpulist`; sysfs-devices-node: `cpulist`.
+pub fn near(facts: &DeviceFacts) -> Near {
+    let on_bus = |name| attribute(&facts.pci_bus_id, name);
+    // -1 is no node.
+    let node = facts.host_node.or_else(|| on_bus("numa_node")?.parse().ok());
+    let of_node = || system(&format!("node/node{}/cpulist", node?));
+    let processors = match (on_bus("local_cpulist").or_else(of_node), system("cpu/online")) {
+        (Some(near), Some(all)) if near != all => parse_list(&near),
         _ => Vec::new(),
-    }
+    };
+    Near { node, processors }
+}
+
+/// Tells whether the machine has memory on other nodes than this one, or none on it.
+///
+/// # Source
+/// Linux, Documentation/ABI/stable/sysfs-devices-node: `has_memory`.
+pub fn is_one_of_several(node: u32) -> bool {
+    system("node/has_memory").is_some_and(|nodes| parse_list(&nodes) != [node])
 }
 
 /// Returns what the system says of a device's link; `None` for a device that is not on PCI Express.
@@ -42,9 +56,16 @@ pub fn link(pci_bus_id: &str) -> Option<Link> {
     })
 }
 
+fn system(name: &str) -> Option<String> {
+    read(&format!("/sys/devices/system/{name}"))
+}
+
 fn attribute(pci_bus_id: &str, name: &str) -> Option<String> {
     // Drivers write the bus id in upper case, the file system has it in lower.
-    let path = format!("/sys/bus/pci/devices/{}/{name}", pci_bus_id.to_ascii_lowercase());
+    read(&format!("/sys/bus/pci/devices/{}/{name}", pci_bus_id.to_ascii_lowercase()))
+}
+
+fn read(path: &str) -> Option<String> {
     let text = fs::read_to_string(path).ok()?;
     Some(text.trim().to_owned()).filter(|text| !text.is_empty())
 }
@@ -70,7 +91,10 @@ mod tests {
 
     #[test]
     fn a_device_that_is_not_there_is_near_nobody() {
-        assert_eq!(near_processors("ffff:ff:1f.7"), [0u32; 0]);
+        let facts = DeviceFacts { pci_bus_id: "ffff:ff:1f.7".to_owned(), ..DeviceFacts::default() };
+        assert_eq!(near(&facts), Near::default());
+        let told = near(&DeviceFacts { host_node: Some(0), ..facts });
+        assert_eq!(told.node, Some(0), "the driver's word");
         assert_eq!(link("ffff:ff:1f.7"), None);
     }
 }

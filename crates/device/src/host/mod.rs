@@ -12,7 +12,7 @@ use tensorhaul_plan::DeviceId;
 use tensorhaul_stage::{HostMemory, StagingMemory};
 
 use crate::contract::{
-    Allocation, Capabilities, Device, DeviceError, Event, Kept, MemoryInfo, Piece, Stream, StridedCopy,
+    Allocation, Capabilities, Device, DeviceError, Event, Kept, MemoryInfo, Near, Piece, Stream, StridedCopy,
 };
 use crate::operation::{Location, Operation, OperationKind};
 
@@ -214,8 +214,8 @@ impl Device for Host {
         Ok(())
     }
 
-    fn near_processors(&self) -> Vec<u32> {
-        Vec::new()
+    fn near(&self) -> Near {
+        Near::default()
     }
 
     fn fallbacks(&self) -> Vec<(String, String)> {

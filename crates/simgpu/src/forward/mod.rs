@@ -432,7 +432,7 @@ fn ptx_of(object: CodeObject) -> Option<&'static str> {
 }
 
 /// HIP's attributes and CUDA's: `CanMapHostMemory`, `Integrated`, `MultiprocessorCount`.
-const ATTRIBUTES: &[(c_int, c_int)] = &[(3, 19), (16, 18), (63, 16)];
+const ATTRIBUTES: &[(c_int, c_int)] = &[(3, 19), (16, 18), (63, 16), (92, 134)];
 
 /// `CU_MEMCPY_SRC_ACCESS_ORDER_STREAM`.
 const ACCESS_ORDER_STREAM: c_uint = 1;

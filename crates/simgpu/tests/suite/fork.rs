@@ -3,7 +3,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::Command;
 
-use tensorhaul::Model;
+use tensorhaul::{DeviceMap, Model};
 
 use crate::suite::load::{assert_same_bytes, checkpoint, options};
 use crate::suite::sim::library_path;
@@ -26,8 +26,25 @@ fn a_child_has_devices_only_when_it_is_forked_before_the_driver_is_initialized()
 fn in_a_process_of_its_own() {
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let model = Model::open(checkpoint(folder.path())).unwrap();
+    // A plan leaves the driver alone, also one that would like to know which devices reach each other.
+    let everywhere = DeviceMap::everything_on(vec![vendor::id(0), vendor::id(1)]).unwrap();
+    for planned in [options(), options().device_map(everywhere)] {
+        assert_eq!(model.plan(&planned).unwrap().promised().in_place_bytes, 0);
+    }
     assert!(holds_in_a_child(|| {
         assert_same_bytes(&model, &model.load(&options()).unwrap());
+    }));
+    assert!(holds_in_a_child(|| {
+        share_memory();
+        let loaded = model.load(&options()).unwrap();
+        assert!(loaded.report.bytes_in_place > 0);
+        // The driver is known now, and what it says of its device.
+        let planned = model.plan(&options()).unwrap().promised().in_place_bytes;
+        assert_eq!(planned, loaded.report.bytes_in_place);
+    }));
+    assert!(holds_in_a_child(|| {
+        share_memory();
+        assert!(model.plan_for_devices(&options()).unwrap().promised().in_place_bytes > 0);
     }));
     let loaded = model.load(&options()).unwrap();
     assert!(holds_in_a_child(|| {
@@ -43,6 +60,12 @@ fn in_a_process_of_its_own() {
     }));
     assert_same_bytes(&model, &loaded);
     assert_same_bytes(&model, &model.load(&options()).unwrap());
+}
+
+/// Makes the machine of this process, whose driver was not asked yet, one whose device shares the host's memory.
+fn share_memory() {
+    // SAFETY: this process has one thread.
+    unsafe { std::env::set_var("SIMGPU", "integrated=1") };
 }
 
 /// Runs assertions in a child, and tells whether they held. No other thread of this process is at work meanwhile.

@@ -6,6 +6,7 @@ mod conformance;
 pub(crate) mod consumer;
 mod faults;
 mod fork;
+mod generated;
 pub(crate) mod kernels;
 mod lifetimes;
 pub(crate) mod load;

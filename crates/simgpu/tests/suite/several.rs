@@ -143,6 +143,64 @@ fn what_goes_to_several_devices_is_read_once() {
     assert!(staged.devices.iter().all(|device| device.bytes_from_peers == 0));
 }
 
+#[test]
+fn a_copy_that_arrives_wrong_on_one_device_fails_a_load_with_checksums() {
+    let (_folder, model) = model();
+    let everywhere = DeviceMap::everything_on(vec![id(0), id(1), id(2)]).unwrap();
+    for (config, call) in [("", call::COPY_PEER), ("peers=0", call::COPY_IN)] {
+        for nth in [1, 2, 7] {
+            let sim = Sim::new(&format!("devices=3;batches=0;{config};flip={call}:{nth}"));
+            let options = options(&everywhere).checksums(true);
+            let error = model.load(&options).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Device, "{}", error.one_line());
+            assert!(error.tensor().is_some(), "{}", error.one_line());
+            assert!(error.one_line().contains(": its copies differ: checksum "), "{}", error.one_line());
+            sim.assert_clean("after the comparison");
+        }
+    }
+}
+
+/// Returns how many mappings of this process prefer a memory node, as the kernel tells it.
+fn mappings_near(node: u32) -> usize {
+    let maps = std::fs::read_to_string("/proc/self/numa_maps").unwrap();
+    maps.lines().filter(|line| line.contains(&format!(" prefer:{node} "))).count()
+}
+
+#[test]
+fn a_ring_lies_on_the_node_that_its_driver_names() {
+    let (_folder, model) = model();
+    let map = map(&[("f0", &[id(0)]), ("", &[id(1)])]);
+    let sim = Sim::new("devices=2;host_node=0");
+    assert_eq!(mappings_near(0), 0);
+    let loaded = model.load(&options(&map)).unwrap();
+    let nodes: Vec<_> = loaded.report.devices.iter().map(|device| device.staging_node).collect();
+    assert_eq!(nodes, [Some(0), Some(0)]);
+    assert_eq!(mappings_near(0), 2, "the rings are kept for the next load");
+    assert_mapped(&model, &map, &loaded, "near");
+    assert_eq!(loaded.report.fallbacks, []);
+    drop((loaded, sim));
+
+    // A node that no machine has.
+    let sim = Sim::new("devices=2;host_node=1023");
+    for _ in 0..2 {
+        let loaded = model.load(&options(&map)).unwrap();
+        assert!(loaded.report.devices.iter().all(|device| device.staging_node.is_none()));
+        let told: Vec<_> = loaded.report.fallbacks.iter().map(|told| told.what.clone()).collect();
+        let lies = |device| {
+            format!("staging memory of {device} lies on any memory node, not on node 1023, its nearest")
+        };
+        assert_eq!(told, [vendor::FIRST, vendor::SECOND].map(lies));
+        assert_mapped(&model, &map, &loaded, "anywhere");
+    }
+    drop(sim);
+
+    let sim = Sim::new("devices=2");
+    let loaded = model.load(&options(&map)).unwrap();
+    assert!(loaded.report.devices.iter().all(|device| device.staging_node.is_none()), "nobody knows");
+    assert_eq!((mappings_near(0), &*loaded.report.fallbacks), (0, &[][..]));
+    drop((loaded, sim));
+}
+
 /// Device 0 does not get on; what goes to device 1, whose bytes come after its in the plan, arrives all the same. Reads of bytes for both, which
 /// this map has none of, would wait for both.
 #[test]
@@ -219,7 +277,7 @@ fn vendors_do_not_mix_and_devices_that_are_not_there_are_named() {
 fn a_device_that_vanishes_between_plan_and_load_is_named() {
     let (_folder, model) = model();
     let sim = Sim::new("devices=3");
-    model.plan(&options(&mixed())).unwrap();
+    model.plan_for_devices(&options(&mixed())).unwrap();
     drop(sim);
     let sim = Sim::new("devices=2");
     let error = model.load(&options(&mixed())).unwrap_err();
@@ -296,13 +354,74 @@ fn a_failed_call_on_any_device_fails_the_load_on_all_and_the_next_load_works() {
 #[test]
 fn a_cancelled_load_leaves_nothing_on_any_device() {
     let (_folder, model) = model();
-    for taken in 0..6 {
-        let sim = Sim::new("devices=3;delay_us=500");
-        let mut stream = model.stream(&options(&mixed())).unwrap();
-        let kept: Vec<_> = stream.by_ref().take(taken).map(|ready| ready.unwrap()).collect();
-        drop(stream);
-        drop(kept);
-        sim.assert_clean("after the stream was dropped");
+    for config in ["delay_us=500", "delay_us_of=2:4000", "peers=0;delay_us_of=0:4000"] {
+        for taken in [0, 1, 2, 3, 5, 12] {
+            let sim = Sim::new(&format!("devices=3;{config}"));
+            let mut stream = model.stream(&options(&mixed())).unwrap();
+            let kept: Vec<_> = stream.by_ref().take(taken).map(|ready| ready.unwrap()).collect();
+            drop(stream);
+            for (name, tensor) in &kept {
+                assert!(tensor.to_host().unwrap() == model.tensor(name).unwrap().bytes().unwrap(), "{name}");
+            }
+            drop(kept);
+            sim.assert_clean(&format!("{config}: after the stream was dropped"));
+        }
+    }
+}
+
+#[test]
+fn a_cancelled_load_that_dequantizes_leaves_nothing_on_any_device() {
+    let folder = quantized::checkpoint();
+    let model = Model::open(folder.path()).unwrap();
+    let map =
+        map(&[("model.layers.3", &[id(1), id(0)]), ("model.layers.5", &[id(2)]), ("", &[id(0), id(2)])]);
+    let options = options(&map).dequantize(Dequantization::to(Dtype::Bf16)).staging_bytes(192 << 10);
+    for config in ["delay_us_of=2:2000", "peers=0;delay_us_of=0:2000"] {
+        for taken in 0..6 {
+            let sim = Sim::new(&format!("devices=3;{config}"));
+            let mut stream = model.stream(&options.clone().transient_bytes(256 << 10)).unwrap();
+            let kept: Vec<_> = stream.by_ref().take(taken).map(|ready| ready.unwrap()).collect();
+            drop(stream);
+            assert_eq!(kept.len(), taken);
+            drop(kept);
+            sim.assert_clean(&format!("{config}: after {taken} tensors"));
+        }
+    }
+}
+
+/// Whatever call it is lost at, and however far behind another is: the load ends, names a device that it was for, and nobody touches memory that
+/// is gone.
+#[test]
+fn a_device_lost_beside_a_slow_one_fails_the_load_on_all() {
+    let (_folder, model) = model();
+    for config in ["devices=3;delay_us_of=1:2000", "devices=3;peers=0;delay_us_of=1:2000"] {
+        let sim = Sim::new(config);
+        drop(model.load(&options(&mixed())).unwrap());
+        let counts = sim.report().calls;
+        drop(sim);
+        let mut failed = 0;
+        for (called, count) in counts.iter().filter(|(called, _)| !call::SURVIVED.contains(&called.as_str()))
+        {
+            for nth in BTreeSet::from([1, 2, *count]).into_iter().filter(|nth| nth <= count) {
+                let what = format!("{config}: a device is lost at use {nth} of {count} of {called}");
+                let sim = Sim::new(config);
+                sim.fail(&format!("fail={called}:{nth}:700"));
+                match model.load(&options(&mixed())) {
+                    // Counts of what is asked again and again, or of what closes devices, are not the same twice.
+                    Ok(loaded) => drop(loaded),
+                    Err(error) => {
+                        assert_eq!(error.kind(), ErrorKind::Device, "{what}: {}", error.one_line());
+                        let is_named =
+                            error.device().is_some_and(|device| mixed().devices().contains(&device));
+                        assert!(is_named, "{what}: {}", error.one_line());
+                        failed += 1;
+                    }
+                }
+                tensorhaul::release_devices();
+                assert!(sim.report().violations.is_empty(), "{what}: {:?}", sim.report().violations);
+            }
+        }
+        assert!(failed > 20, "{config}: {failed} loads failed");
     }
 }
 

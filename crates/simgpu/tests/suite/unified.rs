@@ -68,7 +68,7 @@ fn reads_land_in_the_devices_memory_and_nothing_is_copied() {
             // Each byte is counted once: the result is the host's memory, and there is nothing else.
             assert_eq!(report.peak_host_bytes, report.promised.target_bytes);
             assert_eq!(report.promised.peak_host_bytes, report.promised.target_bytes);
-            let arenas = model.plan(&long().engine(engine)).unwrap().arenas().len() as u64;
+            let arenas = model.plan_for_devices(&long().engine(engine)).unwrap().arenas().len() as u64;
             assert_eq!(happened.live["live.pinned"], arenas, "no ring is pinned");
             assert_shared(&model, &loaded);
             drop(loaded);
@@ -86,7 +86,7 @@ fn what_cannot_land_is_staged_and_the_plan_says_so_before() {
         Request::of(Select::Globs(vec!["f0.layers.1.w".to_owned(), "*.layers.[02].odd".to_owned()]));
     request.device = vendor::id(0);
     let options = || options().request(request.clone());
-    let promised = *model.plan(&options()).unwrap().promised();
+    let promised = *model.plan_for_devices(&options()).unwrap().promised();
     assert!(promised.in_place_bytes > 0 && promised.copies > 0, "{promised:?}");
     let loaded = model.load(&options()).unwrap();
     assert_eq!(loaded.report.promised, promised);

@@ -22,7 +22,7 @@ use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::options::LoadOptions;
 use crate::parallel::{Parallel, RANKS};
-use crate::private;
+use crate::private::{self, Asking};
 use crate::progress::Progress;
 use crate::quantized::Dequantization;
 use crate::save::{OutFolder, SaveOptions, SaveTensor, write_checkpoint};
@@ -231,7 +231,8 @@ fn planned<'b, 'm: 'b>(
     batches: &'b Batches<'m>,
     left_out: &mut Vec<LeftOut>,
 ) -> Result<Vec<Part<'b>>> {
-    let (plan, quantization) = (private::plan_of(&model.inner, load, request)?, model.quantization()?);
+    let (plan, quantization) =
+        (private::plan_of(&model.inner, load, request, Asking::Devices)?, model.quantization()?);
     let mut parts = Vec::with_capacity(plan.tensors().len());
     for placed in plan.tensors() {
         let name = plan.name(placed);

@@ -54,6 +54,9 @@ pub struct DeviceFact {
     pub total_bytes: Option<u64>,
     /// Whether its memory is the host's own, so that reads land in it at once and nothing is copied.
     pub shares_memory: bool,
+    /// The host's memory node nearest to it, where anybody knows.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub host_node: Option<u32>,
     /// Its PCI Express link, where it has one that the system tells of.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub link: Option<PciLink>,
@@ -140,6 +143,7 @@ fn devices_of(vendor: &Vendor) -> Vec<DeviceFact> {
                 description: Some(format!("{}, {}", facts.name, facts.architecture)),
                 total_bytes: Some(facts.total_bytes),
                 shares_memory: facts.integrated && facts.reads_pinned,
+                host_node: topology::near(&facts).node,
                 link: topology::link(&facts.pci_bus_id).as_ref().map(PciLink::of),
                 driver: Some(format!("{} ({})", driver.library(), driver.version())),
                 ..DeviceFact::new(name)

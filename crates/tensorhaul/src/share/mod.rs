@@ -194,7 +194,8 @@ fn load(
     }
     let staged = share.plan().staged();
     let layout = staging_layout(options, 1)?.at_most(staged.reads).for_reads_of(staged.read_len_bytes_max);
-    let mut ring = devices::ring(id, layout)?;
+    let near = device.near();
+    let mut ring = devices::ring(id, layout, &near)?;
     let pinned = match devices::pin(&*device, &ring)? {
         Some(pinned) => pinned,
         None => {
@@ -206,14 +207,14 @@ fn load(
     let memory = allocate(&share, rank, options, &*device)?;
     let cancel = Cancel::new();
     cancel.closes(&ring);
-    let (shares, near) = (Shares::of_reader(id, share.plan()), [device.near_processors()]);
+    let (shares, near) = (Shares::of_reader(id, share.plan()), [near]);
     let reading = Reading {
         model,
         options,
         plan: share.plan(),
         temperatures: &temperatures,
         shares: &shares,
-        near_processors: &near,
+        near: &near,
     };
     let mut lanes = reading.lanes(&[Some(ring.clone())], Vec::new(), &mut fallbacks)?;
     let own = share.reads(rank);
@@ -228,6 +229,7 @@ fn load(
     let tensors = tensors(model, &share, rank, &memory, id);
     let told = device.fallbacks().into_iter().map(|(what, why)| Fallback::new(what, why));
     fallbacks.extend(told);
+    fallbacks.extend(devices::placement_fallback(id, &ring));
     let mut engines: Vec<_> = lanes.iter().map(|lane| lane.engine.name()).collect();
     engines.dedup();
     let seconds = start.elapsed().as_secs_f64();
