@@ -22,6 +22,7 @@
 //! # Ok::<(), tensorhaul::Error>(())
 //! ```
 
+mod assignment;
 #[cfg(feature = "tokio")]
 mod asynchronous;
 mod atomic;
@@ -64,7 +65,6 @@ pub mod save;
 #[cfg(feature = "conformance")]
 pub mod selftest;
 pub mod share;
-mod shares;
 mod sidecar;
 mod storage;
 mod stream;

@@ -14,6 +14,7 @@ use tensorhaul_io::{Access, Counts, Done, Engine, JobMemory, ReadCause, ReadErro
 use tensorhaul_plan::{Brought, Copy, Plan};
 use tensorhaul_stage::{Copying, Filled, Ring};
 
+use crate::assignment::Assignment;
 use crate::cancel::Cancel;
 use crate::checksum::{self, Hashing};
 use crate::devices;
@@ -28,7 +29,6 @@ use crate::options::LoadOptions;
 use crate::prepare::{Prepared, PreparedDevice, Preparing};
 use crate::progress::Progress;
 use crate::queue::Queue;
-use crate::shares::Shares;
 use crate::tensor::{Storage, Tensor};
 
 /// An engine and the reads it does, in order, all for one device.
@@ -42,7 +42,7 @@ pub(crate) struct Lane {
 pub(crate) struct Transfer<'t> {
     pub(crate) model: &'t Inner,
     pub(crate) plan: &'t Plan,
-    pub(crate) shares: &'t Shares,
+    pub(crate) assignment: &'t Assignment,
     /// For each device, its own, if anything is staged for it.
     pub(crate) rings: &'t [Option<Ring>],
     pub(crate) options: &'t LoadOptions,
@@ -105,7 +105,7 @@ impl Transfer<'_> {
         let checksums = checksum::with_pool(self.options.checksums, |hashing| {
             let (sender, messages) = mpsc::channel();
             let landed = Mutex::new(Landed::default());
-            let gate = Gate::new(self.shares.operations());
+            let gate = Gate::new(self.assignment.operations());
             thread::scope(|scope| {
                 let _guard = StopLanes(self.cancel);
                 for lane in lanes {
@@ -120,7 +120,7 @@ impl Transfer<'_> {
                         landing: &landing,
                         ring,
                         gate: &gate,
-                        shares: self.shares,
+                        assignment: self.assignment,
                         cancel,
                     };
                     let run = move || {
@@ -294,7 +294,7 @@ impl<'a, 'e> Arrivals<'a, 'e> {
         hashing: &'a Hashing,
         emit: &'a mut Emit<'e>,
     ) -> Arrivals<'a, 'e> {
-        let (plan, shares) = (transfer.plan, transfer.shares);
+        let (plan, assignment) = (transfer.plan, transfer.assignment);
         let progress = Progress {
             total_bytes: plan.promised().read_bytes,
             total_tensors: plan.tensors().len() as u64,
@@ -307,11 +307,11 @@ impl<'a, 'e> Arrivals<'a, 'e> {
             hashing,
             emit,
             missing: plan.tensors().iter().map(|tensor| tensor.read_count + tensor.operation_count).collect(),
-            is_repeated: repeated(plan, shares),
+            is_repeated: repeated(plan, assignment),
             missing_sources: plan.operations().iter().map(|operation| operation.read_count).collect(),
-            copying: shares.devices().iter().map(|_| VecDeque::new()).collect(),
-            operations: Operations::new(shares),
-            fan_out: FanOut::new(plan, shares),
+            copying: assignment.devices().iter().map(|_| VecDeque::new()).collect(),
+            operations: Operations::new(assignment),
+            fan_out: FanOut::new(plan, assignment),
             failed: None,
             counts: Counts::default(),
             first_copy: None,
@@ -387,11 +387,11 @@ impl<'a, 'e> Arrivals<'a, 'e> {
         if self.failed.is_some() {
             return; // The load has failed; the buffer goes back, and nobody needs its bytes.
         }
-        let Transfer { plan, shares, .. } = *self.transfer;
-        let owner = shares.of_read(read);
+        let Transfer { plan, assignment, .. } = *self.transfer;
+        let owner = assignment.of_read(read);
         let pinned = self.prepared.devices[owner].pinned.as_ref();
         let buffer = filled.copying(pinned.expect("a ring that is not pinned was refused above"));
-        let fed = shares.fed_by(plan, &plan.reads()[read as usize]);
+        let fed = assignment.fed_by(plan, &plan.reads()[read as usize]);
         let mut ends = Vec::with_capacity(fed.len());
         for at in &fed {
             match self.queue_copies(read, &buffer, *at) {
@@ -412,7 +412,7 @@ impl<'a, 'e> Arrivals<'a, 'e> {
         buffer: &Copying,
         at: usize,
     ) -> std::result::Result<Event, DeviceError> {
-        let Transfer { plan, shares, .. } = *self.transfer;
+        let Transfer { plan, assignment, .. } = *self.transfer;
         let (device, arenas) = (&self.prepared.devices[at].device, &self.prepared.arenas);
         let target = |copy: &Copy| &arenas[copy.target.arena as usize];
         let piece = |copy: &Copy| Piece {
@@ -422,8 +422,8 @@ impl<'a, 'e> Arrivals<'a, 'e> {
             target_offset_bytes: copy.target.offset_bytes,
         };
         let read = &plan.reads()[read as usize];
-        self.operations.order_copies(&read.after, shares, at, &**device)?;
-        let copies = plan.copies(read).iter().filter(|copy| shares.of_arena(copy.target.arena) == at);
+        self.operations.order_copies(&read.after, assignment, at, &**device)?;
+        let copies = plan.copies(read).iter().filter(|copy| assignment.of_arena(copy.target.arena) == at);
         let (single, strided): (Vec<_>, Vec<_>) = copies.partition(|copy| copy.steps.is_once());
         let pieces: Vec<_> = single.into_iter().map(piece).collect();
         // SAFETY: the buffer is of staging memory that one of the load's devices has pinned, which all are of one driver but the host, and goes back to
@@ -558,10 +558,10 @@ impl<'a, 'e> Arrivals<'a, 'e> {
         if self.failed.is_some() || self.transfer.cancel.is_cancelled() {
             return;
         }
-        let Transfer { plan, shares, .. } = *self.transfer;
-        match self.operations.start(number, plan, shares, self.prepared) {
+        let Transfer { plan, assignment, .. } = *self.transfer;
+        match self.operations.start(number, plan, assignment, self.prepared) {
             // Where reads land in the sources' own memory, nothing but the end of the operation keeps them apart.
-            Ok(()) if !shares.lands(shares.of_operation(number)) => self.gate.pass(number),
+            Ok(()) if !assignment.lands(assignment.of_operation(number)) => self.gate.pass(number),
             Ok(()) => {}
             Err(error) => self.fail(error.into()),
         }
@@ -594,12 +594,12 @@ impl<'a, 'e> Arrivals<'a, 'e> {
             if self.failed.is_some() || self.transfer.cancel.is_cancelled() {
                 return;
             }
-            let Transfer { plan, shares, .. } = *self.transfer;
+            let Transfer { plan, assignment, .. } = *self.transfer;
             if plan.tensors()[copy as usize].len_bytes == 0 {
                 self.whole(copy as usize); // There is nothing to copy.
                 continue;
             }
-            match self.fan_out.start(copy, plan, shares, self.prepared) {
+            match self.fan_out.start(copy, plan, assignment, self.prepared) {
                 Ok(()) => is_kept = true,
                 Err(error) => return self.fail(error.into()),
             }
@@ -619,7 +619,7 @@ impl<'a, 'e> Arrivals<'a, 'e> {
     }
 
     fn fanned_out(&mut self, tensor: u32, over: std::result::Result<(), DeviceError>) {
-        let Transfer { plan, shares, .. } = *self.transfer;
+        let Transfer { plan, assignment, .. } = *self.transfer;
         let copy = &plan.tensors()[tensor as usize];
         let source = copy.copy_of.expect("only copies are copied");
         match over {
@@ -630,7 +630,7 @@ impl<'a, 'e> Arrivals<'a, 'e> {
                 }
             }
             Err(error) => {
-                let device = &self.prepared.devices[shares.of_arena(copy.place.arena)].device;
+                let device = &self.prepared.devices[assignment.of_arena(copy.place.arena)].device;
                 self.fan_out.let_go(source, plan, &**device, self.prepared);
                 self.fail(error.into());
             }
@@ -697,8 +697,8 @@ impl<'a, 'e> Arrivals<'a, 'e> {
 }
 
 /// Finds the tensors that are on an earlier device, too, which comes first in a plan.
-fn repeated(plan: &Plan, shares: &Shares) -> Vec<bool> {
-    if shares.devices().len() == 1 {
+fn repeated(plan: &Plan, assignment: &Assignment) -> Vec<bool> {
+    if assignment.devices().len() == 1 {
         return Vec::new();
     }
     let mut seen = HashSet::new();

@@ -8,6 +8,7 @@ use tensorhaul_io::Counts;
 use tensorhaul_plan::{DeviceId, External, InPlace, Machine, Plan, Request, Route, Select};
 use tensorhaul_stage::Ring;
 
+use crate::assignment::Assignment;
 use crate::cancel::Cancel;
 use crate::devices::{self, Found};
 use crate::error::{Error, Result};
@@ -22,7 +23,6 @@ use crate::prepare::{self, Preparation, Prepared, PreparedDevice, Preparing, Sid
 use crate::probed::{Probed, Temperatures};
 use crate::quantized;
 use crate::report::{DeviceReport, Fallback, Phases, Report};
-use crate::shares::Shares;
 use crate::storage::{self, Storage};
 
 /// Plans a private load and does nothing else.
@@ -89,12 +89,12 @@ fn attempt(model: &Inner, options: &LoadOptions, cancel: &Cancel, emit: &mut Emi
         }
         prepare::check_external(&plan, &request, options)?;
         quantized::check_group_indices(model, &plan)?;
-        let shares = match *ids {
-            [device] => Shares::of_one(device, &plan),
-            _ => Shares::new(&plan),
+        let assignment = match *ids {
+            [device] => Assignment::of_one(device, &plan),
+            _ => Assignment::new(&plan),
         };
         // A map may name more devices than the tensors asked for go to.
-        sides.retain(|side| shares.devices().contains(&side.id));
+        sides.retain(|side| assignment.devices().contains(&side.id));
         sides.iter().try_for_each(|side| side.check_memory(&plan, options))?;
         let sides: Vec<_> = sides.into_iter().map(|side| side.open(scope)).collect();
         let planned_at = Instant::now();
@@ -110,7 +110,7 @@ fn attempt(model: &Inner, options: &LoadOptions, cancel: &Cancel, emit: &mut Emi
         let load = Load {
             model,
             plan: &plan,
-            shares: &shares,
+            assignment: &assignment,
             temperatures: &temperatures,
             storages: &storages,
             options,
@@ -130,7 +130,7 @@ fn attempt(model: &Inner, options: &LoadOptions, cancel: &Cancel, emit: &mut Emi
         let report = Report {
             bytes: promised.payload_bytes,
             tensors: plan.tensors().len() as u64,
-            device: shares.devices().iter().map(DeviceId::to_string).collect::<Vec<_>>().join(", "),
+            device: assignment.devices().iter().map(DeviceId::to_string).collect::<Vec<_>>().join(", "),
             engine,
             handover: "private",
             resident: true,
@@ -159,7 +159,7 @@ fn attempt(model: &Inner, options: &LoadOptions, cancel: &Cancel, emit: &mut Emi
                 ..prepared.phases()
             },
             devices: match request.device_map.is_some() || ids.len() > 1 {
-                true => device_reports(&plan, &shares, &prepared, &rings),
+                true => device_reports(&plan, &assignment, &prepared, &rings),
                 false => Vec::new(),
             },
             fallbacks,
@@ -212,7 +212,7 @@ fn storages(model: &Inner, options: &LoadOptions, sides: &[Side<'_>], probed: &P
 struct Load<'l> {
     model: &'l Inner,
     plan: &'l Plan,
-    shares: &'l Shares,
+    assignment: &'l Assignment,
     temperatures: &'l Temperatures,
     storages: &'l [Storage],
     options: &'l LoadOptions,
@@ -237,13 +237,13 @@ impl Load<'_> {
     ///
     /// When a device refuses to pin its ring, everything is read once more, through rings of the driver's own.
     fn read(&self, sides: Vec<Side<'_>>, mut fallbacks: Vec<Fallback>, emit: &mut Emit<'_>) -> Result<Read> {
-        let Load { model, plan, shares, temperatures, options, device_count, cancel, .. } = *self;
+        let Load { model, plan, assignment, temperatures, options, device_count, cancel, .. } = *self;
         let near_processors: Vec<_> = sides.iter().map(|side| side.near_processors.clone()).collect();
         let reading =
-            Reading { model, options, plan, temperatures, shares, near_processors: &near_processors };
+            Reading { model, options, plan, temperatures, assignment, near_processors: &near_processors };
         let numbers = 0..sides.len();
         let mut rings = numbers
-            .map(|device| ring(plan, shares, device, options, device_count))
+            .map(|device| ring(plan, assignment, device, options, device_count))
             .collect::<Result<Vec<_>>>()?;
         let mut dropped = Counts::default();
         let mut preparing = self.preparing(sides, &rings)?;
@@ -255,7 +255,7 @@ impl Load<'_> {
             let mut told = Vec::new();
             let lanes = reading.lanes(&rings, self.engines(&preparing.done, &mut told), &mut told)?;
             let started_at = Instant::now();
-            let transfer = Transfer { model, plan, shares, rings: &rings, options, cancel };
+            let transfer = Transfer { model, plan, assignment, rings: &rings, options, cancel };
             match transfer.run(&lanes, &temperatures.access, preparing, emit)? {
                 Ended::Complete(mut done, prepared) => {
                     done.counts += dropped;
@@ -289,19 +289,19 @@ impl Load<'_> {
     /// Makes those devices ready that reads cannot begin without: whose memory they land in, and whose driver has refused to pin before. The others
     /// become so beside the reads.
     fn preparing<'p>(&'p self, sides: Vec<Side<'p>>, rings: &[Option<Ring>]) -> Result<Preparing<'p>> {
-        let Load { plan, shares, options, cancel, .. } = *self;
+        let Load { plan, assignment, options, cancel, .. } = *self;
         let needs_pin = |side: &Side<'_>, ring: &Option<Ring>| {
             devices::pinning_was_refused(side.id) && ring.as_ref().is_some_and(|ring| ring.pinned().is_none())
         };
         let sides = sides.into_iter().zip(rings).enumerate();
         let (now, beside): (Vec<_>, Vec<_>) =
-            sides.partition(|(number, (side, ring))| shares.lands(*number) || needs_pin(side, ring));
+            sides.partition(|(number, (side, ring))| assignment.lands(*number) || needs_pin(side, ring));
         let flat = |sides: Vec<(usize, (Side<'p>, &Option<Ring>))>| {
             let sides = sides.into_iter();
             sides.map(|(number, (side, ring))| (number, side, ring.clone())).collect::<Vec<_>>()
         };
         let (now, beside) = (flat(now), flat(beside));
-        let preparation = Preparation { plan, shares, options, cancel };
+        let preparation = Preparation { plan, assignment, options, cancel };
         let done = preparation.prepare(now)?;
         if beside.is_empty() {
             return Ok(Preparing { done, beside: None });
@@ -392,19 +392,19 @@ fn machine(
 /// Takes a ring for a device, no larger than the reads staged for it can use; none when nothing is.
 fn ring(
     plan: &Plan,
-    shares: &Shares,
+    assignment: &Assignment,
     device: usize,
     options: &LoadOptions,
     device_count: usize,
 ) -> Result<Option<Ring>> {
-    let staged = shares.staged(device);
+    let staged = assignment.staged(device);
     if staged.reads == 0 {
         return Ok(None);
     }
     let layout = staging_layout(options, device_count)?;
     debug_assert!(staged.read_len_bytes_max <= plan.machine().buffer_len_bytes);
     let layout = layout.at_most(staged.reads).for_reads_of(staged.read_len_bytes_max);
-    devices::ring(shares.devices()[device], layout).map(Some)
+    devices::ring(assignment.devices()[device], layout).map(Some)
 }
 
 /// Counts the host memory that the load allocated for its result.
@@ -417,7 +417,7 @@ fn host_bytes(plan: &Plan, prepared: &Prepared) -> u64 {
 /// Tells what of a load was whose.
 fn device_reports(
     plan: &Plan,
-    shares: &Shares,
+    assignment: &Assignment,
     prepared: &Prepared,
     rings: &[Option<Ring>],
 ) -> Vec<DeviceReport> {
@@ -426,22 +426,22 @@ fn device_reports(
         peak_staging_bytes: ring.as_ref().map_or(0, Ring::peak_bytes),
         ..DeviceReport::default()
     };
-    let mut reports: Vec<_> = shares.devices().iter().zip(rings).map(of_ring).collect();
+    let mut reports: Vec<_> = assignment.devices().iter().zip(rings).map(of_ring).collect();
     for tensor in plan.tensors() {
-        let report = &mut reports[shares.of_arena(tensor.place.arena)];
+        let report = &mut reports[assignment.of_arena(tensor.place.arena)];
         report.tensors += 1;
         report.bytes += tensor.len_bytes;
         report.bytes_from_peers += tensor.copy_of.map_or(0, |_| tensor.len_bytes);
     }
     for (number, arena) in (0..).zip(plan.arenas()).filter(|(_, arena)| !arena.is_external) {
-        let report = &mut reports[shares.of_arena(number)];
+        let report = &mut reports[assignment.of_arena(number)];
         let taken = if arena.is_scratch { &mut report.transient_bytes } else { &mut report.target_bytes };
         *taken += arena.len_bytes;
     }
     for (number, read) in (0..).zip(plan.reads()) {
-        reports[shares.of_read(number)].reads += 1;
+        reports[assignment.of_read(number)].reads += 1;
         for copy in plan.copies(read) {
-            reports[shares.of_arena(copy.target.arena)].copies += 1;
+            reports[assignment.of_arena(copy.target.arena)].copies += 1;
         }
     }
     for (report, PreparedDevice { phases, .. }) in reports.iter_mut().zip(&prepared.devices) {

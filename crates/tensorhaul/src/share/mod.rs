@@ -14,6 +14,7 @@ use tensorhaul_exchange::{Exchange, ExchangeError, LaunchError};
 use tensorhaul_plan::{Assembly, DeviceId, InPlace, Machine, Select, Share, ShareError, SharePromised};
 use xxhash_rust::xxh3::Xxh3;
 
+use crate::assignment::Assignment;
 use crate::cancel::Cancel;
 use crate::devices;
 use crate::error::{Error, ErrorKind, Result};
@@ -24,7 +25,6 @@ use crate::model::{Inner, Model};
 use crate::options::{Handover, LoadOptions, Preference};
 use crate::probed::{Probed, Temperatures};
 use crate::report::Fallback;
-use crate::shares::Shares;
 use crate::tensor::{Storage, Tensor};
 pub use node::{NodeOptions, launched, node_exchange};
 use rounds::{Memory, Rounds};
@@ -206,13 +206,13 @@ fn load(
     let memory = allocate(&share, rank, options, &*device)?;
     let cancel = Cancel::new();
     cancel.closes(&ring);
-    let (shares, near) = (Shares::of_reader(id, share.plan()), [device.near_processors()]);
+    let (assignment, near) = (Assignment::of_reader(id, share.plan()), [device.near_processors()]);
     let reading = Reading {
         model,
         options,
         plan: share.plan(),
         temperatures: &temperatures,
-        shares: &shares,
+        assignment: &assignment,
         near_processors: &near,
     };
     let mut lanes = reading.lanes(&[Some(ring.clone())], Vec::new(), &mut fallbacks)?;
