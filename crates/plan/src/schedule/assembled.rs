@@ -28,7 +28,8 @@ pub(super) fn assembled<'r>(
     kept.into_iter().map(|tensor| assembling.one(tensor)).collect()
 }
 
-fn kept<'r>(
+/// Returns what the request selects of an assembly.
+pub(crate) fn kept<'r>(
     checkpoint: &Checkpoint,
     request: &Request,
     assembly: &'r Assembly,

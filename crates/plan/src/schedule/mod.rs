@@ -15,6 +15,7 @@ use std::sync::Arc;
 use crate::checkpoint::{Checkpoint, TensorId};
 use crate::plan::{Machine, Plan, PlanError, Promised, Read, Target};
 use crate::request::Request;
+pub(crate) use assembled::kept;
 use lifetimes::Lifetimes;
 use place::{Placed, place};
 use reads::{Reads, reads};

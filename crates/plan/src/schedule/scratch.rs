@@ -45,7 +45,9 @@ pub(super) fn scratch(
     scratch.operations.reserve(jobs.jobs.len());
     scratch.payloads.reserve(jobs.jobs.len());
     scratch.large.reserve(jobs.jobs.len());
+    let mut together = Together::default();
     for job in &jobs.jobs {
+        together.begin(job, &mut scratch.large);
         let ring = rings.get_mut(&job.device).expect("there is one for every device of a job");
         let operation = scratch.operations.len() as u32;
         let to = Destination {
@@ -75,6 +77,7 @@ pub(super) fn scratch(
             read_count: 0,
         });
     }
+    together.end(&mut scratch.large);
     scratch.small.sort_by_key(|segment| (segment.file, segment.begin));
     for (device, ring) in rings {
         let arena = |what: &str, len_bytes| Arena {
@@ -88,6 +91,37 @@ pub(super) fn scratch(
         arenas.push(arena("sources", ring.slots.capacity_bytes));
     }
     Ok(scratch)
+}
+
+/// Operations one behind the other that make parts of the same tensor, each on a device of its own: their sources are brought into the order
+/// of the files, so that devices which take neighbouring parts of a row, or the same scales, share the reads.
+///
+/// No read then waits for an operation that it, or a later read, brings bytes of: what lay in an operation's place is older than all of these.
+#[derive(Default)]
+struct Together {
+    payload: Option<TensorId>,
+    devices: Vec<DeviceId>,
+    /// Where their sources begin in the list.
+    first: usize,
+}
+
+impl Together {
+    /// Ends with what comes before a job, unless it belongs to that.
+    fn begin(&mut self, job: &Job<'_>, large: &mut [Segment]) {
+        if self.payload != Some(job.payload) || self.devices.contains(&job.device) {
+            self.end(large);
+            self.payload = Some(job.payload);
+        }
+        self.devices.push(job.device);
+    }
+
+    fn end(&mut self, large: &mut [Segment]) {
+        if self.devices.len() > 1 {
+            large[self.first..].sort_by_key(|segment| (segment.file, segment.begin));
+        }
+        self.first = large.len();
+        self.devices.clear();
+    }
 }
 
 /// What operations have to make, in the order of time, whatever the device.
