@@ -18,7 +18,7 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
-use crate::assembly::{Assembled, Assembly};
+use crate::assembly::{Assembled, Assembly, Source};
 use crate::checkpoint::Checkpoint;
 use crate::in_place::InPlace;
 use crate::placement::{Arena, DeviceId, Place};
@@ -161,7 +161,8 @@ impl Share {
     /// reads for others.
     ///
     /// # Errors
-    /// [`ShareError`] when there is no rank, or too many, and when an assembly cannot be planned.
+    /// [`ShareError`] when there is no rank, or too many, when parts are of dequantized tensors and the request dequantizes none, and when an
+    /// assembly cannot be planned.
     ///
     /// # Panics
     /// As [`Plan::new`].
@@ -174,6 +175,12 @@ impl Share {
         let size = assemblies.len();
         if size == 0 || size > RANK_COUNT_MAX {
             return Err(ShareError::RankCount { size });
+        }
+        if request.dequantize.is_none()
+            && let Some(tensor) =
+                assemblies.iter().flat_map(|ranks| &ranks.tensors).find(|tensor| is_made(tensor))
+        {
+            return Err(ShareError::Made { name: tensor.name.clone() });
         }
         let mut of_all = Request::of(Select::All);
         of_all.assembly = Some(Arc::new(together(checkpoint, assemblies, request)?));
@@ -236,10 +243,20 @@ impl Share {
         numbered.filter(move |(_, arena)| arena.device == Share::stand_in(rank))
     }
 
+    /// Returns what a rank dequantizes, in its order.
+    pub fn operations(&self, rank: u32) -> impl Iterator<Item = &Operation> {
+        let ready = self.rounds.iter().flat_map(move |turns| &turns[rank as usize].operations);
+        ready.map(|operation| &self.plan.operations()[*operation as usize])
+    }
+
     /// Returns what the share promises to cost a rank.
     pub fn promised(&self, rank: u32) -> &SharePromised {
         &self.promised[rank as usize]
     }
+}
+
+fn is_made(tensor: &Assembled) -> bool {
+    tensor.parts.iter().any(|part| matches!(part.source, Source::Made(_)))
 }
 
 /// Joins what is selected of the assemblies: names become distinct, and each rank has a device.
@@ -342,6 +359,11 @@ pub enum ShareError {
         /// How many.
         size: usize,
     },
+    /// A tensor with parts of dequantized ones, where the request dequantizes none.
+    Made {
+        /// The tensor.
+        name: String,
+    },
     /// The ranks' loads cannot be planned.
     Plan(PlanError),
 }
@@ -358,6 +380,11 @@ impl fmt::Display for ShareError {
             ShareError::RankCount { size } => {
                 write!(f, "{size} ranks cannot share their reading; 1 to {RANK_COUNT_MAX} of one node can")
             }
+            ShareError::Made { name } => write!(
+                f,
+                "tensor {name:?} is made of dequantized ones, and nothing is to be dequantized; load with the options that the \
+                 assemblies were made with"
+            ),
             ShareError::Plan(error) => error.fmt(f),
         }
     }

@@ -346,4 +346,8 @@ fn what_cannot_be_shared_is_refused() {
     };
     assert_eq!(refused(&[]), ShareError::RankCount { size: 0 });
     assert_eq!(refused(&vec![Assembly::default(); 1025]), ShareError::RankCount { size: 1025 });
+    let part = Part { source: Source::Made(0), slice: Slice::new([0..4, 0..4]), at: vec![0, 0] };
+    let (name, shape) = ("w".to_owned(), vec![4, 4]);
+    let made = Assembled { name: name.clone(), shape, device: DeviceId::Host, parts: vec![part] };
+    assert_eq!(refused(&[Assembly { tensors: vec![made] }]), ShareError::Made { name });
 }

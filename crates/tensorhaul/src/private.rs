@@ -88,7 +88,7 @@ fn attempt(model: &Inner, options: &LoadOptions, cancel: &Cancel, emit: &mut Emi
             storages.iter().try_for_each(|storage| storage.check_required(&plan, model))?;
         }
         prepare::check_external(&plan, &request, options)?;
-        quantized::check_group_indices(model, &plan)?;
+        quantized::check_group_indices(model, plan.operations())?;
         let assignment = match *ids {
             [device] => Assignment::of_one(device, &plan),
             _ => Assignment::new(&plan),
