@@ -3,17 +3,21 @@
 //! Every message is a tag and eight bytes. A peer that ends without a word has failed.
 
 use std::fs;
-use std::io::{self, Read, Write};
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
-use rustix::net::RecvFlags;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags,
+};
 
 use crate::error::ExchangeError;
 use crate::launch::Launched;
@@ -84,6 +88,8 @@ pub struct Control {
     rendezvous: Rendezvous,
     /// Of rank 0: to the others, in their order. Of another: to rank 0.
     peers: Mutex<Vec<UnixStream>>,
+    /// The rank whose end was noticed first.
+    lost: OnceLock<u32>,
 }
 
 impl Control {
@@ -101,7 +107,7 @@ impl Control {
             (0, _) => receive_all(&rendezvous, size, nonce, until)?,
             _ => vec![go_to_first(&rendezvous, rank, size, nonce, until)?],
         };
-        Ok(Control { rank, size, rendezvous, peers: Mutex::new(peers) })
+        Ok(Control { rank, size, rendezvous, peers: Mutex::new(peers), lost: OnceLock::new() })
     }
 
     /// Returns this rank's place on the node.
@@ -171,7 +177,47 @@ impl Control {
         Ok(())
     }
 
-    /// Tells whether the peers that this rank is connected to are there, without waiting. Rank 0 knows of all.
+    /// Connects every two ranks; returns a connection that does not block to each other rank, by its place.
+    ///
+    /// # Errors
+    /// [`ExchangeError::PeerLost`], [`ExchangeError::TimedOut`], and [`ExchangeError::Socket`] when the system refuses.
+    pub(crate) fn connect_all(&self) -> Result<Vec<Option<UnixStream>>, ExchangeError> {
+        let mut peers = self.lock();
+        let failed = |source| {
+            let path = self.rendezvous.path.clone();
+            ExchangeError::Socket { path, doing: "connecting all ranks", source }
+        };
+        let mut all: Vec<Option<UnixStream>> = (0..self.size).map(|_| None).collect();
+        if self.rank > 0 {
+            for peer in (0..self.size).filter(|peer| *peer != self.rank) {
+                let received = receive_stream(&peers[0]);
+                let end = received.map_err(|error| self.failed(&error, 0, "connecting all ranks"))?;
+                all[peer as usize] = Some(end);
+            }
+            all.iter().flatten().try_for_each(|end| end.set_nonblocking(true)).map_err(failed)?;
+            return Ok(all);
+        }
+        let mut ends: Vec<Vec<UnixStream>> = (0..self.size).map(|_| Vec::new()).collect();
+        for first in 0..self.size as usize {
+            for second in first + 1..self.size as usize {
+                let (one, other) = UnixStream::pair().map_err(failed)?;
+                ends[first].push(one);
+                ends[second].push(other);
+            }
+        }
+        // A rank's ends are by the other's place, because lower ones came first.
+        for ((rank, stream), ends) in (1..).zip(peers.iter_mut()).zip(&ends[1..]) {
+            let sent = ends.iter().try_for_each(|end| send_stream(stream, end));
+            sent.map_err(|error| self.failed(&error, rank, "connecting all ranks"))?;
+        }
+        for (peer, end) in (1..).zip(ends.swap_remove(0)) {
+            end.set_nonblocking(true).map_err(failed)?;
+            all[peer] = Some(end);
+        }
+        Ok(all)
+    }
+
+    /// Tells whether the peers that this rank is connected to are there, without waiting. Rank 0 knows of all, and tells the others.
     ///
     /// # Errors
     /// [`ExchangeError::PeerLost`].
@@ -179,31 +225,41 @@ impl Control {
         let Ok(peers) = self.peers.try_lock() else { return Ok(()) }; // Somebody waits for them just now.
         let first = u32::from(self.rank == 0);
         for (peer, stream) in (first..).zip(peers.iter()) {
-            let mut tag = [0];
+            let mut found = [0; FRAME_LEN];
             let looked =
-                rustix::net::recv(stream.as_fd(), &mut tag[..], RecvFlags::PEEK | RecvFlags::DONTWAIT);
-            let is_there = match looked {
-                Ok((_, 0)) => false,
-                Ok(_) => tag[0] != Tag::Aborted as u8,
-                Err(Errno::AGAIN | Errno::INTR) => true,
-                Err(_) => false,
+                rustix::net::recv(stream.as_fd(), &mut found[..], RecvFlags::PEEK | RecvFlags::DONTWAIT);
+            let lost = match looked {
+                Ok((_, FRAME_LEN)) if found[0] == Tag::Aborted as u8 => {
+                    let [_, who @ ..] = found;
+                    Some(u64::from_le_bytes(who) as u32)
+                }
+                Ok((_, 0)) => Some(peer),
+                Ok(_) | Err(Errno::AGAIN | Errno::INTR) => None,
+                Err(_) => Some(peer),
             };
-            if !is_there {
-                return Err(ExchangeError::PeerLost { peer: (self.rank == 0).then_some(peer) });
+            if let Some(lost) = lost {
+                let _ = self.lost.set(lost); // The first that was noticed is why the others end.
+                return Err(self.lost());
             }
         }
         Ok(())
     }
 
-    /// Tells the peers that this rank has failed.
+    /// Returns the error of a rank whose peer is gone.
+    pub(crate) fn lost(&self) -> ExchangeError {
+        ExchangeError::PeerLost { peer: self.lost.get().copied() }
+    }
+
+    /// Tells the peers that this rank has failed, or which other it knows to have.
     pub fn abort(&self) {
         self.leave(Tag::Aborted);
     }
 
     fn leave(&self, tag: Tag) {
+        let who = self.lost.get().copied().unwrap_or(self.rank);
         for stream in self.lock().iter_mut() {
             // Who is gone already needs no word.
-            let _ = stream.write_all(&frame(tag, self.rank.into()));
+            let _ = stream.write_all(&frame(tag, who.into()));
         }
     }
 
@@ -217,10 +273,25 @@ impl Control {
         peer: u32,
         doing: &'static str,
     ) -> Result<(Tag, u64), ExchangeError> {
-        read(stream).map_err(|error| match error.kind() {
-            io::ErrorKind::WouldBlock => ExchangeError::TimedOut { doing, after: self.timeout() },
+        match read(stream) {
+            Ok((Tag::Aborted, who)) => {
+                let _ = self.lost.set(who as u32);
+                Err(self.lost())
+            }
+            Ok(message) => Ok(message),
+            Err(error) => Err(self.failed(&error, peer, doing)),
+        }
+    }
+
+    fn failed(&self, error: &io::Error, peer: u32, doing: &'static str) -> ExchangeError {
+        match error.kind() {
+            io::ErrorKind::WouldBlock => {
+                // Rank 0 is in the middle: what it does not answer may wait for any other.
+                let missing = if self.rank == 0 { vec![peer] } else { Vec::new() };
+                ExchangeError::TimedOut { doing, after: self.timeout(), missing }
+            }
             _ => ExchangeError::PeerLost { peer: Some(peer) },
-        })
+        }
     }
 
     /// A panic elsewhere leaves at worst a message half read, which the next reader takes for a lost peer.
@@ -253,7 +324,8 @@ fn receive_all(
         let mut stream = match listener.accept() {
             Ok((stream, _)) => stream,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                wait(rendezvous, until, "meeting")?;
+                let missing = (1..).zip(&peers).filter(|(_, peer)| peer.is_none()).map(|(rank, _)| rank);
+                wait(rendezvous, until, missing.collect())?;
                 continue;
             }
             Err(error) => return Err(failed("accepting a rank")(error)),
@@ -326,7 +398,7 @@ fn go_to_first(
             Err(error)
                 if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) =>
             {
-                wait(rendezvous, until, "meeting")?;
+                wait(rendezvous, until, vec![0])?;
             }
             Err(error) => return Err(failed("connecting")(error)),
         }
@@ -338,18 +410,43 @@ fn go_to_first(
     match read(&mut stream) {
         Ok((Tag::Welcome, other)) if other == nonce => Ok(stream),
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-            Err(ExchangeError::TimedOut { doing: "meeting", after: rendezvous.timeout })
+            let (after, missing) = (rendezvous.timeout, Vec::new());
+            Err(ExchangeError::TimedOut { doing: "meeting", after, missing })
         }
         _ => Err(ExchangeError::PeerLost { peer: Some(0) }),
     }
 }
 
-fn wait(rendezvous: &Rendezvous, until: Instant, doing: &'static str) -> Result<(), ExchangeError> {
+fn wait(rendezvous: &Rendezvous, until: Instant, missing: Vec<u32>) -> Result<(), ExchangeError> {
     if Instant::now() >= until {
-        return Err(ExchangeError::TimedOut { doing, after: rendezvous.timeout });
+        return Err(ExchangeError::TimedOut { doing: "meeting", after: rendezvous.timeout, missing });
     }
     thread::sleep(MEETING_POLL);
     Ok(())
+}
+
+/// Hands one end of a connection to a rank.
+fn send_stream(to: &UnixStream, end: &UnixStream) -> io::Result<()> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let ends = [end.as_fd()];
+    let is_room = control.push(SendAncillaryMessage::ScmRights(&ends));
+    assert!(is_room, "the space is for one descriptor");
+    rustix::net::sendmsg(to, &[IoSlice::new(&[Tag::Bytes as u8])], &mut control, SendFlags::NOSIGNAL)?;
+    Ok(())
+}
+
+/// Takes what [`send_stream`] handed over.
+fn receive_stream(from: &UnixStream) -> io::Result<UnixStream> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut word = [0];
+    rustix::net::recvmsg(from, &mut [IoSliceMut::new(&mut word)], &mut control, RecvFlags::CMSG_CLOEXEC)?;
+    let mut received = control.drain().filter_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut ends) => ends.next(),
+        _ => None,
+    });
+    received.next().map(UnixStream::from).ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
 }
 
 /// What a rank says first.

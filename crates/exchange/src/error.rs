@@ -5,6 +5,7 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use tensorhaul_device::DeviceError;
 use tensorhaul_device::gpu::table::TableError;
 
 /// Why an exchange failed.
@@ -54,6 +55,8 @@ pub enum ExchangeError {
         doing: &'static str,
         /// How long.
         after: Duration,
+        /// The ranks that were waited for, where that is known.
+        missing: Vec<u32>,
     },
     /// The ranks' socket cannot be used.
     Socket {
@@ -64,6 +67,8 @@ pub enum ExchangeError {
         /// The system's answer.
         source: io::Error,
     },
+    /// The rank's own device could not copy a message.
+    Device(DeviceError),
     /// Somebody answers at the ranks' socket who is of another job.
     Stranger {
         /// Where it is.
@@ -102,9 +107,19 @@ impl fmt::Display for ExchangeError {
                     "rank {peer} of the node loads something else than rank 0: give all ranks the same files, tensors and options"
                 )
             }
-            ExchangeError::TimedOut { doing, after } => {
-                write!(f, "{doing}: not all ranks of the node came within {} s", after.as_secs_f64())
+            ExchangeError::TimedOut { doing, after, missing } => {
+                let after = after.as_secs_f64();
+                match missing.as_slice() {
+                    [] => write!(f, "{doing}: not all ranks of the node came within {after} s"),
+                    [one] => write!(f, "{doing}: rank {one} of the node did not come within {after} s"),
+                    [first, others @ ..] => {
+                        write!(f, "{doing}: ranks {first}")?;
+                        others.iter().try_for_each(|rank| write!(f, ", {rank}"))?;
+                        write!(f, " of the node did not come within {after} s")
+                    }
+                }
             }
+            ExchangeError::Device(error) => error.fmt(f),
             ExchangeError::Socket { path, doing, .. } => write!(f, "{}: {doing} failed", path.display()),
             ExchangeError::Stranger { path, what } => {
                 write!(
@@ -122,6 +137,7 @@ impl std::error::Error for ExchangeError {
         match self {
             ExchangeError::Library { source, .. } => Some(source),
             ExchangeError::Socket { source, .. } => Some(source),
+            ExchangeError::Device(error) => error.source(),
             _ => None,
         }
     }

@@ -1,16 +1,24 @@
-//! Ranks that are threads of one process, in host memory: what others are compared with.
+//! Ranks that are threads of one process, each with a device of its own.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use tensorhaul_device::{Allocation, Device, DeviceError, Event, Location, Stream};
+
+use crate::by_host::Stop;
 use crate::{Exchange, ExchangeError, Message};
 
-/// A thread's end. Messages are copied at once, by the thread that receives them; streams mean nothing.
+/// A thread's end. Messages are copied from device to device, on the stream of the one that receives; where that does not reach the other's
+/// memory, by way of the host.
 pub struct InProcess {
     rank: u32,
     timeout: Duration,
     node: Arc<Node>,
+    /// What is being copied from others' memory, which lives until that is over.
+    borrowed: Mutex<Vec<Borrowed>>,
+    /// By sender, for those whose memory is not reached.
+    stops: Mutex<HashMap<u32, Stop>>,
 }
 
 struct Node {
@@ -21,12 +29,12 @@ struct Node {
 
 #[derive(Default)]
 struct State {
-    /// Sent and not yet taken, by sender and receiver: addresses and lengths.
-    posted: HashMap<(u32, u32), VecDeque<(u64, u64)>>,
-    /// By sender: what is posted, or being copied.
-    unfinished: HashMap<u32, u64>,
-    /// By sender: what is being copied.
-    copying: HashMap<u32, u64>,
+    /// Sent and not yet taken, by sender and receiver.
+    posted: HashMap<(u32, u32), VecDeque<Posted>>,
+    /// By sender: messages that nobody has queued the copy of.
+    open: HashMap<u32, u64>,
+    /// By sender: behind these nobody reads any more what it sent.
+    read: HashMap<u32, Vec<Arc<Event>>>,
     /// What the ranks of an agreement brought, and what came of the last.
     fingerprints: HashMap<u32, u64>,
     agreements: u64,
@@ -35,18 +43,43 @@ struct State {
     aborted: Option<u32>,
 }
 
+/// A message that waits for its receiver.
+struct Posted {
+    device: Arc<dyn Device>,
+    allocation: Arc<dyn Allocation>,
+    offset_bytes: u64,
+    len_bytes: u64,
+    /// The bytes are there when this is complete.
+    ready: Arc<Event>,
+}
+
+/// Memory of others that is read until an event is complete.
+struct Borrowed {
+    device: Arc<dyn Device>,
+    until: Arc<Event>,
+    memory: Vec<Arc<dyn Allocation>>,
+}
+
 impl InProcess {
     /// Makes the ends of a node's ranks, in their order; each goes to a thread.
     pub fn ranks(size: u32, timeout: Duration) -> Vec<InProcess> {
         let node = Arc::new(Node { size, state: Mutex::default(), changed: Condvar::new() });
-        (0..size).map(|rank| InProcess { rank, timeout, node: Arc::clone(&node) }).collect()
+        let end = |rank| InProcess {
+            rank,
+            timeout,
+            node: Arc::clone(&node),
+            borrowed: Mutex::default(),
+            stops: Mutex::default(),
+        };
+        (0..size).map(end).collect()
     }
 
-    /// Waits until `take` gives something, the exchange is aborted, or time is up.
+    /// Waits until `take` gives something, the exchange is aborted, or time is up. `missing` tells then who has not come.
     fn wait<T>(
         &self,
         doing: &'static str,
         mut take: impl FnMut(&mut State) -> Option<T>,
+        missing: impl Fn(&State) -> Vec<u32>,
     ) -> Result<T, ExchangeError> {
         let until = Instant::now() + self.timeout;
         let mut state = self.lock();
@@ -59,44 +92,100 @@ impl InProcess {
             }
             let Some(left) = until.checked_duration_since(Instant::now()).filter(|left| !left.is_zero())
             else {
-                return Err(ExchangeError::TimedOut { doing, after: self.timeout });
+                let missing = missing(&state);
+                return Err(ExchangeError::TimedOut { doing, after: self.timeout, missing });
             };
             state = self.node.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
-    /// Receives one message.
-    fn receive(&self, receive: &Message) -> Result<(), ExchangeError> {
-        let (key, sender) = ((receive.peer, self.rank), receive.peer);
-        let (address, len_bytes) = self.wait("receiving", |state| {
-            let message = state.posted.get_mut(&key)?.pop_front()?;
-            *state.copying.entry(sender).or_default() += 1;
-            Some(message)
-        })?;
-        assert_eq!(len_bytes, receive.len_bytes, "both sides of a message agree");
-        let source = std::ptr::with_exposed_provenance::<u8>(address as usize);
-        let target = std::ptr::with_exposed_provenance_mut::<u8>(receive.address as usize);
-        // SAFETY: both callers promise memory that is theirs until their exchange is over; the sender's is not before `copying` is
-        // back. They are different ranks' memory.
-        unsafe { std::ptr::copy_nonoverlapping(source, target, len_bytes as usize) };
+    /// Lets peers take what is sent, behind what is queued on the stream.
+    fn post(
+        &self,
+        device: &Arc<dyn Device>,
+        stream: Stream,
+        sends: &[Message<'_>],
+    ) -> Result<(), ExchangeError> {
+        if sends.is_empty() {
+            return Ok(());
+        }
+        let ready = Arc::new(device.record(stream)?);
         let mut state = self.lock();
-        *state.copying.entry(sender).or_default() -= 1;
-        *state.unfinished.entry(sender).or_default() -= 1;
+        for Message { peer, start, len_bytes } in sends {
+            let posted = Posted {
+                device: Arc::clone(device),
+                allocation: Arc::clone(start.allocation),
+                offset_bytes: start.offset_bytes,
+                len_bytes: *len_bytes,
+                ready: Arc::clone(&ready),
+            };
+            state.posted.entry((self.rank, *peer)).or_default().push_back(posted);
+            *state.open.entry(self.rank).or_default() += 1;
+        }
         self.node.changed.notify_all();
         Ok(())
     }
 
-    /// Takes back what nobody has begun to copy, and waits for what somebody has.
-    fn take_back(&self) {
+    /// Queues the copy of one message.
+    fn receive(
+        &self,
+        device: &Arc<dyn Device>,
+        stream: Stream,
+        receive: &Message<'_>,
+    ) -> Result<Posted, ExchangeError> {
+        let key = (receive.peer, self.rank);
+        let take = |state: &mut State| state.posted.get_mut(&key)?.pop_front();
+        let posted = self.wait("receiving", take, |_| vec![receive.peer])?;
+        assert_eq!(posted.len_bytes, receive.len_bytes, "both sides of a message agree");
+        let source = Location { allocation: &posted.allocation, offset_bytes: posted.offset_bytes };
+        let peer = posted.device.id();
+        if device.can_reach(peer) {
+            device.order(stream, &posted.ready)?;
+            // SAFETY: the sender keeps its bytes as they are until the event that `hand_back` records behind this, and the allocation
+            // is kept until then; the target is the caller's promise. Different ranks' memory does not overlap.
+            unsafe { device.copy_from_peer(peer, source, receive.start, receive.len_bytes, stream)? };
+            return Ok(posted);
+        }
+        let mut stops = self.stops.lock().unwrap_or_else(PoisonError::into_inner);
+        let stop = match stops.entry(receive.peer) {
+            std::collections::hash_map::Entry::Occupied(stop) => stop.into_mut(),
+            std::collections::hash_map::Entry::Vacant(free) => {
+                free.insert(Stop::new(&posted.device, device)?)
+            }
+        };
+        // SAFETY: as above; it is over when this returns. The sender's stream is behind what fills its bytes.
+        unsafe { stop.carry(source, receive.start, receive.len_bytes, stream)? };
+        Ok(posted)
+    }
+
+    /// Tells senders behind what their messages are read, and keeps their memory until then.
+    fn hand_back(
+        &self,
+        device: &Arc<dyn Device>,
+        stream: Stream,
+        received: Vec<(u32, Posted)>,
+    ) -> Result<(), ExchangeError> {
+        if received.is_empty() {
+            return Ok(());
+        }
+        let until = Arc::new(device.record(stream)?);
+        if received.iter().any(|(_, posted)| !posted.device.can_reach(device.id())) {
+            device.wait(&until)?; // A sender that does not reach this device could not wait for it.
+        }
         let mut state = self.lock();
-        let State { posted, unfinished, .. } = &mut *state;
-        for ((sender, _), messages) in posted.iter_mut().filter(|((sender, _), _)| *sender == self.rank) {
-            *unfinished.entry(*sender).or_default() -= messages.len() as u64;
-            messages.clear();
+        for (sender, posted) in &received {
+            *state.open.entry(*sender).or_default() -= 1;
+            if posted.device.can_reach(device.id()) {
+                state.read.entry(*sender).or_default().push(Arc::clone(&until));
+            }
         }
-        while state.copying.get(&self.rank).is_some_and(|copying| *copying > 0) {
-            state = self.node.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
+        self.node.changed.notify_all();
+        drop(state);
+        let memory = received.into_iter().map(|(_, posted)| posted.allocation).collect();
+        let mut borrowed = self.borrowed.lock().unwrap_or_else(PoisonError::into_inner);
+        borrowed.retain(|borrowed| !matches!(borrowed.device.is_complete(&borrowed.until), Ok(true)));
+        borrowed.push(Borrowed { device: Arc::clone(device), until, memory });
+        Ok(())
     }
 
     /// A panic elsewhere cannot leave the state half changed: every change is one or two plain writes.
@@ -136,35 +225,41 @@ impl Exchange for InProcess {
             }
             mine
         };
-        let disagrees =
-            self.wait("agreeing", |state| (state.agreements > mine).then_some(state.disagrees))?;
+        let outcome = |state: &mut State| (state.agreements > mine).then_some(state.disagrees);
+        let missing = |state: &State| {
+            (0..self.node.size).filter(|rank| !state.fingerprints.contains_key(rank)).collect()
+        };
+        let disagrees = self.wait("agreeing", outcome, missing)?;
         disagrees.map_or(Ok(()), |peer| Err(ExchangeError::Disagree { peer }))
     }
 
     unsafe fn exchange(
         &self,
-        sends: &[Message],
-        receives: &[Message],
-        _stream: u64,
+        device: &Arc<dyn Device>,
+        stream: Stream,
+        sends: &[Message<'_>],
+        receives: &[Message<'_>],
     ) -> Result<(), ExchangeError> {
-        {
-            let mut state = self.lock();
-            for send in sends {
-                let message = (send.address, send.len_bytes);
-                state.posted.entry((self.rank, send.peer)).or_default().push_back(message);
-                *state.unfinished.entry(self.rank).or_default() += 1;
-            }
-            self.node.changed.notify_all();
+        self.post(device, stream, sends)?;
+        // All have posted before any waits, so nobody waits in a circle.
+        let received =
+            receives.iter().map(|message| Ok((message.peer, self.receive(device, stream, message)?)));
+        let received = received.collect::<Result<Vec<_>, ExchangeError>>()?;
+        self.hand_back(device, stream, received)?;
+        if sends.is_empty() {
+            return Ok(());
         }
-        let received = receives.iter().try_for_each(|receive| self.receive(receive));
-        let is_sent = |state: &mut State| {
-            (state.unfinished.get(&self.rank).is_none_or(|left| *left == 0)).then_some(())
+        let is_sent =
+            |state: &mut State| state.open.get(&self.rank).is_none_or(|open| *open == 0).then_some(());
+        let waits_for = |state: &State| {
+            let of_mine =
+                state.posted.iter().filter(|((sender, _), left)| *sender == self.rank && !left.is_empty());
+            of_mine.map(|((_, receiver), _)| *receiver).collect()
         };
-        let sent = received.and_then(|()| self.wait("sending", is_sent));
-        if sent.is_err() {
-            self.take_back();
-        }
-        sent
+        self.wait("sending", is_sent, waits_for)?;
+        let read = self.lock().read.remove(&self.rank).unwrap_or_default();
+        read.iter().try_for_each(|event| device.order(stream, event))?;
+        Ok(())
     }
 
     fn check(&self) -> Result<(), ExchangeError> {
@@ -173,7 +268,27 @@ impl Exchange for InProcess {
     }
 
     fn abort(&self) {
-        self.lock().aborted.get_or_insert(self.rank);
+        let mut state = self.lock();
+        state.aborted.get_or_insert(self.rank);
+        state.posted.retain(|(sender, _), _| *sender != self.rank);
         self.node.changed.notify_all();
+    }
+}
+
+impl Drop for InProcess {
+    /// Waits for what reads others' memory; where that cannot be waited for, the memory is nobody's any more.
+    fn drop(&mut self) {
+        let borrowed = self.borrowed.get_mut().unwrap_or_else(PoisonError::into_inner);
+        for Borrowed { device, until, memory } in borrowed.drain(..) {
+            if device.wait(&until).is_err() {
+                std::mem::forget(memory);
+            }
+        }
+    }
+}
+
+impl From<DeviceError> for ExchangeError {
+    fn from(error: DeviceError) -> ExchangeError {
+        ExchangeError::Device(error)
     }
 }

@@ -41,6 +41,11 @@ pub fn launched(lookup: impl Fn(&str) -> Option<String>) -> Result<Option<Launch
     Ok(None)
 }
 
+/// What [`launched`] looks for, as text for people.
+pub const LOOKED_FOR: &str = "RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE (torchrun), OMPI_COMM_WORLD_RANK, _SIZE, _LOCAL_RANK and \
+                              _LOCAL_SIZE (Open MPI), SLURM_STEP_ID with SLURM_PROCID, _NTASKS and _LOCALID (srun), PMI_RANK, PMI_SIZE, \
+                              MPI_LOCALRANKID and MPI_LOCALNRANKS (MPICH, Intel MPI)";
+
 fn torchrun(variables: &Variables<'_>) -> Result<Option<Launched>, LaunchError> {
     const NAMES: [&str; 4] = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"];
     // WORLD_SIZE and RANK alone are anybody's words.

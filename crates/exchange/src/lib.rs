@@ -1,26 +1,33 @@
 //! Ranks of one node that hand bytes of device memory to each other.
 //!
 //! An [`Exchange`] moves messages between the devices of ranks, all of a round at once. [`Nccl`] does so over the devices' links, by
-//! NVIDIA's NCCL or AMD's RCCL, loaded at run time; [`InProcess`] between threads of one process, in host memory. Which ranks there
-//! are, launchers have said already ([`launch`]); ranks of a node find each other at a socket ([`Control`]), over which they also
-//! agree on what they do and tell each other when they fail.
+//! NVIDIA's NCCL or AMD's RCCL, loaded at run time; [`Sockets`] between processes by way of the host, wherever there are sockets;
+//! [`InProcess`] between threads of one process, from device to device. Which ranks there are, launchers have said already
+//! ([`launch`]); ranks of a node find each other at a socket ([`Control`]), over which they also agree on what they do and tell each
+//! other when they fail.
 //!
 //! This crate starts no process, and nothing of it crosses a node.
 
+mod by_host;
 mod control;
 mod error;
 mod in_process;
 pub mod launch;
 mod nccl;
 mod nccl_sys;
+mod sockets;
 
+use std::sync::Arc;
 use std::time::Duration;
+
+use tensorhaul_device::{Device, Location, Stream};
 
 pub use control::{Control, RENDEZVOUS_VARIABLE, Rendezvous};
 pub use error::ExchangeError;
 pub use in_process::InProcess;
 pub use launch::{LaunchError, Launched};
 pub use nccl::{NCCL_LIBRARY_VARIABLE, Nccl, RCCL_LIBRARY_VARIABLE, Vendor};
+pub use sockets::Sockets;
 
 /// One rank's end of what connects the ranks of a node.
 ///
@@ -47,10 +54,9 @@ pub trait Exchange: Send + Sync {
     /// [`ExchangeError::TimedOut`] when a rank does not come.
     fn agree(&self, fingerprint: u64) -> Result<(), ExchangeError>;
 
-    /// Queues the messages of one round on a stream, given as the driver's raw handle, while its device is current on this thread. Messages
-    /// between two ranks are matched in their order, and must agree in length on both sides. No order among different peers is
-    /// asked for: all of a round's messages are one group, so that no rank waits for another's next call. A rank without messages in
-    /// a round need not call.
+    /// Queues the messages of one round on a stream of this rank's device. Messages between two ranks are matched in their order, and must
+    /// agree in length on both sides. No order among different peers is asked for: all of a round's messages are one group, so that no
+    /// rank waits for another's next call. A rank without messages in a round need not call.
     ///
     /// It returns when the messages are queued or complete. They are complete when an event recorded behind them on the stream is.
     ///
@@ -59,14 +65,14 @@ pub trait Exchange: Send + Sync {
     /// waited for.
     ///
     /// # Safety
-    /// - Every message is in memory of the stream's device (of the host, where the exchange is the host's) that lives until an event
-    ///   recorded behind it is complete.
-    /// - Until then nobody writes what is sent, and nobody touches what is received.
+    /// - Every message is in an allocation of the device, the same one in all calls, and inside it.
+    /// - Until an event recorded behind it on the stream is complete, nobody writes what is sent, and nobody touches what is received.
     unsafe fn exchange(
         &self,
-        sends: &[Message],
-        receives: &[Message],
-        stream: u64,
+        device: &Arc<dyn Device>,
+        stream: Stream,
+        sends: &[Message<'_>],
+        receives: &[Message<'_>],
     ) -> Result<(), ExchangeError>;
 
     /// Tells whether all peers are still there, without waiting. To be asked while an event behind an exchange is waited for: an exchange with
@@ -82,12 +88,12 @@ pub trait Exchange: Send + Sync {
 }
 
 /// Bytes of device memory on their way to or from a peer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Message {
+#[derive(Clone, Copy)]
+pub struct Message<'m> {
     /// The other rank.
     pub peer: u32,
-    /// The first byte, in the device's own address space.
-    pub address: u64,
+    /// The first byte.
+    pub start: Location<'m>,
     /// Number of bytes; not 0.
     pub len_bytes: u64,
 }

@@ -10,6 +10,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use tensorhaul_device::gpu::table::{TableError, held};
+use tensorhaul_device::{Device, Stream};
 
 use crate::control::Control;
 use crate::nccl_sys::{Comm, IN_PROGRESS, Table, UINT8, UNIQUE_ID_BYTES, UniqueId, VERSION_MIN};
@@ -214,23 +215,24 @@ impl Shared {
     fn group(
         &self,
         comm: Comm,
-        sends: &[Message],
-        receives: &[Message],
+        sends: &[Message<'_>],
+        receives: &[Message<'_>],
         stream: u64,
     ) -> Result<(), ExchangeError> {
         let (table, stream) = (&self.table, ptr::without_provenance_mut(stream as usize));
         // SAFETY: takes nothing.
         table.check("ncclGroupStart", Some(comm), unsafe { (table.ncclGroupStart)() })?;
         let queued = sends.iter().try_for_each(|send| {
-            let (source, len) =
-                (ptr::with_exposed_provenance(send.address as usize), send.len_bytes as usize);
+            let (address, len) = (send.start.range(send.len_bytes), send.len_bytes as usize);
+            let source = ptr::with_exposed_provenance(address as usize);
             // SAFETY: the caller of `exchange` keeps the memory and the stream until the message is complete.
             let code = unsafe { (table.ncclSend)(source, len, UINT8, send.peer as c_int, comm, stream) };
             table.check("ncclSend", Some(comm), code)
         });
         let queued = queued.and_then(|()| {
             receives.iter().try_for_each(|receive| {
-                let target = ptr::with_exposed_provenance_mut(receive.address as usize);
+                let address = receive.start.range(receive.len_bytes);
+                let target = ptr::with_exposed_provenance_mut(address as usize);
                 let (len, peer) = (receive.len_bytes as usize, receive.peer as c_int);
                 // SAFETY: as above.
                 let code = unsafe { (table.ncclRecv)(target, len, UINT8, peer, comm, stream) };
@@ -274,9 +276,10 @@ impl Exchange for Nccl {
 
     unsafe fn exchange(
         &self,
-        sends: &[Message],
-        receives: &[Message],
-        stream: u64,
+        device: &Arc<dyn Device>,
+        stream: Stream,
+        sends: &[Message<'_>],
+        receives: &[Message<'_>],
     ) -> Result<(), ExchangeError> {
         if sends.is_empty() && receives.is_empty() {
             return Ok(());
@@ -284,17 +287,21 @@ impl Exchange for Nccl {
         let comm = {
             let mut state = self.shared.lock();
             if state.is_aborted {
-                return Err(ExchangeError::PeerLost { peer: None });
+                return Err(self.shared.control.lost());
             }
             state.began = Some(Instant::now());
             state.comm.0
         };
-        let queued = self.shared.group(comm, sends, receives, stream);
+        let mut queued = Ok(());
+        let lent = device.lend(stream, &mut |stream| {
+            queued = self.shared.group(comm, sends, receives, stream);
+        });
+        let queued = lent.map_err(ExchangeError::Device).and(queued);
         let mut state = self.shared.lock();
         state.began = None;
         match queued {
             // What a call says that was ended from outside is not why.
-            Err(_) if state.is_aborted => Err(ExchangeError::PeerLost { peer: None }),
+            Err(_) if state.is_aborted => Err(self.shared.control.lost()),
             queued => queued,
         }
     }
@@ -302,7 +309,7 @@ impl Exchange for Nccl {
     fn check(&self) -> Result<(), ExchangeError> {
         let state = self.shared.lock();
         if state.is_aborted {
-            return Err(ExchangeError::PeerLost { peer: None });
+            return Err(self.shared.control.lost());
         }
         self.shared.control.check()?;
         let Some(ask) = self.shared.table.ncclCommGetAsyncError else { return Ok(()) };

@@ -8,9 +8,13 @@ use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
+use std::sync::Arc;
+
 use proptest::prelude::*;
+use tensorhaul_device::host::Host;
+use tensorhaul_device::{Allocation, Device, Location, Stream};
 use tensorhaul_exchange::{
-    Control, Exchange, ExchangeError, InProcess, Launched, Message, Nccl, Rendezvous, Vendor,
+    Control, Exchange, ExchangeError, InProcess, Launched, Message, Nccl, Rendezvous, Sockets, Vendor,
 };
 
 fn launched(rank: u32, size: u32, job: &str) -> Launched {
@@ -163,18 +167,66 @@ fn a_library_that_is_missing_is_an_error_that_says_how_to_name_one() {
     }
 }
 
+/// The ends of ranks that are threads, in one of the ways that need no device.
+#[derive(Clone, Copy, Debug)]
+enum Kind {
+    InProcess,
+    Sockets,
+}
+
+fn ends(kind: Kind, size: u32, timeout: Duration) -> Vec<Box<dyn Exchange>> {
+    if let Kind::InProcess = kind {
+        let ends = InProcess::ranks(size, timeout).into_iter();
+        return ends.map(|end| Box::new(end) as Box<dyn Exchange>).collect();
+    }
+    let folder = tempfile::tempdir().unwrap();
+    on_all(size, |rank| {
+        let rendezvous = Rendezvous { timeout, ..at(folder.path()) };
+        let control = Control::meet(&launched(rank, size, "job"), rendezvous).unwrap();
+        Box::new(Sockets::connect(control).unwrap()) as Box<dyn Exchange>
+    })
+}
+
+fn host() -> Arc<dyn Device> {
+    Arc::new(Host)
+}
+
+fn memory(bytes: &[u8]) -> Arc<dyn Allocation> {
+    let memory = Host.allocate(bytes.len() as u64).unwrap();
+    // SAFETY: the memory was just allocated, and is this thread's alone.
+    unsafe { Host.copy(bytes, &memory, 0, Stream::Copy) }.unwrap();
+    memory
+}
+
+fn bytes(memory: &Arc<dyn Allocation>) -> Vec<u8> {
+    let mut bytes = vec![0; memory.len_bytes() as usize];
+    // SAFETY: the memory is this thread's alone.
+    unsafe { Host.copy_back(memory, 0, &mut bytes, Stream::Copy) }.unwrap();
+    bytes
+}
+
+fn messages(of: &[(u32, Arc<dyn Allocation>)]) -> Vec<Message<'_>> {
+    let message = |(peer, allocation): &'_ (u32, Arc<dyn Allocation>)| (*peer, allocation.len_bytes());
+    let start = |allocation| Location { allocation, offset_bytes: 0 };
+    of.iter()
+        .map(|part| (message(part), start(&part.1)))
+        .map(|((peer, len_bytes), start)| Message { peer, start, len_bytes })
+        .collect()
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(30))]
 
     #[test]
     fn every_message_arrives_in_its_order(
+        kind in prop_oneof![Just(Kind::InProcess), Just(Kind::Sockets)],
         size in 1u32..6,
-        plan in proptest::collection::vec((0u32..6, 0u32..6, 1usize..3000), 0..40),
+        plan in proptest::collection::vec((0u32..6, 0u32..6, prop_oneof![1usize..3000, 100_000usize..2_000_000]), 0..20),
         rounds in 1usize..4,
     ) {
         let plan: Vec<_> = plan.into_iter().map(|(from, to, len)| (from % size, to % size, len)).filter(|(from, to, _)| from != to).collect();
         let fill = |message: usize, round: usize| (message * 31 + round * 7) as u8;
-        let ends = InProcess::ranks(size, Duration::from_secs(20));
+        let ends = ends(kind, size, Duration::from_secs(20));
         let plan = &plan;
         let arrived = on_all(size, |rank| {
             let end = &ends[rank as usize];
@@ -183,40 +235,74 @@ proptest! {
                     plan.iter().enumerate().filter(move |(_, message)| of(message) == rank)
                 };
                 let sent: Vec<_> = mine(|message| message.0)
-                    .map(|(number, (_, to, len))| (*to, vec![fill(number, round); *len]))
+                    .map(|(number, (_, to, len))| (*to, memory(&vec![fill(number, round); *len])))
                     .collect();
-                let mut received: Vec<_> =
-                    mine(|message| message.1).map(|(_, (from, _, len))| (*from, vec![0; *len])).collect();
-                let sends: Vec<_> = sent.iter().map(|(peer, bytes)| message(*peer, bytes.as_ptr(), bytes.len())).collect();
-                let receives: Vec<_> =
-                    received.iter_mut().map(|(peer, bytes)| message(*peer, bytes.as_mut_ptr(), bytes.len())).collect();
+                let received: Vec<_> =
+                    mine(|message| message.1).map(|(_, (from, _, len))| (*from, memory(&vec![0; *len]))).collect();
                 // SAFETY: the memory lives until the call is over, and is this thread's alone.
-                unsafe { end.exchange(&sends, &receives, 0) }.unwrap();
+                unsafe { end.exchange(&host(), Stream::Compute, &messages(&sent), &messages(&received)) }.unwrap();
                 let expected = mine(|message| message.1).map(|(number, (_, _, len))| vec![fill(number, round); *len]);
-                received.iter().map(|(_, bytes)| bytes).eq(expected.collect::<Vec<_>>().iter())
+                received.iter().map(|(_, memory)| bytes(memory)).eq(expected)
             })
         });
         prop_assert!(arrived.into_iter().all(|arrived| arrived));
     }
 }
 
-fn message(peer: u32, start: *const u8, len: usize) -> Message {
-    Message { peer, address: start.expose_provenance() as u64, len_bytes: len as u64 }
+#[test]
+fn an_exchange_that_is_aborted_lets_everybody_go_and_names_the_rank() {
+    for kind in [Kind::InProcess, Kind::Sockets] {
+        for failing in 0..3 {
+            let ends = ends(kind, 3, Duration::from_secs(20));
+            let named = on_all(3, |rank| {
+                let (end, target) = (&ends[rank as usize], [(failing, memory(&[0; 8]))]);
+                if rank == failing {
+                    end.abort();
+                    return true;
+                }
+                // SAFETY: the memory lives until the call is over, and is this thread's alone.
+                let error =
+                    unsafe { end.exchange(&host(), Stream::Compute, &[], &messages(&target)) }.unwrap_err();
+                end.abort(); // As a load does that fails.
+                assert!(end.check().is_err());
+                matches!(error, ExchangeError::PeerLost { peer: Some(peer) } if peer == failing)
+            });
+            assert_eq!(named, [true, true, true], "{kind:?} {failing}");
+        }
+    }
 }
 
 #[test]
-fn an_exchange_that_is_aborted_lets_everybody_go() {
-    let ends = InProcess::ranks(3, Duration::from_secs(20));
-    let ended = on_all(3, |rank| {
-        let (end, mut target) = (&ends[rank as usize], [0u8; 8]);
-        if rank == 2 {
+fn a_rank_that_ends_without_a_word_is_named_to_all() {
+    for gone in 0..3 {
+        let ends: Vec<_> = ends(Kind::Sockets, 3, Duration::from_secs(20));
+        let ends: Vec<_> = ends.into_iter().map(|end| std::sync::Mutex::new(Some(end))).collect();
+        let named = on_all(3, |rank| {
+            let end = ends[rank as usize].lock().unwrap().take().unwrap();
+            if rank == gone {
+                return true; // Its connections close.
+            }
+            let target = [(gone, memory(&[0; 8]))];
+            // SAFETY: the memory lives until the call is over, and is this thread's alone.
+            let error =
+                unsafe { end.exchange(&host(), Stream::Compute, &[], &messages(&target)) }.unwrap_err();
             end.abort();
-            return true;
-        }
-        let receive = message(2, target.as_mut_ptr(), 8);
-        // SAFETY: the memory lives until the call is over, and is this thread's alone.
-        let error = unsafe { end.exchange(&[], &[receive], 0) }.unwrap_err();
-        matches!(error, ExchangeError::PeerLost { peer: Some(2) })
-    });
-    assert_eq!(ended, [true, true, true]);
+            matches!(error, ExchangeError::PeerLost { peer: Some(peer) } if peer == gone)
+        });
+        assert_eq!(named, [true, true, true], "{gone}");
+    }
+}
+
+#[test]
+fn ranks_that_do_not_come_are_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let soon = || Rendezvous { timeout: Duration::from_millis(300), ..at(folder.path()) };
+    let errors =
+        on_all(2, |rank| Control::meet(&launched(rank, 4, "job"), soon()).map(drop).unwrap_err().to_string());
+    assert_eq!(errors[0], "meeting: ranks 2, 3 of the node did not come within 0.3 s");
+    let error = Control::meet(&launched(1, 2, "job"), soon()).map(drop).unwrap_err().to_string();
+    assert_eq!(error, "meeting: rank 0 of the node did not come within 0.3 s");
+    let end = &ends(Kind::InProcess, 3, Duration::from_millis(50))[1];
+    let error = end.agree(1).unwrap_err().to_string();
+    assert_eq!(error, "agreeing: ranks 0, 2 of the node did not come within 0.05 s");
 }

@@ -1,10 +1,14 @@
 //! Which rank of a node reads what, and what it hands to the others.
 //!
 //! Ranks of one node that load parts of one checkpoint need, together, each byte once. A [`Share`] is planned from the assemblies of
-//! all of them, the same on every rank: each reads a run of the plan's reads, in **rounds** of at most one staging buffer, and each
+//! all of them, the same on every rank: each does some of the plan's reads, in **rounds** of at most one staging buffer, and each
 //! round ends with one exchange. What a rank reads for others it packs, without gaps, into an exchange buffer on its device; what
 //! several need lies there once. Long dense messages land where they belong, the others in a buffer from which they are taken apart.
+//!
+//! Quantized tensors are exchanged as they are stored: each rank makes its own part of the numbers, when the round is over that brings
+//! the last of its sources.
 
+mod deal;
 mod pack;
 mod text;
 
@@ -19,8 +23,9 @@ use crate::checkpoint::Checkpoint;
 use crate::in_place::InPlace;
 use crate::machine::Machine;
 use crate::placement::{Arena, DeviceId, Place};
-use crate::plan::{Copy, PlacedTensor, Plan, PlanError, Read};
-use crate::request::Request;
+use crate::plan::{Copy, Operation, PlacedTensor, Plan, PlanError};
+use crate::request::{Request, Select};
+use deal::Progress;
 
 /// What every rank of a node reads, sends and receives: data, the same on all of them.
 ///
@@ -29,8 +34,6 @@ use crate::request::Request;
 #[derive(Clone, Debug)]
 pub struct Share {
     plan: Plan,
-    /// By rank.
-    reads: Vec<Range<u32>>,
     /// By round, then by rank.
     rounds: Vec<Vec<Turn>>,
     /// By rank.
@@ -50,6 +53,11 @@ pub struct Turn {
     pub receives: Vec<Receive>,
     /// What it takes out of its receive buffer afterwards.
     pub unpacked: Vec<Copy>,
+    /// Operations of its own that have all of their sources then, by their places in [`Plan::operations`], ascending.
+    pub operations: Vec<u32>,
+    /// The round whose operations have to be over before what it reads for itself lands: their sources lay in the same place. An
+    /// earlier one.
+    pub after: Option<u32>,
 }
 
 /// A piece of a read, or equal pieces at equal distances, that is packed into the send buffer.
@@ -127,6 +135,10 @@ pub struct SharePromised {
     pub receive_buffer_bytes: u64,
     /// Memory of its result, rounding included.
     pub target_bytes: u64,
+    /// Tensors, or parts of them, that it dequantizes.
+    pub operations: u64,
+    /// Device memory for sources of operations, which is free again when the load is over.
+    pub transient_bytes: u64,
 }
 
 impl SharePromised {
@@ -134,48 +146,57 @@ impl SharePromised {
     pub fn exchange_bytes(&self) -> u64 {
         SEND_BUFFER_COUNT * self.send_buffer_bytes + self.receive_buffer_bytes
     }
+
+    /// Returns all device memory that the load takes: its result, the exchange, and sources of operations.
+    pub fn device_bytes(&self) -> u64 {
+        self.target_bytes + self.exchange_bytes() + self.transient_bytes
+    }
 }
 
 impl Share {
     /// Plans what the ranks of a node read together; `assemblies` has one for each, whose devices do not matter.
     ///
-    /// `machine` must be the same on all ranks. Reads land in staging buffers whatever it says, because a rank reads for others.
+    /// Of the request count what is selected, by the names of the ranks' tensors, the over-read, and what is dequantized through how much
+    /// transient memory. `machine` must be the same on all ranks. Reads land in staging buffers whatever it says, because a rank
+    /// reads for others.
     ///
     /// # Errors
-    /// [`ShareError`] when there is no rank, a part is made by dequantization, or an assembly cannot be planned.
+    /// [`ShareError`] when there is no rank, or too many, when parts are of dequantized tensors and the request dequantizes none, and when an
+    /// assembly cannot be planned.
     ///
     /// # Panics
     /// As [`Plan::new`].
     pub fn new(
         checkpoint: &Arc<Checkpoint>,
         assemblies: &[Assembly],
-        over_read_max: f64,
+        request: &Request,
         machine: &Machine,
     ) -> Result<Share, ShareError> {
         let size = assemblies.len();
         if size == 0 || size > RANK_COUNT_MAX {
             return Err(ShareError::RankCount { size });
         }
-        let mut request = Request::all();
-        request.assembly = Some(Arc::new(together(assemblies)?));
-        request.over_read_max = over_read_max;
+        if request.dequantize.is_none()
+            && let Some(tensor) =
+                assemblies.iter().flat_map(|ranks| &ranks.tensors).find(|tensor| is_made(tensor))
+        {
+            return Err(ShareError::Made { name: tensor.name.clone() });
+        }
+        let mut of_all = Request::of(Select::All);
+        of_all.assembly = Some(Arc::new(together(checkpoint, assemblies, request)?));
+        of_all.over_read_max = request.over_read_max;
+        of_all.dequantize = request.dequantize.clone();
+        of_all.transient_bytes_max = request.transient_bytes_max;
         let machine = Machine { in_place: InPlace::never(), peers: Vec::new(), ..machine.clone() };
-        let plan = Plan::new(checkpoint, &request, &machine)?;
-        let reads = hand_out(&plan, size);
-        let turns: Vec<_> = reads.iter().map(|reads| turns(&plan, reads)).collect();
-        let round_count = turns.iter().map(Vec::len).max().unwrap_or(0);
-        let of_round = |round: usize| {
-            let reads = turns.iter().map(|turns| turns.get(round).cloned().unwrap_or(0..0));
-            pack::round(&plan, reads.collect())
-        };
-        let rounds: Vec<_> = (0..round_count).map(of_round).collect();
-        let promised = (0..size as u32).map(|rank| promise(&plan, &reads, &rounds, rank)).collect();
-        Ok(Share { plan, reads, rounds, promised })
+        let plan = Plan::new(checkpoint, &of_all, &machine)?;
+        let rounds = rounds(&plan, size);
+        let promised = (0..size as u32).map(|rank| promise(&plan, &rounds, rank)).collect();
+        Ok(Share { plan, rounds, promised })
     }
 
     /// Returns the number of ranks.
     pub fn size(&self) -> u32 {
-        self.reads.len() as u32
+        self.promised.len() as u32
     }
 
     /// Returns the plan of all ranks at once: the places of their tensors, the reads, and what is copied out of each.
@@ -199,8 +220,8 @@ impl Share {
     }
 
     /// Returns the reads that a rank does, in its order.
-    pub fn reads(&self, rank: u32) -> Range<u32> {
-        self.reads[rank as usize].clone()
+    pub fn reads(&self, rank: u32) -> impl Iterator<Item = u32> {
+        self.rounds.iter().flat_map(move |turns| turns[rank as usize].reads.clone())
     }
 
     /// Returns the copies out of a read whose bytes are for this rank itself.
@@ -222,23 +243,38 @@ impl Share {
         numbered.filter(move |(_, arena)| arena.device == Share::stand_in(rank))
     }
 
+    /// Returns what a rank dequantizes, in its order.
+    pub fn operations(&self, rank: u32) -> impl Iterator<Item = &Operation> {
+        let ready = self.rounds.iter().flat_map(move |turns| &turns[rank as usize].operations);
+        ready.map(|operation| &self.plan.operations()[*operation as usize])
+    }
+
     /// Returns what the share promises to cost a rank.
     pub fn promised(&self, rank: u32) -> &SharePromised {
         &self.promised[rank as usize]
     }
 }
 
-/// Joins the assemblies: names become distinct, and each rank has a device.
-fn together(assemblies: &[Assembly]) -> Result<Assembly, ShareError> {
-    let mut tensors = Vec::with_capacity(assemblies.iter().map(|assembly| assembly.tensors.len()).sum());
-    for (rank, assembly) in (0..).zip(assemblies) {
-        for tensor in &assembly.tensors {
-            if tensor.parts.iter().any(|part| matches!(part.source, Source::Made(_))) {
-                return Err(ShareError::Made { name: tensor.name.clone() });
-            }
-            let name = format!("rank{rank}{RANK_END}{}", tensor.name);
-            tensors.push(Assembled { name, device: Share::stand_in(rank), ..tensor.clone() });
-        }
+fn is_made(tensor: &Assembled) -> bool {
+    tensor.parts.iter().any(|part| matches!(part.source, Source::Made(_)))
+}
+
+/// Joins what is selected of the assemblies: names become distinct, and each rank has a device.
+fn together(
+    checkpoint: &Checkpoint,
+    assemblies: &[Assembly],
+    request: &Request,
+) -> Result<Assembly, ShareError> {
+    let of_rank = |(rank, assembly): (u32, &Assembly)| {
+        let on_stand_in = |tensor: &Assembled| Assembled { device: Share::stand_in(rank), ..tensor.clone() };
+        assembly.tensors.iter().map(on_stand_in).collect::<Vec<_>>()
+    };
+    let tensors = (0..).zip(assemblies).flat_map(of_rank).collect();
+    let all = Assembly { tensors, ..Assembly::default() };
+    let mut tensors: Vec<_> =
+        all.selected(checkpoint, request)?.into_iter().map(|place| all.tensors[place].clone()).collect();
+    for tensor in &mut tensors {
+        tensor.name = format!("rank{}{RANK_END}{}", rank_of_device(tensor.device), tensor.name);
     }
     // Ranks of one model are of one partition.
     let unfused = assemblies.first().map_or(Vec::new(), |assembly| assembly.unfused.clone());
@@ -251,73 +287,60 @@ fn own_name(name: &str) -> &str {
 }
 
 fn rank_of(plan: &Plan, copy: &Copy) -> u32 {
-    match plan.arenas()[copy.target.arena as usize].device {
+    rank_of_device(plan.arenas()[copy.target.arena as usize].device)
+}
+
+fn rank_of_operation(plan: &Plan, operation: &Operation) -> u32 {
+    rank_of_device(plan.arenas()[operation.place.arena as usize].device)
+}
+
+fn rank_of_device(device: DeviceId) -> u32 {
+    match device {
         DeviceId::Cuda(rank) => rank,
         _ => unreachable!("every tensor of a share is on the device that stands for its rank"),
     }
 }
 
-/// Gives each rank a run of the reads: the one in whose equal part of all bytes a read's middle lies. So a run is at most one read
-/// longer or shorter than the others' mean.
-fn hand_out(plan: &Plan, size: usize) -> Vec<Range<u32>> {
-    let total_bytes = u128::from(plan.promised().read_bytes);
-    let mut runs = vec![0..0; size];
-    let (mut before_bytes, mut rank) = (0, 0);
-    for (number, read) in (0..).zip(plan.reads()) {
-        let len_bytes = u128::from(read.len_bytes());
-        let its = ((2 * before_bytes + len_bytes) * size as u128 / (2 * total_bytes)) as usize;
-        if its > rank {
-            runs[rank + 1..=its].fill(number..number);
-            rank = its;
-        }
-        runs[rank].end = number + 1;
-        before_bytes += len_bytes;
-    }
-    let end = plan.reads().len() as u32;
-    runs[rank + 1..].fill(end..end);
-    runs
-}
-
-/// Cuts a rank's run into rounds of at most a staging buffer's bytes. A round and the next have staging buffers for all of their
-/// reads, so that no read waits for a buffer that a later one holds.
-fn turns(plan: &Plan, reads: &Range<u32>) -> Vec<Range<u32>> {
-    let Machine { buffer_len_bytes, buffer_count, .. } = *plan.machine();
-    let reads_max = (buffer_count / 2).max(1);
-    let mut turns: Vec<Range<u32>> = Vec::new();
-    let mut round_bytes = 0;
-    for number in reads.clone() {
-        let len_bytes = plan.reads()[number as usize].len_bytes();
-        match turns.last_mut() {
-            Some(turn) if round_bytes + len_bytes <= buffer_len_bytes && (turn.len() as u32) < reads_max => {
-                turn.end += 1;
-                round_bytes += len_bytes;
-            }
-            _ => {
-                turns.push(number..number + 1);
-                round_bytes = len_bytes;
+/// Works out every round: who reads what, what is exchanged, and what can be dequantized then.
+fn rounds(plan: &Plan, size: usize) -> Vec<Vec<Turn>> {
+    let dealt = deal::deal(plan, size);
+    let mut rounds: Vec<_> = dealt.into_iter().map(|reads| pack::round(plan, reads)).collect();
+    let mut progress = Progress::new(plan);
+    for (number, turns) in rounds.iter_mut().enumerate() {
+        for rank in 0..turns.len() {
+            let reads = turns[rank].reads.clone();
+            let waits = reads.clone().flat_map(|read| plan.reads()[read as usize].after.clone());
+            let operation = |operation: u32| &plan.operations()[operation as usize];
+            let own = waits.filter(|waits| rank_of_operation(plan, operation(*waits)) == rank as u32);
+            turns[rank].after =
+                own.filter_map(|waits| progress.ready_in(waits)).max().map(|round| round as u32);
+            for ready in reads.flat_map(|read| progress.done(read, number)).collect::<Vec<_>>() {
+                turns[rank_of_operation(plan, operation(ready)) as usize].operations.push(ready);
             }
         }
+        turns.iter_mut().for_each(|turn| turn.operations.sort_unstable());
     }
-    turns
+    rounds
 }
 
-fn promise(plan: &Plan, reads: &[Range<u32>], rounds: &[Vec<Turn>], rank: u32) -> SharePromised {
+fn promise(plan: &Plan, rounds: &[Vec<Turn>], rank: u32) -> SharePromised {
     let device = Share::stand_in(rank);
     let own = plan.tensors().iter().filter(|tensor| plan.device(tensor) == device);
-    let run = reads[rank as usize].clone();
+    let arenas = |is_scratch| {
+        let own = move |arena: &&Arena| arena.device == device && arena.is_scratch == is_scratch;
+        plan.arenas().iter().filter(own).map(|arena| arena.len_bytes).sum()
+    };
     let mut promised = SharePromised {
         payload_bytes: own.map(|tensor| tensor.len_bytes).sum(),
-        read_bytes: plan.reads()[run.start as usize..run.end as usize].iter().map(Read::len_bytes).sum(),
-        reads: run.len() as u64,
-        target_bytes: plan
-            .arenas()
-            .iter()
-            .filter(|arena| arena.device == device)
-            .map(|arena| arena.len_bytes)
-            .sum(),
+        target_bytes: arenas(false),
+        transient_bytes: arenas(true),
         ..SharePromised::default()
     };
     for turn in rounds.iter().map(|turns| &turns[rank as usize]) {
+        let reads = turn.reads.clone().map(|read| plan.reads()[read as usize].len_bytes());
+        promised.reads += turn.reads.len() as u64;
+        promised.read_bytes += reads.sum::<u64>();
+        promised.operations += turn.operations.len() as u64;
         promised.sent_bytes += turn.sends.iter().map(|send| send.len_bytes).sum::<u64>();
         promised.received_bytes += turn.receives.iter().map(|receive| receive.len_bytes).sum::<u64>();
         let send_end = turn.packed.last().map_or(0, |packed| packed.offset_bytes + packed.len_bytes());
@@ -340,7 +363,7 @@ pub enum ShareError {
         /// How many.
         size: usize,
     },
-    /// A tensor that is made by dequantization.
+    /// A tensor with parts of dequantized ones, where the request dequantizes none.
     Made {
         /// The tensor.
         name: String,
@@ -361,13 +384,11 @@ impl fmt::Display for ShareError {
             ShareError::RankCount { size } => {
                 write!(f, "{size} ranks cannot share their reading; 1 to {RANK_COUNT_MAX} of one node can")
             }
-            ShareError::Made { name } => {
-                write!(
-                    f,
-                    "tensor {name:?} is to be dequantized, which ranks that share their reading do not do; load it packed, or \
-                     without sharing"
-                )
-            }
+            ShareError::Made { name } => write!(
+                f,
+                "tensor {name:?} is made of dequantized ones, and nothing is to be dequantized; load with the options that the \
+                 assemblies were made with"
+            ),
             ShareError::Plan(error) => error.fmt(f),
         }
     }

@@ -10,7 +10,9 @@ use std::collections::BTreeMap;
 use proptest::prelude::*;
 use tensorhaul_plan::assembly::{Assembled, Assembly, Part, Source};
 use tensorhaul_plan::share::{Landing, Share, ShareError, Turn};
-use tensorhaul_plan::{Copy, DeviceId, Dtype, Machine, Plan, Read, Slice, SliceRange};
+use tensorhaul_plan::{
+    Copy, DeviceId, Dtype, Machine, Plan, PlanError, Read, Request, Select, Slice, SliceRange,
+};
 
 use support::{Spec, World, naive, world};
 
@@ -154,7 +156,9 @@ impl Node<'_> {
 fn check(world: &World, rules: &[Rule], size: usize, machine: &Machine, over_read_max: f64) -> Share {
     let kept: Vec<Kept> = (0..size).map(|rank| kept(world, rules, rank, size)).collect();
     let assemblies: Vec<_> = kept.iter().map(|kept| assembly(world, kept)).collect();
-    let share = Share::new(&world.checkpoint, &assemblies, over_read_max, machine).unwrap();
+    let mut request = Request::all();
+    request.over_read_max = over_read_max;
+    let share = Share::new(&world.checkpoint, &assemblies, &request, machine).unwrap();
     let arenas = Node::run(world, &share);
     for (rank, (kept, assembly)) in kept.iter().zip(&assemblies).enumerate() {
         let tensors: BTreeMap<_, _> = share.tensors(rank as u32).collect();
@@ -173,19 +177,16 @@ fn check(world: &World, rules: &[Rule], size: usize, machine: &Machine, over_rea
 /// Every read is one rank's, each rank reads forwards, rounds fit into a buffer, and nobody reads much more than others.
 fn check_reads(share: &Share) {
     let (plan, size): (&Plan, _) = (share.plan(), share.size());
-    let mut end = 0;
+    let mut all: Vec<u32> = Vec::new();
     for rank in 0..size {
-        let reads = share.reads(rank);
-        assert_eq!(reads.start, end, "every read is somebody's");
-        end = reads.end;
-        let of_rounds =
-            (0..share.round_count()).flat_map(|round| share.round(round)[rank as usize].reads.clone());
-        assert!(of_rounds.eq(reads), "in order");
+        assert!(share.reads(rank).is_sorted(), "forwards");
+        all.extend(share.reads(rank));
         let mean = plan.promised().read_bytes / u64::from(size);
         let read_bytes = share.promised(rank).read_bytes;
         assert!(read_bytes.abs_diff(mean) <= plan.machine().buffer_len_bytes + 1, "{read_bytes} of {mean}");
     }
-    assert_eq!(end as usize, plan.reads().len());
+    all.sort_unstable();
+    assert!(all.into_iter().eq(0..plan.reads().len() as u32), "every read is one rank's");
     for round in 0..share.round_count() {
         for turn in share.round(round) {
             let reads = &plan.reads()[turn.reads.start as usize..turn.reads.end as usize];
@@ -283,7 +284,7 @@ fn columns_that_several_ranks_want_are_read_once() {
     )];
     let ranks = vec![assembly(&world, &quarter); 3];
     let machine = Machine { buffer_len_bytes: 64 << 10, direct_align_bytes: 1, ..Machine::default() };
-    let share = Share::new(&world.checkpoint, &ranks, 1.02, &machine).unwrap();
+    let share = Share::new(&world.checkpoint, &ranks, &Request::all(), &machine).unwrap();
     assert_eq!(share.plan().promised().read_bytes, 16 * 10_000 * 2);
     assert!(share.plan().reads().iter().all(|read| read.stride.is_some()), "by their pieces");
     let arenas = Node::run(&world, &share);
@@ -318,18 +319,38 @@ fn a_share_of_a_small_model_prints_as_expected() {
 }
 
 #[test]
+fn what_is_selected_is_read_and_names_are_those_of_any_rank() {
+    let world = world(&[specs(&[(64, 64), (64, 64), (64, 64)])], 8);
+    let ranks: Vec<_> = (0..2)
+        .map(|rank| assembly(&world, &kept(&world, &[Rule::Cut(0), Rule::On(0), Rule::On(1)], rank, 2)))
+        .collect();
+    let machine = Machine { direct_align_bytes: 1, ..Machine::default() };
+    let share = |select| Share::new(&world.checkpoint, &ranks, &Request::of(select), &machine);
+    let globs = |globs: &[&str]| Select::Globs(globs.iter().map(|glob| (*glob).to_owned()).collect());
+    let selected = share(globs(&["*.0.w", "*.2.w"])).unwrap();
+    let names = |rank| selected.tensors(rank).map(|(name, _)| name.to_owned()).collect::<Vec<_>>();
+    assert_eq!(names(0), ["model.layers.0.w"]);
+    assert_eq!(names(1), ["model.layers.0.w", "model.layers.2.w"]);
+    assert_eq!(selected.plan().promised().needed_bytes, 2 * 64 * 64 * 2);
+    let unknown = share(Select::Names(vec!["rank0/model.layers.0.w".to_owned()])).unwrap_err();
+    assert!(matches!(unknown, ShareError::Plan(PlanError::UnknownTensor { .. })), "{unknown}");
+    let nothing = share(globs(&["*.9.w"])).unwrap_err();
+    assert!(matches!(nothing, ShareError::Plan(PlanError::NothingMatches { .. })), "{nothing}");
+}
+
+#[test]
 fn what_cannot_be_shared_is_refused() {
     let world = world(&[specs(&[(4, 4)])], 8);
-    let made = Assembled {
-        name: "w".to_owned(),
-        shape: vec![4, 4],
-        device: DeviceId::Host,
-        parts: vec![Part { source: Source::Made(0), slice: Slice::new([0..4, 0..4]), at: vec![0, 0] }],
+    let refused = |assemblies: &[Assembly]| {
+        Share::new(&world.checkpoint, assemblies, &Request::all(), &Machine::default()).unwrap_err()
     };
-    let machine = Machine::default();
-    let refused =
-        |assemblies: &[Assembly]| Share::new(&world.checkpoint, assemblies, 1.02, &machine).unwrap_err();
     assert_eq!(refused(&[]), ShareError::RankCount { size: 0 });
-    let error = refused(&[Assembly { tensors: vec![made], ..Assembly::default() }]);
-    assert!(error.to_string().contains("\"w\" is to be dequantized"), "{error}");
+    assert_eq!(refused(&vec![Assembly::default(); 1025]), ShareError::RankCount { size: 1025 });
+    let part = Part { source: Source::Made(0), slice: Slice::new([0..4, 0..4]), at: vec![0, 0] };
+    let (name, shape) = ("w".to_owned(), vec![4, 4]);
+    let made = Assembled { name: name.clone(), shape, device: DeviceId::Host, parts: vec![part] };
+    assert_eq!(
+        refused(&[Assembly { tensors: vec![made], ..Assembly::default() }]),
+        ShareError::Made { name }
+    );
 }

@@ -54,7 +54,7 @@ impl<'a, 'e> Arrivals<'a, 'e> {
         hashing: &'a Hashing,
         emit: &'a mut Emit<'e>,
     ) -> Arrivals<'a, 'e> {
-        let (plan, shares) = (transfer.plan, transfer.shares);
+        let (plan, assignment) = (transfer.plan, transfer.assignment);
         let progress = Progress {
             total_bytes: plan.promised().read_bytes,
             total_tensors: plan.tensors().len() as u64,
@@ -68,9 +68,9 @@ impl<'a, 'e> Arrivals<'a, 'e> {
             emit,
             missing: plan.tensors().iter().map(|tensor| tensor.read_count + tensor.operation_count).collect(),
             missing_sources: plan.operations().iter().map(|operation| operation.read_count).collect(),
-            copies: Copies::new(shares),
-            operations: Operations::new(shares),
-            fan_out: FanOut::new(plan, shares),
+            copies: Copies::new(assignment),
+            operations: Operations::new(assignment),
+            fan_out: FanOut::new(plan, assignment),
             failed: None,
             counts: Counts::default(),
             first_copy: None,
@@ -145,8 +145,8 @@ impl<'a, 'e> Arrivals<'a, 'e> {
         if self.failed.is_some() {
             return; // The load has failed; the buffer goes back, and nobody needs its bytes.
         }
-        let Transfer { plan, shares, .. } = *self.transfer;
-        let started = self.copies.start(read, filled, plan, shares, self.prepared, &mut self.operations);
+        let Transfer { plan, assignment, .. } = *self.transfer;
+        let started = self.copies.start(read, filled, plan, assignment, self.prepared, &mut self.operations);
         if let Err(error) = started {
             self.fail(error.into());
         }
@@ -228,10 +228,10 @@ impl<'a, 'e> Arrivals<'a, 'e> {
         if self.failed.is_some() || self.transfer.cancel.is_cancelled() {
             return;
         }
-        let Transfer { plan, shares, .. } = *self.transfer;
-        match self.operations.start(number, plan, shares, self.prepared) {
+        let Transfer { plan, assignment, .. } = *self.transfer;
+        match self.operations.start(number, plan, assignment, self.prepared) {
             // Where reads land in the sources' own memory, nothing but the end of the operation keeps them apart.
-            Ok(()) if !shares.lands(shares.of_operation(number)) => self.gate.pass(number),
+            Ok(()) if !assignment.lands(assignment.of_operation(number)) => self.gate.pass(number),
             Ok(()) => {}
             Err(error) => self.fail(error.into()),
         }
@@ -264,12 +264,12 @@ impl<'a, 'e> Arrivals<'a, 'e> {
             if self.failed.is_some() || self.transfer.cancel.is_cancelled() {
                 return;
             }
-            let Transfer { plan, shares, .. } = *self.transfer;
+            let Transfer { plan, assignment, .. } = *self.transfer;
             if plan.tensors()[copy as usize].len_bytes == 0 {
                 self.whole(copy as usize); // There is nothing to copy.
                 continue;
             }
-            match self.fan_out.start(copy, plan, shares, self.prepared) {
+            match self.fan_out.start(copy, plan, assignment, self.prepared) {
                 Ok(()) => is_kept = true,
                 Err(error) => return self.fail(error.into()),
             }
@@ -289,7 +289,7 @@ impl<'a, 'e> Arrivals<'a, 'e> {
     }
 
     fn fanned_out(&mut self, tensor: u32, over: std::result::Result<(), DeviceError>) {
-        let Transfer { plan, shares, .. } = *self.transfer;
+        let Transfer { plan, assignment, .. } = *self.transfer;
         let copy = &plan.tensors()[tensor as usize];
         let source = copy.copy_of.expect("only copies are copied");
         match over {
@@ -300,7 +300,7 @@ impl<'a, 'e> Arrivals<'a, 'e> {
                 }
             }
             Err(error) => {
-                let device = &self.prepared.devices[shares.of_arena(copy.place.arena)].device;
+                let device = &self.prepared.devices[assignment.of_arena(copy.place.arena)].device;
                 self.fan_out.let_go(source, plan, &**device, self.prepared);
                 self.fail(error.into());
             }

@@ -6,9 +6,9 @@ use tensorhaul_device::{DeviceError, Event, Piece, Stream, StridedCopy};
 use tensorhaul_plan::{Copy, Plan};
 use tensorhaul_stage::{Copying, Filled};
 
+use crate::assignment::Assignment;
 use crate::operations::Operations;
 use crate::prepare::Prepared;
-use crate::shares::Shares;
 
 /// The copies of one transfer.
 pub(crate) struct Copies {
@@ -27,8 +27,8 @@ struct Running {
 type Over = Result<(), DeviceError>;
 
 impl Copies {
-    pub(crate) fn new(shares: &Shares) -> Copies {
-        Copies { running: shares.devices().iter().map(|_| VecDeque::new()).collect() }
+    pub(crate) fn new(assignment: &Assignment) -> Copies {
+        Copies { running: assignment.devices().iter().map(|_| VecDeque::new()).collect() }
     }
 
     /// Tells whether none is under way.
@@ -42,17 +42,17 @@ impl Copies {
         read: u32,
         filled: Filled,
         plan: &Plan,
-        shares: &Shares,
+        assignment: &Assignment,
         prepared: &Prepared,
         operations: &mut Operations,
     ) -> Over {
-        let owner = shares.of_read(read);
+        let owner = assignment.of_read(read);
         let pinned = prepared.devices[owner].pinned.as_ref();
         let buffer = filled.copying(pinned.expect("a ring that is not pinned was refused before"));
-        let fed = shares.fed_by(plan, &plan.reads()[read as usize]);
+        let fed = assignment.fed_by(plan, &plan.reads()[read as usize]);
         let mut ends = Vec::with_capacity(fed.len());
         for at in &fed {
-            match queue(read, &buffer, *at, plan, shares, prepared, operations) {
+            match queue(read, &buffer, *at, plan, assignment, prepared, operations) {
                 Ok(event) => ends.push((*at, event)),
                 Err(error) => {
                     give_back(buffer, &fed, prepared);
@@ -109,7 +109,7 @@ fn queue(
     buffer: &Copying,
     at: usize,
     plan: &Plan,
-    shares: &Shares,
+    assignment: &Assignment,
     prepared: &Prepared,
     operations: &mut Operations,
 ) -> Result<Event, DeviceError> {
@@ -122,8 +122,8 @@ fn queue(
         target_offset_bytes: copy.target.offset_bytes,
     };
     let read = &plan.reads()[read as usize];
-    operations.order_copies(&read.after, shares, at, &**device)?;
-    let copies = plan.copies(read).iter().filter(|copy| shares.of_arena(copy.target.arena) == at);
+    operations.order_copies(&read.after, assignment, at, &**device)?;
+    let copies = plan.copies(read).iter().filter(|copy| assignment.of_arena(copy.target.arena) == at);
     let (single, strided): (Vec<_>, Vec<_>) = copies.partition(|copy| copy.steps.is_once());
     let pieces: Vec<_> = single.into_iter().map(piece).collect();
     // SAFETY: the buffer is of staging memory that one of the load's devices has pinned, which all are of one driver but the host, and goes back to

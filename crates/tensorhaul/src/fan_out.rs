@@ -7,8 +7,8 @@ use std::sync::Arc;
 use tensorhaul_device::{Device, DeviceError, Event, Location, Stream};
 use tensorhaul_plan::{Place, Plan};
 
+use crate::assignment::Assignment;
 use crate::prepare::Prepared;
-use crate::shares::Shares;
 
 /// The copies from device to device of one transfer.
 ///
@@ -23,14 +23,14 @@ pub(crate) struct FanOut {
 }
 
 impl FanOut {
-    pub(crate) fn new(plan: &Plan, shares: &Shares) -> FanOut {
+    pub(crate) fn new(plan: &Plan, assignment: &Assignment) -> FanOut {
         let mut copies_of: HashMap<u32, Vec<u32>> = HashMap::new();
         for (number, tensor) in (0..).zip(plan.tensors()) {
             if let Some(source) = tensor.copy_of {
                 copies_of.entry(source).or_default().push(number);
             }
         }
-        let running = shares.devices().iter().map(|_| VecDeque::new()).collect();
+        let running = assignment.devices().iter().map(|_| VecDeque::new()).collect();
         FanOut { copies_of, under_way: HashMap::new(), running }
     }
 
@@ -49,20 +49,20 @@ impl FanOut {
         &mut self,
         tensor: u32,
         plan: &Plan,
-        shares: &Shares,
+        assignment: &Assignment,
         prepared: &Prepared,
     ) -> Result<(), DeviceError> {
         let copy = &plan.tensors()[tensor as usize];
         let source_number = copy.copy_of.expect("only copies are started");
         let source = &plan.tensors()[source_number as usize];
-        let at = shares.of_arena(copy.place.arena);
-        let (from, to) = (shares.of_arena(source.place.arena), &prepared.devices[at].device);
+        let at = assignment.of_arena(copy.place.arena);
+        let (from, to) = (assignment.of_arena(source.place.arena), &prepared.devices[at].device);
         let (source_arena, target_arena) =
             (&prepared.arenas[source.place.arena as usize], &prepared.arenas[copy.place.arena as usize]);
         let location = |allocation, place: Place| Location { allocation, offset_bytes: place.offset_bytes };
         let (source_at, target_at) =
             (location(source_arena, source.place), location(target_arena, copy.place));
-        let peer = shares.devices()[from];
+        let peer = assignment.devices()[from];
         // SAFETY: both arenas live until the transfer is over, which waits for the event below. The source is whole: the events of all it is made of
         // were seen complete, and it is handed over only behind this copy. Nobody else knows of the target yet.
         let queued = unsafe { to.copy_from_peer(peer, source_at, target_at, copy.len_bytes, Stream::Copy) };

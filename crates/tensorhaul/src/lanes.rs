@@ -12,13 +12,13 @@ use tensorhaul_io::{Access, Engine, OpenFile};
 use tensorhaul_plan::Plan;
 use tensorhaul_stage::Ring;
 
+use crate::assignment::Assignment;
 use crate::error::{Error, Result};
 use crate::model::{Inner, Source};
 use crate::options::{EngineChoice, LoadOptions};
 use crate::pipeline::Lane;
 use crate::probed::Temperatures;
 use crate::report::Fallback;
-use crate::shares::Shares;
 
 /// What lanes are made for.
 pub(crate) struct Reading<'r> {
@@ -26,7 +26,7 @@ pub(crate) struct Reading<'r> {
     pub(crate) options: &'r LoadOptions,
     pub(crate) plan: &'r Plan,
     pub(crate) temperatures: &'r Temperatures,
-    pub(crate) shares: &'r Shares,
+    pub(crate) assignment: &'r Assignment,
     /// For each device, what of the host is near it.
     pub(crate) near: &'r [Near],
 }
@@ -48,7 +48,7 @@ impl Reading<'_> {
         }
         for (device, engine) in direct_storage {
             let reads = self.temperatures.reads_by_storage();
-            let reads = reads.filter(|read| self.shares.of_read(*read) == device).collect();
+            let reads = reads.filter(|read| self.assignment.of_read(*read) == device).collect();
             lanes.push(Lane { device, engine: Box::new(engine), reads });
         }
         Ok(lanes)
@@ -60,18 +60,18 @@ impl Reading<'_> {
         ring: Option<&Ring>,
         fallbacks: &mut Vec<Fallback>,
     ) -> Result<Engines> {
-        let Reading { model, options, plan, temperatures, shares, near } = *self;
+        let Reading { model, options, plan, temperatures, assignment, near } = *self;
         let cores = thread::available_parallelism().map_or(1, |cores| cores.get() as u32);
-        let share = |threads: u32| threads.div_ceil(shares.reading_count() as u32);
+        let share = |threads: u32| threads.div_ceil(assignment.reading_count() as u32);
         let copiers = share(options.thread_count.unwrap_or(cores.min(COPY_THREADS_MAX)));
         let direct_threads = share(DIRECT_THREADS);
         let reads = |access| {
             let reads = temperatures.reads(access);
-            reads.filter(|read| shares.of_read(*read) == device).collect::<Vec<_>>()
+            reads.filter(|read| assignment.of_read(*read) == device).collect::<Vec<_>>()
         };
         let all = || {
             let all = temperatures.reads_by_host();
-            all.filter(|read| shares.of_read(*read) == device).collect::<Vec<_>>()
+            all.filter(|read| assignment.of_read(*read) == device).collect::<Vec<_>>()
         };
         let files = match &model.source {
             Source::Memory { files, faults } => {
@@ -99,8 +99,8 @@ impl Reading<'_> {
                     .map_err(|(file, error)| Error::io("mapping it", files[file as usize].path(), error))?;
                 add(Box::new(mapped), all());
             }
-            EngineChoice::IoUring if shares.devices().len() > 1 && cached.is_empty() && direct.is_empty() => {
-            }
+            EngineChoice::IoUring
+                if assignment.devices().len() > 1 && cached.is_empty() && direct.is_empty() => {}
             EngineChoice::IoUring => match uring(files, options, ring, near, fallbacks) {
                 Some(uring) => {
                     // A ring of requests has no use for reads of many short pieces.

@@ -23,6 +23,7 @@
 //! ```
 
 mod arrivals;
+mod assignment;
 #[cfg(feature = "tokio")]
 mod asynchronous;
 mod atomic;
@@ -67,7 +68,6 @@ pub mod save;
 #[cfg(feature = "conformance")]
 pub mod selftest;
 pub mod share;
-mod shares;
 mod sidecar;
 mod storage;
 mod stream;

@@ -8,8 +8,8 @@ use tensorhaul_device::dequantize::{Layout, Output};
 use tensorhaul_device::{Dequantize, Device, DeviceError, Event, Location, Operation, Source, Stream};
 use tensorhaul_plan::Plan;
 
+use crate::assignment::Assignment;
 use crate::prepare::Prepared;
-use crate::shares::Shares;
 
 /// The operations of one transfer.
 pub(crate) struct Operations {
@@ -22,9 +22,9 @@ pub(crate) struct Operations {
 type Over = Result<(), DeviceError>;
 
 impl Operations {
-    pub(crate) fn new(shares: &Shares) -> Operations {
-        let running = shares.devices().iter().map(|_| VecDeque::new()).collect();
-        Operations { running, unordered: shares.operations().iter().map(|_| None).collect() }
+    pub(crate) fn new(assignment: &Assignment) -> Operations {
+        let running = assignment.devices().iter().map(|_| VecDeque::new()).collect();
+        Operations { running, unordered: assignment.operations().iter().map(|_| None).collect() }
     }
 
     /// Tells whether none is under way.
@@ -33,8 +33,14 @@ impl Operations {
     }
 
     /// Queues an operation whose sources have all arrived.
-    pub(crate) fn start(&mut self, number: u32, plan: &Plan, shares: &Shares, prepared: &Prepared) -> Over {
-        let (at, arenas) = (shares.of_operation(number), &prepared.arenas);
+    pub(crate) fn start(
+        &mut self,
+        number: u32,
+        plan: &Plan,
+        assignment: &Assignment,
+        prepared: &Prepared,
+    ) -> Over {
+        let (at, arenas) = (assignment.of_operation(number), &prepared.arenas);
         let device = &prepared.devices[at].device;
         let operation = &plan.operations()[number as usize];
         let dtype = plan.tensors()[operation.tensor as usize].dtype;
@@ -77,11 +83,11 @@ impl Operations {
     pub(crate) fn order_copies(
         &mut self,
         after: &Range<u32>,
-        shares: &Shares,
+        assignment: &Assignment,
         at: usize,
         device: &dyn Device,
     ) -> Over {
-        for number in after.clone().filter(|number| shares.of_operation(*number) == at) {
+        for number in after.clone().filter(|number| assignment.of_operation(*number) == at) {
             if let Some(event) = self.unordered[number as usize].take() {
                 device.order(Stream::Copy, &event)?;
             }

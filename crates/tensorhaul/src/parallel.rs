@@ -133,6 +133,30 @@ impl Model {
         Ok(plans?.into_iter().flatten().collect())
     }
 
+    /// Returns what each of these ranks has, by the rules and fused tensors of `options`: what ranks that share their reading pass to
+    /// [`load_shared`](Model::load_shared), with the same options.
+    ///
+    /// # Errors
+    /// As [`Model::plan`].
+    pub fn assemblies(
+        &self,
+        options: &LoadOptions,
+        ranks: impl IntoIterator<Item = Ranks>,
+    ) -> Result<Vec<Assembly>> {
+        let parallel = options.parallel.clone().unwrap_or_else(|| Parallel::rank(Ranks::alone()));
+        let request = private::request(&self.inner, &LoadOptions { parallel: None, ..options.clone() })?;
+        refuse_parts(&self.inner)?;
+        let ranks: Vec<Ranks> = ranks.into_iter().collect();
+        let tp_size = ranks.iter().map(|ranks| ranks.tp_size).max().unwrap_or(1);
+        parallel.with_partition(&self.inner, request.dequantize.as_ref(), tp_size, |partition| {
+            let assembly = |ranks: &Ranks| {
+                let share = partition.share(ranks, request.device);
+                Ok(share.map_err(|error| parallel_error(error, &self.inner))?.assembly)
+            };
+            ranks.iter().map(assembly).collect()
+        })
+    }
+
     /// Sums up what a rank has of the tensors that are selected, by their rules.
     ///
     /// # Errors
@@ -161,13 +185,7 @@ pub(crate) fn assemble(model: &Inner, parallel: &Parallel, request: &mut Request
             "ranks with devices of their own and a device map both say where tensors go; give one of them";
         return Err(Error::bad_request(what));
     }
-    for file in model.checkpoint.files() {
-        if let Some(ranks) = file.header().metadata().get(RANKS) {
-            let what =
-                format!("is one rank's part already ({ranks}), and cannot be cut again; load it whole");
-            return Err(Error::bad_request(what).in_file(model.folder.join(file.name())));
-        }
-    }
+    refuse_parts(model)?;
     let tp_size = parallel.shares.iter().map(|(ranks, _)| ranks.tp_size).max().unwrap_or(1);
     let assembly = parallel.with_partition(model, request.dequantize.as_ref(), tp_size, |partition| {
         let mut assembly = Assembly::default();
@@ -189,6 +207,18 @@ pub(crate) fn assemble(model: &Inner, parallel: &Parallel, request: &mut Request
         return Err(Error::bad_request(what));
     }
     request.assembly = Some(Arc::new(assembly));
+    Ok(())
+}
+
+/// Refuses files that hold a rank's part.
+fn refuse_parts(model: &Inner) -> Result<()> {
+    for file in model.checkpoint.files() {
+        if let Some(ranks) = file.header().metadata().get(RANKS) {
+            let what =
+                format!("is one rank's part already ({ranks}), and cannot be cut again; load it whole");
+            return Err(Error::bad_request(what).in_file(model.folder.join(file.name())));
+        }
+    }
     Ok(())
 }
 

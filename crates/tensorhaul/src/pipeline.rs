@@ -12,6 +12,7 @@ use tensorhaul_plan::Plan;
 use tensorhaul_stage::Ring;
 
 use crate::arrivals::Arrivals;
+use crate::assignment::Assignment;
 use crate::cancel::Cancel;
 use crate::checksum::{self, Hashing};
 use crate::error::{Error, Result};
@@ -21,7 +22,6 @@ use crate::model::Inner;
 use crate::options::LoadOptions;
 use crate::prepare::{Prepared, PreparedDevice, Preparing};
 use crate::queue::Queue;
-use crate::shares::Shares;
 
 /// An engine and the reads it does, in order, all for one device.
 pub(crate) struct Lane {
@@ -34,7 +34,7 @@ pub(crate) struct Lane {
 pub(crate) struct Transfer<'t> {
     pub(crate) model: &'t Inner,
     pub(crate) plan: &'t Plan,
-    pub(crate) shares: &'t Shares,
+    pub(crate) assignment: &'t Assignment,
     /// For each device, its own, if anything is staged for it.
     pub(crate) rings: &'t [Option<Ring>],
     pub(crate) options: &'t LoadOptions,
@@ -97,7 +97,7 @@ impl Transfer<'_> {
         let checksums = checksum::with_pool(self.options.checksums, |hashing| {
             let (sender, messages) = mpsc::channel();
             let landed = Mutex::new(Landed::default());
-            let gate = Gate::new(self.shares.operations());
+            let gate = Gate::new(self.assignment.operations());
             thread::scope(|scope| {
                 let _guard = StopLanes(self.cancel);
                 for lane in lanes {
@@ -112,7 +112,7 @@ impl Transfer<'_> {
                         landing: &landing,
                         ring,
                         gate: &gate,
-                        shares: self.shares,
+                        assignment: self.assignment,
                         cancel,
                     };
                     let run = move || {

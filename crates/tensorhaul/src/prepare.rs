@@ -9,6 +9,7 @@ use tensorhaul_device::{Allocation, Device, DeviceError, Near, OperationKind, St
 use tensorhaul_plan::{Arena, DeviceId, Padding, PlacedTensor, Plan, Request};
 use tensorhaul_stage::{Pinned, Ring};
 
+use crate::assignment::Assignment;
 use crate::cancel::Cancel;
 use crate::devices::{self, Found};
 use crate::error::{Error, ErrorKind, Result};
@@ -16,12 +17,11 @@ use crate::external::ExternalMemory;
 use crate::mapping;
 use crate::options::LoadOptions;
 use crate::report::Phases;
-use crate::shares::Shares;
 use crate::storage;
 
 /// What copies need, and reads into staging buffers do not.
 pub(crate) struct Prepared {
-    /// As in the load's [`Shares`].
+    /// As in the load's [`Assignment`].
     pub(crate) devices: Vec<PreparedDevice>,
     /// As in its plan.
     pub(crate) arenas: Vec<Arc<dyn Allocation>>,
@@ -29,7 +29,7 @@ pub(crate) struct Prepared {
 
 /// One device that is ready, with what of the load is on it.
 pub(crate) struct PreparedDevice {
-    /// Its number in the load's [`Shares`].
+    /// Its number in the load's [`Assignment`].
     pub(crate) number: usize,
     pub(crate) device: Arc<dyn Device>,
     /// Its arenas, by their numbers in the plan.
@@ -160,7 +160,7 @@ impl Opening<'_> {
 #[derive(Clone, Copy)]
 pub(crate) struct Preparation<'p> {
     pub(crate) plan: &'p Plan,
-    pub(crate) shares: &'p Shares,
+    pub(crate) assignment: &'p Assignment,
     pub(crate) options: &'p LoadOptions,
     pub(crate) cancel: &'p Cancel,
 }
@@ -188,7 +188,7 @@ impl Preparation<'_> {
     ///
     /// A call of the driver cannot be interrupted: a load that was cancelled meanwhile ends here once the context is there.
     fn prepare_one(self, number: usize, side: Side<'_>, ring: Option<&Ring>) -> Result<PreparedDevice> {
-        let Preparation { plan, shares, options, cancel } = self;
+        let Preparation { plan, assignment, options, cancel } = self;
         let mut phases = Phases::default();
         let was_asked = side.device().is_some();
         let (device, context_seconds) = side.opening.wait()?;
@@ -213,7 +213,7 @@ impl Preparation<'_> {
         };
         (phases.allocate_seconds, phases.pin_seconds) = (arenas.1, pinned.1);
         let (arenas, pinned) = (arenas.0?, pinned.0?);
-        if shares.operations().contains(&number) {
+        if assignment.operations().contains(&number) {
             phases.module_seconds = device.prepare(OperationKind::Dequantize)?.as_secs_f64();
         }
         Ok(PreparedDevice { number, device, arenas, pinned, phases })

@@ -9,6 +9,7 @@ use tensorhaul_io::Counts;
 use tensorhaul_plan::{DeviceId, External, InPlace, Machine, Plan, Request, Route, Select};
 use tensorhaul_stage::{Placement, Ring};
 
+use crate::assignment::Assignment;
 use crate::cancel::Cancel;
 use crate::devices::{self, Found};
 use crate::error::{Error, Result};
@@ -24,7 +25,6 @@ use crate::prepare::{self, Preparation, Prepared, PreparedDevice, Preparing, Sid
 use crate::probed::{Probed, Temperatures};
 use crate::quantized;
 use crate::report::{DeviceReport, Fallback, Phases, Report};
-use crate::shares::Shares;
 use crate::storage::{self, Storage};
 
 /// What a plan may do to know the devices that it is for.
@@ -114,13 +114,13 @@ fn attempt(model: &Inner, options: &LoadOptions, cancel: &Cancel, emit: &mut Emi
             storages.iter().try_for_each(|storage| storage.check_required(&plan, model))?;
         }
         prepare::check_external(&plan, &request, options)?;
-        quantized::check_group_indices(model, &plan)?;
-        let shares = match *ids {
-            [device] => Shares::of_one(device, &plan),
-            _ => Shares::new(&plan),
+        quantized::check_group_indices(model, plan.operations())?;
+        let assignment = match *ids {
+            [device] => Assignment::of_one(device, &plan),
+            _ => Assignment::new(&plan),
         };
         // A map may name more devices than the tensors asked for go to.
-        sides.retain(|side| shares.devices().contains(&side.id));
+        sides.retain(|side| assignment.devices().contains(&side.id));
         sides.iter().try_for_each(|side| side.check_memory(&plan, options))?;
         let sides: Vec<_> = sides.into_iter().map(|side| side.open(scope)).collect();
         let planned_at = Instant::now();
@@ -138,7 +138,7 @@ fn attempt(model: &Inner, options: &LoadOptions, cancel: &Cancel, emit: &mut Emi
         let load = Load {
             model,
             plan: &plan,
-            shares: &shares,
+            assignment: &assignment,
             temperatures: &temperatures,
             storages: &storages,
             options,
@@ -158,7 +158,7 @@ fn attempt(model: &Inner, options: &LoadOptions, cancel: &Cancel, emit: &mut Emi
         let report = Report {
             bytes: promised.payload_bytes,
             tensors: plan.tensors().len() as u64,
-            device: shares.devices().iter().map(DeviceId::to_string).collect::<Vec<_>>().join(", "),
+            device: assignment.devices().iter().map(DeviceId::to_string).collect::<Vec<_>>().join(", "),
             engine,
             handover: "private",
             resident: true,
@@ -187,7 +187,7 @@ fn attempt(model: &Inner, options: &LoadOptions, cancel: &Cancel, emit: &mut Emi
                 ..prepared.phases()
             },
             devices: match request.device_map.is_some() || ids.len() > 1 {
-                true => device_reports(&plan, &shares, &prepared, &rings),
+                true => device_reports(&plan, &assignment, &prepared, &rings),
                 false => Vec::new(),
             },
             fallbacks,
@@ -240,7 +240,7 @@ fn storages(model: &Inner, options: &LoadOptions, sides: &[Side<'_>], probed: &P
 struct Load<'l> {
     model: &'l Inner,
     plan: &'l Plan,
-    shares: &'l Shares,
+    assignment: &'l Assignment,
     temperatures: &'l Temperatures,
     storages: &'l [Storage],
     options: &'l LoadOptions,
@@ -265,11 +265,11 @@ impl Load<'_> {
     ///
     /// When a device refuses to pin its ring, everything is read once more, through rings of the driver's own.
     fn read(&self, sides: Vec<Side<'_>>, mut fallbacks: Vec<Fallback>, emit: &mut Emit<'_>) -> Result<Read> {
-        let Load { model, plan, shares, temperatures, options, device_count, cancel, .. } = *self;
+        let Load { model, plan, assignment, temperatures, options, device_count, cancel, .. } = *self;
         let near: Vec<_> = sides.iter().map(|side| side.near.clone()).collect();
-        let reading = Reading { model, options, plan, temperatures, shares, near: &near };
+        let reading = Reading { model, options, plan, temperatures, assignment, near: &near };
         let rings = near.iter().enumerate();
-        let rings = rings.map(|(device, near)| ring(plan, shares, device, near, options, device_count));
+        let rings = rings.map(|(device, near)| ring(plan, assignment, device, near, options, device_count));
         let mut rings = rings.collect::<Result<Vec<_>>>()?;
         let mut dropped = Counts::default();
         let mut preparing = self.preparing(sides, &rings)?;
@@ -281,12 +281,12 @@ impl Load<'_> {
             let mut told = Vec::new();
             let lanes = reading.lanes(&rings, self.engines(&preparing.done, &mut told), &mut told)?;
             let started_at = Instant::now();
-            let transfer = Transfer { model, plan, shares, rings: &rings, options, cancel };
+            let transfer = Transfer { model, plan, assignment, rings: &rings, options, cancel };
             match transfer.run(&lanes, &temperatures.access, preparing, emit)? {
                 Ended::Complete(mut done, prepared) => {
                     done.counts += dropped;
                     fallbacks.extend(told);
-                    for (id, ring) in shares.devices().iter().zip(&rings) {
+                    for (id, ring) in assignment.devices().iter().zip(&rings) {
                         fallbacks
                             .extend(ring.as_ref().and_then(|ring| devices::placement_fallback(*id, ring)));
                     }
@@ -319,19 +319,19 @@ impl Load<'_> {
     /// Makes those devices ready that reads cannot begin without: whose memory they land in, and whose driver has refused to pin before. The others
     /// become so beside the reads.
     fn preparing<'p>(&'p self, sides: Vec<Side<'p>>, rings: &[Option<Ring>]) -> Result<Preparing<'p>> {
-        let Load { plan, shares, options, cancel, .. } = *self;
+        let Load { plan, assignment, options, cancel, .. } = *self;
         let needs_pin = |side: &Side<'_>, ring: &Option<Ring>| {
             devices::pinning_was_refused(side.id) && ring.as_ref().is_some_and(|ring| ring.pinned().is_none())
         };
         let sides = sides.into_iter().zip(rings).enumerate();
         let (now, beside): (Vec<_>, Vec<_>) =
-            sides.partition(|(number, (side, ring))| shares.lands(*number) || needs_pin(side, ring));
+            sides.partition(|(number, (side, ring))| assignment.lands(*number) || needs_pin(side, ring));
         let flat = |sides: Vec<(usize, (Side<'p>, &Option<Ring>))>| {
             let sides = sides.into_iter();
             sides.map(|(number, (side, ring))| (number, side, ring.clone())).collect::<Vec<_>>()
         };
         let (now, beside) = (flat(now), flat(beside));
-        let preparation = Preparation { plan, shares, options, cancel };
+        let preparation = Preparation { plan, assignment, options, cancel };
         let done = preparation.prepare(now)?;
         if beside.is_empty() {
             return Ok(Preparing { done, beside: None });
@@ -426,20 +426,20 @@ fn machine(
 /// Takes a ring for a device, near it, no larger than the reads staged for it can use; none when nothing is.
 fn ring(
     plan: &Plan,
-    shares: &Shares,
+    assignment: &Assignment,
     device: usize,
     near: &Near,
     options: &LoadOptions,
     device_count: usize,
 ) -> Result<Option<Ring>> {
-    let staged = shares.staged(device);
+    let staged = assignment.staged(device);
     if staged.reads == 0 {
         return Ok(None);
     }
     let layout = staging_layout(options, device_count)?;
     debug_assert!(staged.read_len_bytes_max <= plan.machine().buffer_len_bytes);
     let layout = layout.at_most(staged.reads).for_reads_of(staged.read_len_bytes_max);
-    devices::ring(shares.devices()[device], layout, near).map(Some)
+    devices::ring(assignment.devices()[device], layout, near).map(Some)
 }
 
 /// Counts the host memory that the load allocated for its result.
@@ -452,7 +452,7 @@ fn host_bytes(plan: &Plan, prepared: &Prepared) -> u64 {
 /// Tells what of a load was whose.
 fn device_reports(
     plan: &Plan,
-    shares: &Shares,
+    assignment: &Assignment,
     prepared: &Prepared,
     rings: &[Option<Ring>],
 ) -> Vec<DeviceReport> {
@@ -465,22 +465,22 @@ fn device_reports(
         },
         ..DeviceReport::default()
     };
-    let mut reports: Vec<_> = shares.devices().iter().zip(rings).map(of_ring).collect();
+    let mut reports: Vec<_> = assignment.devices().iter().zip(rings).map(of_ring).collect();
     for tensor in plan.tensors() {
-        let report = &mut reports[shares.of_arena(tensor.place.arena)];
+        let report = &mut reports[assignment.of_arena(tensor.place.arena)];
         report.tensors += 1;
         report.bytes += tensor.len_bytes;
         report.bytes_from_peers += tensor.copy_of.map_or(0, |_| tensor.len_bytes);
     }
     for (number, arena) in (0..).zip(plan.arenas()).filter(|(_, arena)| !arena.is_external) {
-        let report = &mut reports[shares.of_arena(number)];
+        let report = &mut reports[assignment.of_arena(number)];
         let taken = if arena.is_scratch { &mut report.transient_bytes } else { &mut report.target_bytes };
         *taken += arena.len_bytes;
     }
     for (number, read) in (0..).zip(plan.reads()) {
-        reports[shares.of_read(number)].reads += 1;
+        reports[assignment.of_read(number)].reads += 1;
         for copy in plan.copies(read) {
-            reports[shares.of_arena(copy.target.arena)].copies += 1;
+            reports[assignment.of_arena(copy.target.arena)].copies += 1;
         }
     }
     for (report, PreparedDevice { phases, .. }) in reports.iter_mut().zip(&prepared.devices) {

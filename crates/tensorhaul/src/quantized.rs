@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use tensorhaul_plan::quant::{Configs, Need, QuantError, Quantization, Role, Survey, Values};
 use tensorhaul_plan::request::matcher;
-use tensorhaul_plan::{Dequantize, Dtype, Layout, Plan, Select, TensorId};
+use tensorhaul_plan::{Dequantize, Dtype, Layout, Operation, Select, TensorId};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::locate::read_limited;
@@ -114,8 +114,11 @@ fn refusal<'q>(
 
 /// Checks that the columns of every tensor with a group index name groups that it has. Kernels do not look, and a scale of another group
 /// would give wrong numbers. Reads 4 bytes a column, a thousandth of what is quantized so.
-pub(crate) fn check_group_indices(model: &Inner, plan: &Plan) -> Result<()> {
-    for operation in plan.operations() {
+pub(crate) fn check_group_indices<'o>(
+    model: &Inner,
+    operations: impl IntoIterator<Item = &'o Operation>,
+) -> Result<()> {
+    for operation in operations {
         let Some(group_count) = operation.recipe.group_index else { continue };
         for source in operation.sources.iter().filter(|source| source.role == Role::GroupIndex) {
             let stored = model.checkpoint.tensor(source.id);

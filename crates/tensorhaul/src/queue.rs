@@ -9,9 +9,9 @@ use tensorhaul_io::{Access, DeviceLanding, Feed, Job, JobMemory, Landing, Next};
 use tensorhaul_plan::{Place, Plan, Read, plan::Target};
 use tensorhaul_stage::Ring;
 
+use crate::assignment::Assignment;
 use crate::cancel::Cancel;
 use crate::gate::{Gate, Passage};
-use crate::shares::Shares;
 
 /// A lane's reads, handed out in order.
 pub(crate) struct Queue<'q> {
@@ -25,7 +25,7 @@ pub(crate) struct Queue<'q> {
     pub(crate) landing: &'q [Option<Arc<dyn Allocation>>],
     pub(crate) ring: Option<&'q Ring>,
     pub(crate) gate: &'q Gate,
-    pub(crate) shares: &'q Shares,
+    pub(crate) assignment: &'q Assignment,
     pub(crate) cancel: &'q Cancel,
 }
 
@@ -92,7 +92,7 @@ impl Queue<'_> {
 
     fn passage(&self, read: u32, wait: bool) -> Passage {
         let read = &self.plan.reads()[read as usize];
-        let fed = if read.after.is_empty() { Vec::new() } else { self.shares.fed_by(self.plan, read) };
+        let fed = if read.after.is_empty() { Vec::new() } else { self.assignment.fed_by(self.plan, read) };
         self.gate.passage(&read.after, &fed, wait, self.cancel)
     }
 

@@ -9,24 +9,30 @@ impl fmt::Display for Share {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "ranks")?;
         for rank in 0..self.size() {
-            let (promised, reads) = (self.promised(rank), self.reads(rank));
-            writeln!(
+            let promised = self.promised(rank);
+            write!(
                 f,
-                "  {rank}  {} bytes: reads {} in {} (r{}..r{}), sends {}, receives {}, exchange memory {}",
+                "  {rank}  {} bytes: reads {} in {}, sends {}, receives {}, exchange memory {}",
                 promised.payload_bytes,
                 promised.read_bytes,
                 promised.reads,
-                reads.start,
-                reads.end,
                 promised.sent_bytes,
                 promised.received_bytes,
                 promised.exchange_bytes()
             )?;
+            match promised.operations {
+                0 => writeln!(f)?,
+                count => writeln!(f, ", {count} operations, transient {}", promised.transient_bytes)?,
+            }
         }
         for round in 0..self.round_count() {
             writeln!(f, "\nround {round}")?;
             for (rank, turn) in self.round(round).iter().enumerate() {
-                writeln!(f, "  {rank}  r{}..r{}", turn.reads.start, turn.reads.end)?;
+                write!(f, "  {rank}  r{}..r{}", turn.reads.start, turn.reads.end)?;
+                match turn.after {
+                    None => writeln!(f)?,
+                    Some(round) => writeln!(f, " behind the operations of round {round}")?,
+                }
                 for packed in &turn.packed {
                     writeln!(f, "    {packed}")?;
                 }
@@ -52,6 +58,9 @@ impl fmt::Display for Share {
                         write!(f, "  every {target_stride_bytes}")?;
                     }
                     writeln!(f)?;
+                }
+                for operation in &turn.operations {
+                    writeln!(f, "    o{operation}")?;
                 }
             }
         }

@@ -1,19 +1,23 @@
 //! Loads that ranks of one node share: each reads its share of what any of them needs, and hands on what is others'.
 
+mod copies;
 mod feed;
+mod memory;
 mod node;
 mod rounds;
 
+use std::collections::HashSet;
 use std::fmt::{self, Write};
 use std::sync::Arc;
 use std::time::Instant;
 
 use serde::Serialize;
-use tensorhaul_device::{Allocation, Device, DeviceError, Stream};
+use tensorhaul_device::{Device, DeviceError, OperationKind, Stream};
 use tensorhaul_exchange::{Exchange, ExchangeError, LaunchError};
 use tensorhaul_plan::{Assembly, DeviceId, InPlace, Machine, Select, Share, ShareError, SharePromised};
 use xxhash_rust::xxh3::Xxh3;
 
+use crate::assignment::Assignment;
 use crate::cancel::Cancel;
 use crate::devices;
 use crate::error::{Error, ErrorKind, Result};
@@ -23,11 +27,12 @@ use crate::loaded::{Entry, Tensors};
 use crate::model::{Inner, Model};
 use crate::options::{Handover, LoadOptions, Preference};
 use crate::probed::{Probed, Temperatures};
+use crate::quantized;
 use crate::report::Fallback;
-use crate::shares::Shares;
 use crate::tensor::{Storage, Tensor};
-pub use node::{NodeOptions, launched, node_exchange};
-use rounds::{Memory, Rounds};
+use memory::Memory;
+pub use node::{Carrier, NodeOptions, launched, node_exchange};
+use rounds::Rounds;
 
 /// One rank's tensors, and the report of how they came.
 #[derive(Debug)]
@@ -60,8 +65,10 @@ pub struct SharedReport {
     pub engine: String,
     /// What moved bytes between the ranks.
     pub exchange: String,
-    /// Bytes that it read for all, and those that it sent and received.
+    /// Bytes that it read, for itself and for others.
     pub read_bytes: u64,
+    /// Bytes that all ranks read together, by the plan.
+    pub read_bytes_of_all: u64,
     /// Bytes that it sent, counted for each peer.
     pub sent_bytes: u64,
     /// Bytes that it received.
@@ -72,6 +79,10 @@ pub struct SharedReport {
     pub exchange_bytes: u64,
     /// The most staging memory that was in use.
     pub peak_staging_bytes: u64,
+    /// Tensors, or parts of them, that it dequantized.
+    pub operations: u64,
+    /// Device memory that sources of these took, free again now.
+    pub transient_bytes: u64,
     /// Requests that engines gave to the system.
     pub requests: u64,
     /// What the share promised.
@@ -93,12 +104,13 @@ impl Model {
     /// the devices' links. Every rank calls it with the same files, `ranks` and options, but for the device; `ranks` has each
     /// rank's assembly, in their order, and `exchange` knows which is this one's.
     ///
-    /// Of the request the device, the over-read and the budget count. Tensors are handed over when all are there.
+    /// Of the request the device, what is selected (by the names of the ranks' tensors), the over-read and the budget count. What is
+    /// dequantized is exchanged as it is stored, and each rank makes its own part of the numbers. Tensors are handed over when all are
+    /// there. [`Exchange::abort`], from another thread, cancels the load on all ranks.
     ///
     /// # Errors
-    /// [`ErrorKind::BadRequest`] for options that a shared load does not know, and when ranks load different things;
-    /// [`ErrorKind::Unsupported`] for dequantization; else as [`load`](Model::load). When one rank fails, all do, and the exchange
-    /// is of no more use.
+    /// [`ErrorKind::BadRequest`] for options that a shared load does not know, and when ranks load different things; else as
+    /// [`load`](Model::load). When one rank fails, all do, and the exchange is of no more use.
     pub fn load_shared(
         &self,
         options: &LoadOptions,
@@ -125,7 +137,13 @@ fn plan(model: &Inner, options: &LoadOptions, ranks: &[Assembly]) -> Result<Shar
         in_place: InPlace::never(),
         peers: Vec::new(),
     };
-    let share = Share::new(&model.checkpoint, ranks, options.request.over_read_max, &machine)?;
+    let mut request = options.request.clone();
+    if let Some(dequantization) = &options.dequantization {
+        // The ranks' tensors have names of their own; which stored ones they need is not known yet.
+        request.dequantize = Some(quantized::dequantize(model, dequantization, &Select::All)?);
+        request.transient_bytes_max = options.transient_bytes;
+    }
+    let share = Share::new(&model.checkpoint, ranks, &request, &machine)?;
     for rank in 0..share.size() {
         let needed_bytes = share.promised(rank).target_bytes;
         if let Some(max_bytes) = options.request.target_bytes_max.filter(|max| *max < needed_bytes) {
@@ -138,12 +156,8 @@ fn plan(model: &Inner, options: &LoadOptions, ranks: &[Assembly]) -> Result<Shar
 /// Refuses what ranks that share their reading do not do, rather than leave it out.
 fn check_options(options: &LoadOptions) -> Result<()> {
     let request = &options.request;
-    if options.dequantization.is_some() || request.dequantize.is_some() {
-        let what = "ranks that share their reading do not dequantize; load packed, or without sharing";
-        return Err(Error::new(ErrorKind::Unsupported, what));
-    }
-    let obstacle = if request.assembly.is_some() || !matches!(request.select, Select::All) {
-        Some("tensors are selected; what a rank ends with is its assembly")
+    let obstacle = if request.assembly.is_some() {
+        Some("the request has an assembly; each rank's is given beside it")
     } else if !request.slices.is_empty() {
         Some("slices are asked for; what a rank ends with is its assembly")
     } else if request.device_map.is_some() {
@@ -182,8 +196,9 @@ fn load(
     let share = plan(model, options, ranks)?;
     let device = devices::open(id)?;
     let promised = *share.promised(rank);
-    check_free(&*device, promised.target_bytes + promised.exchange_bytes())?;
-    exchange.agree(fingerprint(model, &share))?;
+    check_free(&*device, promised.device_bytes())?;
+    quantized::check_group_indices(model, share.operations(rank))?;
+    agree(exchange, model, &share)?;
 
     let mut probed = Probed::new(model, options);
     let temperatures = Temperatures::new(model, share.plan(), &probed);
@@ -191,6 +206,9 @@ fn load(
     if options.direct_storage == Preference::Preferred {
         let what = "storage is read by way of the host instead of straight into the device";
         fallbacks.push(Fallback::new(what, "a rank that shares its reading reads for others"));
+    }
+    if options.dequantization.is_some() {
+        fallbacks.extend(quantized::warnings(model)?);
     }
     let staged = share.plan().staged();
     let layout = staging_layout(options, 1)?.at_most(staged.reads).for_reads_of(staged.read_len_bytes_max);
@@ -204,25 +222,27 @@ fn load(
             ring.pinned().expect("memory of the driver's own is pinned")
         }
     };
-    let memory = allocate(&share, rank, options, &*device)?;
+    if promised.operations > 0 {
+        device.prepare(OperationKind::Dequantize)?;
+    }
+    let memory = Memory::allocate(&share, rank, options, &*device)?;
     let cancel = Cancel::new();
     cancel.closes(&ring);
-    let (shares, near) = (Shares::of_reader(id, share.plan()), [near]);
+    let (assignment, near) = (Assignment::of_reader(id, share.plan()), [near]);
     let reading = Reading {
         model,
         options,
         plan: share.plan(),
         temperatures: &temperatures,
-        shares: &shares,
+        assignment: &assignment,
         near: &near,
     };
     let mut lanes = reading.lanes(&[Some(ring.clone())], Vec::new(), &mut fallbacks)?;
-    let own = share.reads(rank);
+    let own: HashSet<u32> = share.reads(rank).collect();
     lanes.iter_mut().for_each(|lane| lane.reads.retain(|read| own.contains(read)));
     lanes.retain(|lane| !lane.reads.is_empty());
 
-    let rounds =
-        Rounds { model, share: &share, exchange, device: &*device, memory: &memory, pinned: &pinned };
+    let rounds = Rounds { model, share: &share, exchange, device: &device, memory: &memory, pinned: &pinned };
     let counts = rounds.run(&lanes, &temperatures.access, &ring, &cancel, options)?;
     model.check_unchanged(share.plan().reads().iter().map(|read| read.extent.file))?;
 
@@ -244,10 +264,13 @@ fn load(
         engine: if engines.is_empty() { "none".to_owned() } else { engines.join("+") },
         exchange: exchange.name(),
         read_bytes: counts.read_bytes,
+        read_bytes_of_all: share.plan().promised().read_bytes,
         sent_bytes: counts.sent_bytes,
         received_bytes: counts.received_bytes,
         rounds: share.round_count() as u64,
         exchange_bytes: memory.exchange_bytes(),
+        operations: counts.operations,
+        transient_bytes: promised.transient_bytes,
         peak_staging_bytes: ring.peak_bytes(),
         requests: counts.engines.requests,
         promised,
@@ -272,22 +295,6 @@ fn check_free(device: &dyn Device, needed_bytes: u64) -> Result<()> {
     Err(DeviceError::OutOfMemory { device: device.id(), needed_bytes, free_bytes: Some(free_bytes) }.into())
 }
 
-/// Allocates the rank's result and the buffers of its exchanges.
-fn allocate(share: &Share, rank: u32, options: &LoadOptions, device: &dyn Device) -> Result<Memory> {
-    let promised = share.promised(rank);
-    let mut arenas: Vec<Option<Arc<dyn Allocation>>> = vec![None; share.plan().arenas().len()];
-    for (place, arena) in share.arenas(rank) {
-        arenas[place as usize] = Some(device.allocate(arena.len_bytes)?);
-    }
-    let send = [device.allocate(promised.send_buffer_bytes)?, device.allocate(promised.send_buffer_bytes)?];
-    let receive = device.allocate(promised.receive_buffer_bytes)?;
-    if let Some(stream) = options.stream_of(device.id()) {
-        device.follow(stream)?;
-        arenas.iter().flatten().for_each(|arena| arena.release_after(stream));
-    }
-    Ok(Memory { arenas, send, receive })
-}
-
 fn tensors(model: &Inner, share: &Share, rank: u32, memory: &Memory, device: DeviceId) -> Tensors {
     let entries = share.tensors(rank).map(|(name, placed)| {
         let arena = memory.arenas[placed.place.arena as usize].as_ref();
@@ -300,8 +307,45 @@ fn tensors(model: &Inner, share: &Share, rank: u32, memory: &Memory, device: Dev
     Tensors::new(Arc::clone(&model.checkpoint), entries.collect())
 }
 
-/// Returns a number that is the same on ranks that do the same: of the whole plan, and of what the files' headers say.
-fn fingerprint(model: &Inner, share: &Share) -> u64 {
+/// Makes sure that all ranks are about to do the same, and says which does not, and in what it differs.
+fn agree(exchange: &dyn Exchange, model: &Inner, share: &Share) -> Result<()> {
+    let version = fingerprint(format_args!("{}", env!("CARGO_PKG_VERSION")));
+    agree_on(exchange, version, "runs another version of tensorhaul")?;
+    let files = fingerprint(format_args!("{}", Headers(model)));
+    agree_on(exchange, files, "loads other files")?;
+    let machine = fingerprint(format_args!("{:?}", share.plan().machine()));
+    agree_on(exchange, machine, "has staging memory of another size")?;
+    let all = fingerprint(format_args!("{}\n{share}", share.plan()));
+    agree_on(exchange, all, "loads other tensors, or otherwise")
+}
+
+fn agree_on(exchange: &dyn Exchange, fingerprint: u64, what: &str) -> Result<()> {
+    match exchange.agree(fingerprint) {
+        Err(ExchangeError::Disagree { peer }) => {
+            let what = format!(
+                "rank {peer} of the node {what} than rank 0: give all ranks the same files, tensors and options"
+            );
+            Err(Error::bad_request(what))
+        }
+        agreed => Ok(agreed?),
+    }
+}
+
+/// What the files' headers say.
+struct Headers<'m>(&'m Inner);
+
+impl fmt::Display for Headers<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for tensor in self.0.checkpoint.tensors() {
+            let info = tensor.info;
+            writeln!(f, "{} {} {:?} {}", info.name, info.dtype, info.shape, tensor.file_offset_bytes)?;
+        }
+        Ok(())
+    }
+}
+
+/// Returns a number that is the same for the same text.
+fn fingerprint(text: fmt::Arguments<'_>) -> u64 {
     struct Hash(Xxh3);
 
     impl Write for Hash {
@@ -312,14 +356,7 @@ fn fingerprint(model: &Inner, share: &Share) -> u64 {
     }
 
     let mut hash = Hash(Xxh3::new());
-    let written = write!(hash, "{}\n{}\n{}", env!("CARGO_PKG_VERSION"), share.plan(), share);
-    written.expect("hashing does not fail");
-    for tensor in model.checkpoint.tensors() {
-        let info = tensor.info;
-        let written =
-            write!(hash, "{} {} {:?} {}", info.name, info.dtype, info.shape, tensor.file_offset_bytes);
-        written.expect("hashing does not fail");
-    }
+    hash.write_fmt(text).expect("hashing does not fail");
     hash.0.digest()
 }
 
@@ -327,7 +364,6 @@ impl From<ShareError> for Error {
     fn from(error: ShareError) -> Error {
         match error {
             ShareError::Plan(error) => error.into(),
-            ShareError::Made { .. } => Error::new(ErrorKind::Unsupported, error),
             _ => Error::new(ErrorKind::BadRequest, error),
         }
     }
@@ -339,6 +375,7 @@ impl From<ExchangeError> for Error {
             ExchangeError::Library { .. } | ExchangeError::TooOld { .. } | ExchangeError::Call { .. } => {
                 ErrorKind::Device
             }
+            ExchangeError::Device(error) => return error.into(),
             ExchangeError::Disagree { .. } | ExchangeError::Stranger { .. } => ErrorKind::BadRequest,
             _ => ErrorKind::Io,
         };

@@ -1,13 +1,16 @@
 //! What connects this process to the other ranks of its node, from what its launcher has set.
 
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::time::Duration;
 
-use tensorhaul_exchange::{Control, Exchange, InProcess, Launched, Nccl, Rendezvous, Vendor, launch};
+use tensorhaul_exchange::{
+    Control, Exchange, InProcess, Launched, Nccl, Rendezvous, Sockets, Vendor, launch,
+};
 use tensorhaul_plan::DeviceId;
 
 use crate::devices;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 
 /// How the ranks of a node find each other, where the defaults do not do.
 #[derive(Clone, Debug, Default)]
@@ -16,6 +19,30 @@ pub struct NodeOptions {
     pub path: Option<PathBuf>,
     /// How long a rank waits for others. Default: 5 minutes.
     pub timeout: Option<Duration>,
+    /// What moves the bytes. Default: the devices' links, and sockets for the host's memory, which has none.
+    pub carrier: Option<Carrier>,
+}
+
+/// What moves bytes between the ranks of a node that are processes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Carrier {
+    /// The links between devices, by NVIDIA's NCCL or AMD's RCCL.
+    Links,
+    /// The host's memory and its sockets: slower, but everywhere.
+    Sockets,
+}
+
+impl FromStr for Carrier {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Carrier> {
+        match text {
+            "links" => Ok(Carrier::Links),
+            "sockets" => Ok(Carrier::Sockets),
+            _ => Err(Error::bad_request(format!("{text:?} carries nothing; links and sockets do"))),
+        }
+    }
 }
 
 /// Tells which rank this process is, by the variables that torchrun, Slurm and MPI's launchers set; `None` where nobody did.
@@ -30,8 +57,7 @@ pub fn launched() -> Result<Option<Launched>> {
 /// Connects this process, which loads onto `device`, to the other ranks of its node. Waits for all of them. Each has a device of its own.
 ///
 /// # Errors
-/// [`ErrorKind::Unsupported`] for the host's memory, of which ranks that are processes have no links; [`ErrorKind::Device`] when the device
-/// or the vendor's communication library cannot be used; [`ErrorKind::Io`] when others do not come in time, and
+/// [`ErrorKind::Device`] when the device or the vendor's communication library cannot be used; [`ErrorKind::Io`] when others do not come in time, and
 /// [`ErrorKind::BadRequest`] when those of another job do.
 pub fn node_exchange(
     launched: &Launched,
@@ -47,15 +73,21 @@ pub fn node_exchange(
         let alone = InProcess::ranks(1, rendezvous.timeout).pop();
         return Ok(Box::new(alone.expect("one rank was asked for")));
     }
-    let vendor = match device {
-        DeviceId::Cuda(_) => Vendor::Nccl,
-        DeviceId::Rocm(_) => Vendor::Rccl,
-        other => {
-            let what = format!(
-                "{other}: processes cannot exchange what is there; load without sharing, or onto a device each"
-            );
-            return Err(Error::new(ErrorKind::Unsupported, what));
+    let links = match device {
+        DeviceId::Cuda(_) => Some(Vendor::Nccl),
+        DeviceId::Rocm(_) => Some(Vendor::Rccl),
+        _ => None,
+    };
+    let vendor = match (options.carrier, links) {
+        (Some(Carrier::Links), None) => {
+            let what = format!("{device} has no links to other ranks; sockets carry what is there");
+            return Err(Error::bad_request(what));
         }
+        (Some(Carrier::Sockets), _) | (None, None) => {
+            let control = Control::meet(launched, rendezvous)?;
+            return Ok(Box::new(Sockets::connect(control)?));
+        }
+        (_, Some(vendor)) => vendor,
     };
     let device = devices::open(device)?;
     let control = Control::meet(launched, rendezvous)?;

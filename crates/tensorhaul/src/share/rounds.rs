@@ -1,4 +1,4 @@
-//! The rounds of a shared load: reads become copies and packed bytes, one exchange follows, what came is taken apart.
+//! The rounds of a shared load: reads become copies and packed bytes, one exchange follows, what came is taken apart and dequantized.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
@@ -6,17 +6,20 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use tensorhaul_device::dequantize::{Layout, Output};
 use tensorhaul_device::{
-    Allocation, Device, DeviceError, Event, Location, Operation, Piece, Stream, Strided, StridedCopy,
+    Dequantize, Device, DeviceError, Event, Location, Operation, Source, Stream, Strided,
 };
-use tensorhaul_exchange::{Exchange, ExchangeError, Message};
+use tensorhaul_exchange::{Exchange, ExchangeError};
 use tensorhaul_io::{Access, Counts, Done, JobMemory, ReadError, Sink};
 use tensorhaul_plan::plan::Copy;
-use tensorhaul_plan::share::{Landing, Packed, Turn};
-use tensorhaul_plan::{Brought, Place, Share};
+use tensorhaul_plan::share::Turn;
+use tensorhaul_plan::{Brought, Share};
 use tensorhaul_stage::{Copying, Filled, Pinned, Ring};
 
+use super::copies::{Out, messages};
 use super::feed::{RoundFeed, Window};
+use super::memory::Memory;
 use crate::cancel::Cancel;
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::Inner;
@@ -24,40 +27,12 @@ use crate::options::LoadOptions;
 use crate::pipeline::Lane;
 use crate::progress::Progress;
 
-/// Device memory of one rank.
-pub(super) struct Memory {
-    /// By the plan's places; those of other ranks are missing.
-    pub(super) arenas: Vec<Option<Arc<dyn Allocation>>>,
-    /// One is sent while the other is filled.
-    pub(super) send: [Arc<dyn Allocation>; 2],
-    /// Taken apart in the order of the stream that the next exchange is on, so one suffices.
-    pub(super) receive: Arc<dyn Allocation>,
-}
-
-impl Memory {
-    /// Returns the bytes that the exchange takes.
-    pub(super) fn exchange_bytes(&self) -> u64 {
-        self.send.iter().chain([&self.receive]).map(|buffer| buffer.len_bytes()).sum()
-    }
-
-    fn arena(&self, place: Place) -> &Arc<dyn Allocation> {
-        let arena = self.arenas[place.arena as usize].as_ref();
-        arena.expect("a rank's bytes land in its own arenas")
-    }
-
-    /// Lets nobody have it again: a device may still write there.
-    fn leak(&self) {
-        let all = self.arenas.iter().flatten().chain(&self.send).chain([&self.receive]);
-        all.for_each(|allocation| std::mem::forget(Arc::clone(allocation)));
-    }
-}
-
 /// Everything that rounds need.
 pub(super) struct Rounds<'r> {
     pub(super) model: &'r Inner,
     pub(super) share: &'r Share,
     pub(super) exchange: &'r dyn Exchange,
-    pub(super) device: &'r dyn Device,
+    pub(super) device: &'r Arc<dyn Device>,
     pub(super) memory: &'r Memory,
     pub(super) pinned: &'r Pinned,
 }
@@ -69,6 +44,7 @@ pub(super) struct Moved {
     pub(super) read_bytes: u64,
     pub(super) sent_bytes: u64,
     pub(super) received_bytes: u64,
+    pub(super) operations: u64,
 }
 
 impl Rounds<'_> {
@@ -115,6 +91,7 @@ impl Rounds<'_> {
                 copying: VecDeque::new(),
                 copied: 0,
                 exchanged: [None, None],
+                made: VecDeque::new(),
                 window: &window,
                 ahead,
                 cancel,
@@ -201,6 +178,8 @@ struct Turns<'t> {
     copied: usize,
     /// Behind the last exchange out of each send buffer.
     exchanged: [Option<Event>; 2],
+    /// Behind the operations of rounds that have any, oldest first, until copies are behind them too.
+    made: VecDeque<(u32, Event)>,
     window: &'t Window,
     /// How many rounds may be read and not given back.
     ahead: usize,
@@ -277,7 +256,7 @@ impl Turns<'_> {
 
     /// Queues a round's copies, its exchange, and what follows that.
     fn round(&mut self) -> Result<()> {
-        let (round, Rounds { share, exchange, device, memory, pinned, .. }) = (self.next, self.rounds);
+        let (round, Rounds { share, memory, device, pinned, .. }) = (self.next, self.rounds);
         let turn = &share.round(round)[self.rank as usize];
         let slot = round % memory.send.len();
         self.next += 1;
@@ -292,21 +271,30 @@ impl Turns<'_> {
             }
         };
         let has_messages = !turn.sends.is_empty() || !turn.receives.is_empty();
-        let ordered = if has_messages { device.order(Stream::Compute, &copied) } else { Ok(()) };
+        let is_followed = has_messages || !turn.operations.is_empty();
+        let ordered = if is_followed { device.order(Stream::Compute, &copied) } else { Ok(()) };
         self.copying.push_back((copied, buffers));
         self.moved_at = Instant::now();
         ordered?;
-        if !has_messages {
-            return Ok(());
+        if has_messages {
+            self.exchange(turn, slot)?;
         }
+        if !turn.operations.is_empty() {
+            turn.operations.iter().try_for_each(|operation| self.dequantize(*operation))?;
+            self.moved.operations += turn.operations.len() as u64;
+            self.made.push_back((round as u32, device.record(Stream::Compute)?));
+        }
+        Ok(())
+    }
+
+    /// Queues a round's messages, and takes apart what came in the receive buffer.
+    fn exchange(&mut self, turn: &Turn, slot: usize) -> Result<()> {
+        let Rounds { exchange, device, memory, .. } = self.rounds;
         let (sends, receives) = messages(turn, slot, memory);
-        let mut exchanged = Ok(());
-        device.lend(Stream::Compute, &mut |stream| {
-            // SAFETY: arenas and buffers live until the streams were waited for, or are leaked. The copies that fill the send buffer
-            // are before this on the stream, the next into it will be behind the event below, and what is received has its place alone.
-            exchanged = unsafe { exchange.exchange(&sends, &receives, stream) };
-        })?;
-        exchanged?;
+        // SAFETY: arenas and buffers live until the streams were waited for, or are leaked. The copies that fill the send buffer are
+        // before this on the stream, the next into it will be behind the event below, and what is received has its place alone: operations
+        // whose sources lay there are before this on the stream.
+        unsafe { exchange.exchange(device, Stream::Compute, &sends, &receives)? };
         self.moved.sent_bytes += sends.iter().map(|send| send.len_bytes).sum::<u64>();
         self.moved.received_bytes += receives.iter().map(|receive| receive.len_bytes).sum::<u64>();
         turn.unpacked.iter().try_for_each(|copy| self.unpack(copy))?;
@@ -314,11 +302,37 @@ impl Turns<'_> {
         Ok(())
     }
 
+    /// Queues an operation of this rank's own, whose sources are all there or before it on the stream.
+    fn dequantize(&self, number: u32) -> Result<(), DeviceError> {
+        let Rounds { share, device, memory, .. } = self.rounds;
+        let operation = &share.plan().operations()[number as usize];
+        let source = |source: &tensorhaul_plan::Source| Source {
+            role: source.role,
+            start: memory.location(source.place),
+            len_bytes: source.len_bytes,
+        };
+        let sources: Vec<_> = operation.sources.iter().map(source).collect();
+        let dtype = share.plan().tensors()[operation.tensor as usize].dtype;
+        let layout = if operation.is_transposed { Layout::Columns } else { Layout::Rows };
+        let dequantize = Operation::Dequantize(Dequantize {
+            recipe: &operation.recipe,
+            sources: &sources,
+            target: memory.location(operation.place),
+            output: Output { dtype, layout },
+        });
+        // SAFETY: the arenas live until the streams were waited for. What the sources are made of is before this on the stream; what
+        // takes their place is on it too, or is ordered behind the event that is recorded after this. Nobody else knows of the target yet.
+        unsafe { device.run(&dequantize, Stream::Compute) }
+    }
+
     /// Queues the copies out of a round's staging buffers: into the rank's own tensors, and packed for others.
-    fn queue_copies(&self, turn: &Turn, slot: usize, buffers: &[Copying]) -> Result<Event, DeviceError> {
+    fn queue_copies(&mut self, turn: &Turn, slot: usize, buffers: &[Copying]) -> Result<Event, DeviceError> {
         let Rounds { share, device, memory, .. } = self.rounds;
         if let Some(exchanged) = &self.exchanged[slot] {
             device.order(Stream::Copy, exchanged)?;
+        }
+        if let Some(after) = turn.after {
+            self.order_behind_operations(after)?;
         }
         for (read, buffer) in turn.reads.clone().zip(buffers) {
             let own = share.own_copies(self.rank, read).map(|copy| Out::own(copy, memory));
@@ -339,12 +353,20 @@ impl Turns<'_> {
         device.record(Stream::Copy)
     }
 
+    /// Makes copies from now on wait for the operations of rounds up to this one.
+    fn order_behind_operations(&mut self, round: u32) -> Result<(), DeviceError> {
+        let mut last = None;
+        while self.made.front().is_some_and(|(made, _)| *made <= round) {
+            last = self.made.pop_front();
+        }
+        last.map_or(Ok(()), |(_, event)| self.rounds.device.order(Stream::Copy, &event))
+    }
+
     /// Queues a copy out of the receive buffer to where the bytes belong.
     fn unpack(&self, copy: &Copy) -> Result<(), DeviceError> {
         let Rounds { device, memory, .. } = self.rounds;
         let source = Location { allocation: &memory.receive, offset_bytes: copy.source_offset_bytes };
-        let target =
-            Location { allocation: memory.arena(copy.target), offset_bytes: copy.target.offset_bytes };
+        let target = memory.location(copy.target);
         if copy.steps.is_once() && device.can_reach(device.id()) {
             // SAFETY: both are this device's, behind the exchange on its stream and before the next one into the same buffer; nobody else
             // writes where these bytes belong.
@@ -407,7 +429,7 @@ impl Turns<'_> {
     fn check_time(&self) -> Result<()> {
         let after = self.rounds.exchange.timeout();
         if self.moved_at.elapsed() > after {
-            return Err(ExchangeError::TimedOut { doing: "exchanging", after }.into());
+            return Err(ExchangeError::TimedOut { doing: "exchanging", after, missing: Vec::new() }.into());
         }
         Ok(())
     }
@@ -451,64 +473,6 @@ impl Turns<'_> {
         });
         Error::read(error, &model.file_path(read.extent.file as usize), name)
     }
-}
-
-/// A copy out of a staging buffer.
-struct Out<'m> {
-    source_offset_bytes: u64,
-    target: &'m Arc<dyn Allocation>,
-    strides: StridedCopy,
-}
-
-impl<'m> Out<'m> {
-    fn own(copy: &Copy, memory: &'m Memory) -> Out<'m> {
-        let strides = StridedCopy {
-            piece_len_bytes: copy.len_bytes,
-            piece_count: copy.steps.count,
-            source_stride_bytes: copy.steps.source_stride_bytes,
-            target_stride_bytes: copy.steps.target_stride_bytes,
-            target_offset_bytes: copy.target.offset_bytes,
-        };
-        Out { source_offset_bytes: copy.source_offset_bytes, target: memory.arena(copy.target), strides }
-    }
-
-    fn packed(packed: &Packed, target: &'m Arc<dyn Allocation>) -> Out<'m> {
-        let strides = StridedCopy {
-            piece_len_bytes: packed.piece_len_bytes,
-            piece_count: packed.piece_count,
-            source_stride_bytes: packed.source_stride_bytes,
-            target_stride_bytes: packed.piece_len_bytes,
-            target_offset_bytes: packed.offset_bytes,
-        };
-        Out { source_offset_bytes: packed.source_offset_bytes, target, strides }
-    }
-
-    fn piece(&self) -> Piece<'m> {
-        Piece {
-            source_offset_bytes: self.source_offset_bytes as usize,
-            len_bytes: self.strides.piece_len_bytes as usize,
-            target: self.target,
-            target_offset_bytes: self.strides.target_offset_bytes,
-        }
-    }
-}
-
-/// Returns what a rank sends and receives in a round, by address.
-fn messages(turn: &Turn, slot: usize, memory: &Memory) -> (Vec<Message>, Vec<Message>) {
-    let sends = turn.sends.iter().map(|send| {
-        let start = Location { allocation: &memory.send[slot], offset_bytes: send.offset_bytes };
-        Message { peer: send.peer, address: start.range(send.len_bytes), len_bytes: send.len_bytes }
-    });
-    let receives = turn.receives.iter().map(|receive| {
-        let start = match receive.landing {
-            Landing::InPlace(place) => {
-                Location { allocation: memory.arena(place), offset_bytes: place.offset_bytes }
-            }
-            Landing::Buffered(offset_bytes) => Location { allocation: &memory.receive, offset_bytes },
-        };
-        Message { peer: receive.peer, address: start.range(receive.len_bytes), len_bytes: receive.len_bytes }
-    });
-    (sends.collect(), receives.collect())
 }
 
 /// How long a filled buffer may wait for its device to be asked again; a copy of 4 MiB takes 80 us on PCIe 5.

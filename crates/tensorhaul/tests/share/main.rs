@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a failed expectation is the test's own report")]
 
+mod cut;
+mod dequantize;
 mod llama;
 
 use std::thread;
@@ -126,8 +128,8 @@ fn when_one_rank_cannot_read_all_fail_and_it_says_why() {
     let ranks = assemblies(&model, 4, 7);
     let share = model.plan_shared(&options(), &ranks).unwrap();
     for broken in 0..4usize {
-        let reads = share.reads(broken as u32);
-        let extent = share.plan().reads()[(reads.start + reads.end) as usize / 2].extent;
+        let reads: Vec<_> = share.reads(broken as u32).collect();
+        let extent = share.plan().reads()[reads[reads.len() / 2] as usize].extent;
         let fails_at = Some(FailsAt { file: extent.file, offset_bytes: extent.offset_bytes, errno: 5 });
         let model_of = |rank: usize| {
             let fails_at = fails_at.filter(|_| rank == broken);
@@ -154,7 +156,30 @@ fn ranks_that_load_different_things_are_told_so() {
     for load in load_on_all(&ranks, |_| model.clone(), options_of) {
         let error = load.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::BadRequest);
-        assert!(error.to_string().contains("rank 1 of the node loads something else"), "{error}");
+        assert!(
+            error.to_string().contains("rank 1 of the node has staging memory of another size"),
+            "{error}"
+        );
+    }
+    let others = assemblies(&model, 3, 9);
+    let ends = InProcess::ranks(3, TIMEOUT);
+    thread::scope(|scope| {
+        for end in ends {
+            let (model, ranks) = (&model, if end.rank() == 2 { &others } else { &ranks });
+            scope.spawn(move || {
+                let error = model.load_shared(&options(), ranks, &end).unwrap_err();
+                assert!(error.to_string().contains("rank 2 of the node loads other tensors"), "{error}");
+            });
+        }
+    });
+    let mut smaller = files();
+    smaller.truncate(1);
+    let smaller = Model::from_memory(smaller, Faults::default()).unwrap();
+    let ranks = vec![Assembly::default(); 2];
+    let of_rank = |rank| if rank == 1 { smaller.clone() } else { model.clone() };
+    for load in load_on_all(&ranks, of_rank, |_| options()) {
+        let error = load.unwrap_err();
+        assert!(error.to_string().contains("rank 1 of the node loads other files"), "{error}");
     }
 }
 
@@ -165,8 +190,48 @@ fn a_rank_that_never_comes_is_an_error_after_a_while() {
     let mut ends = InProcess::ranks(2, Duration::from_millis(50));
     ends.truncate(1);
     let error = model.load_shared(&options(), &ranks, &ends[0]).unwrap_err();
-    assert!(error.to_string().contains("not all ranks of the node came within 0.05 s"), "{error}");
+    assert!(error.to_string().contains("rank 1 of the node did not come within 0.05 s"), "{error}");
     assert!(ends[0].check().is_err(), "the exchange is of no more use");
+}
+
+#[test]
+fn what_is_selected_arrives_on_the_ranks_that_have_it() {
+    let model = Model::from_memory(files(), Faults::default()).unwrap();
+    let ranks = assemblies(&model, 4, 13);
+    let selected = Request::of(Select::Globs(vec!["*.1.*".to_owned(), "model.norm.weight".to_owned()]));
+    let options = options().request(selected);
+    let loads = load_on_all(&ranks, |_| model.clone(), |_| options.clone());
+    let loads: Vec<_> = loads.into_iter().map(Result::unwrap).collect();
+    let is_selected = |name: &str| name.contains(".1.") || name == "model.norm.weight";
+    let kept = |assembly: &Assembly| Assembly {
+        tensors: assembly.tensors.iter().filter(|tensor| is_selected(&tensor.name)).cloned().collect(),
+        ..Assembly::default()
+    };
+    let ranks: Vec<_> = ranks.iter().map(kept).collect();
+    assert!(ranks.iter().any(|assembly| !assembly.tensors.is_empty()));
+    assert_is_expected(&model, &ranks, &loads, "selected");
+    let needed = model.plan_shared(&options, &ranks).unwrap().plan().promised().needed_bytes;
+    let stored = model.checkpoint().tensors().filter(|tensor| is_selected(tensor.info.name));
+    assert_eq!(needed, stored.map(|tensor| tensor.info.len_bytes()).sum::<u64>());
+}
+
+#[test]
+fn a_load_that_is_aborted_from_outside_ends_on_all_ranks() {
+    let model = Model::from_memory(files(), Faults::default()).unwrap();
+    let ranks = assemblies(&model, 3, 14);
+    let ends = InProcess::ranks(3, TIMEOUT);
+    thread::scope(|scope| {
+        let (model, ranks) = (&model, &ranks);
+        let loads: Vec<_> = ends[..2]
+            .iter()
+            .map(|end| scope.spawn(move || model.load_shared(&options(), ranks, end).unwrap_err()))
+            .collect();
+        ends[2].abort(); // The rank that would be the third cancels instead.
+        for load in loads {
+            let error = load.join().unwrap().to_string();
+            assert!(error.contains("rank 2 of the node failed or ended"), "{error}");
+        }
+    });
 }
 
 #[test]
@@ -193,9 +258,10 @@ fn one_exchange_serves_several_loads() {
 fn what_a_shared_load_does_not_do_is_refused() {
     let model = Model::from_memory(files(), Faults::default()).unwrap();
     let ranks = assemblies(&model, 2, 12);
-    let selected = Request::of(Select::Names(vec!["model.norm.weight".to_owned()]));
+    let mut assembled = Request::all();
+    assembled.assembly = Some(std::sync::Arc::new(ranks[0].clone()));
     for (options, what) in [
-        (options().request(selected), "tensors are selected"),
+        (options().request(assembled), "the request has an assembly"),
         (options().handover(Handover::Mapped), "mapped tensors are asked for"),
         (options().checksums(true), "checksums are asked for"),
     ] {

@@ -1,4 +1,4 @@
-//! How a load is shared out among its devices: which reads, operations and staging memory are whose.
+//! How the work of a load is assigned to its devices: which reads, operations and staging memory are whose.
 
 use tensorhaul_plan::{Copy, DeviceId, Plan, Read, Staged, Target};
 
@@ -7,7 +7,7 @@ use tensorhaul_plan::{Copy, DeviceId, Plan, Read, Staged, Target};
 /// Devices are numbered by their place here wherever a load keeps something for each. A read is the work of one of them, with
 /// its lane and its staging ring, also where its bytes go to several; so every device's link has a ring of its own to be fed from, and none
 /// waits for bytes of another that stand before its own in the files.
-pub(crate) struct Shares {
+pub(crate) struct Assignment {
     /// Ascending.
     devices: Vec<DeviceId>,
     /// For each arena, its device.
@@ -22,21 +22,21 @@ pub(crate) struct Shares {
     staged: Vec<Staged>,
 }
 
-impl Shares {
-    /// Shares out a plan whose tensors all go to one device.
-    pub(crate) fn of_one(device: DeviceId, plan: &Plan) -> Shares {
-        Shares::of_devices(vec![device], plan)
+impl Assignment {
+    /// Assigns a plan whose tensors all go to one device.
+    pub(crate) fn of_one(device: DeviceId, plan: &Plan) -> Assignment {
+        Assignment::of_devices(vec![device], plan)
     }
 
-    /// Shares out a plan among the devices that its tensors go to; among none but the host where there are no tensors.
-    pub(crate) fn new(plan: &Plan) -> Shares {
+    /// Assigns a plan among the devices that its tensors go to; among none but the host where there are no tensors.
+    pub(crate) fn new(plan: &Plan) -> Assignment {
         let devices = plan.devices();
-        Shares::of_devices(if devices.is_empty() { vec![DeviceId::Host] } else { devices }, plan)
+        Assignment::of_devices(if devices.is_empty() { vec![DeviceId::Host] } else { devices }, plan)
     }
 
-    /// Shares out a plan whose reads are all the work of one device, whosever their bytes are.
-    pub(crate) fn of_reader(device: DeviceId, plan: &Plan) -> Shares {
-        Shares {
+    /// Assigns a plan whose reads are all the work of one device, whosever their bytes are.
+    pub(crate) fn of_reader(device: DeviceId, plan: &Plan) -> Assignment {
+        Assignment {
             devices: vec![device],
             of_arena: vec![0; plan.arenas().len()],
             of_read: vec![0; plan.reads().len()],
@@ -46,14 +46,14 @@ impl Shares {
         }
     }
 
-    fn of_devices(devices: Vec<DeviceId>, plan: &Plan) -> Shares {
+    fn of_devices(devices: Vec<DeviceId>, plan: &Plan) -> Assignment {
         let count = devices.len();
         let number = |device: &DeviceId| devices.binary_search(device);
         let number = |device| number(device).expect("a plan's arenas are on its devices");
         let of_arena: Vec<_> = plan.arenas().iter().map(|arena| number(&arena.device)).collect();
         let operations = plan.operations().iter();
         let of_operation = operations.map(|operation| of_arena[operation.place.arena as usize]).collect();
-        let mut shares = Shares {
+        let mut assignment = Assignment {
             devices,
             of_arena,
             of_read: Vec::with_capacity(plan.reads().len()),
@@ -64,21 +64,21 @@ impl Shares {
         for read in plan.reads() {
             let owner = match &read.target {
                 Target::InPlace(place) => {
-                    let owner = shares.of_arena[place.arena as usize];
-                    shares.lands[owner] = true;
+                    let owner = assignment.of_arena[place.arena as usize];
+                    assignment.lands[owner] = true;
                     owner
                 }
                 Target::Staged { .. } => {
-                    let owner = shares.owner(plan.copies(read));
-                    let staged = &mut shares.staged[owner];
+                    let owner = assignment.owner(plan.copies(read));
+                    let staged = &mut assignment.staged[owner];
                     staged.reads += 1;
                     staged.read_len_bytes_max = staged.read_len_bytes_max.max(read.len_bytes());
                     owner
                 }
             };
-            shares.of_read.push(owner);
+            assignment.of_read.push(owner);
         }
-        shares
+        assignment
     }
 
     /// Returns the device that a staged read is the work of: the first that it feeds, and the host only where it feeds nobody else,

@@ -1,0 +1,239 @@
+//! Ranks that are processes, connected by the host's sockets.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use tensorhaul_device::{Device, Stream};
+
+use crate::by_host::{Pinned, settle};
+use crate::control::Control;
+use crate::{Exchange, ExchangeError, Message};
+
+/// A process's connections to the others of its node, every two by a socket. Messages go through host memory of both, so it needs no link
+/// between devices and no library: for the host's own memory, and where NCCL is missing.
+pub struct Sockets {
+    control: Control,
+    /// By rank; its own is missing.
+    peers: Vec<Option<UnixStream>>,
+    /// What messages stop in, as long as the longest round so far needed.
+    memory: Mutex<Option<Pinned>>,
+    is_aborted: AtomicBool,
+}
+
+impl Sockets {
+    /// Connects the ranks that have met. Waits for all of them.
+    ///
+    /// # Errors
+    /// [`ExchangeError::PeerLost`], [`ExchangeError::TimedOut`], and [`ExchangeError::Socket`] when the system refuses a connection.
+    pub fn connect(control: Control) -> Result<Sockets, ExchangeError> {
+        let peers = control.connect_all().inspect_err(|_| control.abort())?;
+        Ok(Sockets { control, peers, memory: Mutex::default(), is_aborted: AtomicBool::new(false) })
+    }
+
+    /// Carries what is sent to host memory, moves all messages, and carries what was received to the device.
+    ///
+    /// # Safety
+    /// As for [`Exchange::exchange`]. On error copies may be under way from and to the host memory.
+    unsafe fn carry(
+        &self,
+        device: &dyn Device,
+        stream: Stream,
+        (sends, receives): (&[Message<'_>], &[Message<'_>]),
+        pinned: &mut Pinned,
+    ) -> Result<(), ExchangeError> {
+        let sent_bytes = sends.iter().map(|send| send.len_bytes as usize).sum();
+        let (mut rest, _) = pinned.bytes().split_at_mut(sent_bytes);
+        for send in sends {
+            let bytes =
+                rest.split_off_mut(..send.len_bytes as usize).expect("there is room for all that is sent");
+            let (allocation, offset_bytes) = (send.start.allocation, send.start.offset_bytes);
+            // SAFETY: the source is the caller's promise; the host's bytes are this exchange's alone until `settle` has waited.
+            unsafe { device.copy_back(allocation, offset_bytes, bytes, stream)? };
+        }
+        settle(device, pinned, stream)?;
+
+        let mut ways = Ways::default();
+        let mut rest = pinned.bytes();
+        for (messages, way) in [(sends, Way::Out), (receives, Way::In)] {
+            for message in messages {
+                let bytes =
+                    rest.split_off_mut(..message.len_bytes as usize).expect("there is room for all messages");
+                ways.0.entry((message.peer, way)).or_default().push_back(bytes);
+            }
+        }
+        self.transfer(ways)?;
+
+        let mut received = &pinned.bytes()[sent_bytes..];
+        for receive in receives {
+            let bytes = received
+                .split_off(..receive.len_bytes as usize)
+                .expect("there is room for all that is received");
+            let (allocation, offset_bytes) = (receive.start.allocation, receive.start.offset_bytes);
+            // SAFETY: the target is the caller's promise; the host's bytes stay as they are until `settle` has waited.
+            unsafe { device.copy(bytes, allocation, offset_bytes, stream)? };
+        }
+        Ok(settle(device, pinned, stream)?)
+    }
+
+    /// Sends and receives until all is through.
+    fn transfer(&self, mut ways: Ways<'_>) -> Result<(), ExchangeError> {
+        let mut moved_at = Instant::now();
+        loop {
+            for ((peer, way), parts) in &mut ways.0 {
+                match way.go_on(self.peer(*peer), parts) {
+                    Ok(0) => {}
+                    Ok(_) => moved_at = Instant::now(),
+                    Err(_) => return Err(self.lost(*peer)),
+                }
+            }
+            ways.0.retain(|_, parts| !parts.is_empty());
+            if ways.0.is_empty() {
+                return Ok(());
+            }
+            if moved_at.elapsed() > self.timeout() {
+                let mut missing: Vec<_> = ways.0.keys().map(|(peer, _)| *peer).collect();
+                missing.dedup();
+                return Err(ExchangeError::TimedOut { doing: "exchanging", after: self.timeout(), missing });
+            }
+            let polled =
+                |(peer, way): &(u32, Way)| PollFd::from_borrowed_fd(self.peer(*peer).as_fd(), way.flags());
+            let mut polled: Vec<_> = ways.0.keys().map(polled).collect();
+            // What comes of it is seen at the next attempt.
+            if matches!(poll(&mut polled, Some(&PEER_POLL)), Ok(0)) {
+                self.check()?;
+            }
+        }
+    }
+
+    fn peer(&self, peer: u32) -> &UnixStream {
+        self.peers[peer as usize].as_ref().expect("no rank sends to itself")
+    }
+
+    /// Says why a connection has ended. Who failed first is told by way of rank 0, which may need a moment to notice.
+    fn lost(&self, peer: u32) -> ExchangeError {
+        let until = Instant::now() + WORD_GRACE;
+        while Instant::now() < until {
+            if let Err(lost) = self.control.check() {
+                return lost;
+            }
+            thread::sleep(WORD_POLL);
+        }
+        ExchangeError::PeerLost { peer: Some(peer) }
+    }
+}
+
+impl Exchange for Sockets {
+    fn rank(&self) -> u32 {
+        self.control.rank()
+    }
+
+    fn size(&self) -> u32 {
+        self.control.size()
+    }
+
+    fn name(&self) -> String {
+        "sockets".to_owned()
+    }
+
+    fn timeout(&self) -> Duration {
+        self.control.timeout()
+    }
+
+    fn agree(&self, fingerprint: u64) -> Result<(), ExchangeError> {
+        self.control.agree(fingerprint)
+    }
+
+    unsafe fn exchange(
+        &self,
+        device: &Arc<dyn Device>,
+        stream: Stream,
+        sends: &[Message<'_>],
+        receives: &[Message<'_>],
+    ) -> Result<(), ExchangeError> {
+        let mut memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
+        let needed = sends.iter().chain(receives).map(|message| message.len_bytes as usize).sum();
+        let mut pinned = match memory.take().filter(|memory| memory.len_bytes() >= needed) {
+            Some(pinned) => pinned,
+            None => Pinned::new(&**device, needed)?,
+        };
+        // SAFETY: the caller's promise; on error what is under way is waited for.
+        let carried = unsafe { self.carry(&**device, stream, (sends, receives), &mut pinned) };
+        if carried.is_err() {
+            settle(&**device, &pinned, stream)?;
+        }
+        *memory = Some(pinned);
+        carried
+    }
+
+    fn check(&self) -> Result<(), ExchangeError> {
+        if self.is_aborted.load(Ordering::Acquire) {
+            return Err(self.control.lost());
+        }
+        self.control.check()
+    }
+
+    fn abort(&self) {
+        if !self.is_aborted.swap(true, Ordering::AcqRel) {
+            self.control.abort();
+        }
+    }
+}
+
+/// What is left of a round's messages, for each peer and way in their order.
+#[derive(Default)]
+struct Ways<'m>(BTreeMap<(u32, Way), VecDeque<&'m mut [u8]>>);
+
+/// Which way a message goes.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Way {
+    In,
+    Out,
+}
+
+impl Way {
+    fn flags(self) -> PollFlags {
+        match self {
+            Way::In => PollFlags::IN,
+            Way::Out => PollFlags::OUT,
+        }
+    }
+
+    /// Moves as much as goes without waiting; returns how many bytes that were.
+    fn go_on(self, mut peer: &UnixStream, parts: &mut VecDeque<&mut [u8]>) -> io::Result<usize> {
+        let mut moved = 0;
+        while let Some(part) = parts.front_mut() {
+            let len = match self {
+                Way::In => peer.read(part),
+                Way::Out => peer.write(part),
+            };
+            match len {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(len) => {
+                    moved += len;
+                    *part = &mut std::mem::take(part)[len..];
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(moved),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+            if part.is_empty() {
+                parts.pop_front();
+            }
+        }
+        Ok(moved)
+    }
+}
+
+/// How long a peer may be gone before this rank notices.
+const PEER_POLL: Timespec = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
+
+/// How long the word of who failed may take to come: rank 0 asks every 20 ms.
+const WORD_GRACE: Duration = Duration::from_millis(200);
+const WORD_POLL: Duration = Duration::from_millis(2);

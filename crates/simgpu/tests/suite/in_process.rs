@@ -1,0 +1,195 @@
+//! Ranks of one process that share their reading, each a thread with a simulated device: from device to device where they reach each other,
+//! and by way of the host where not.
+
+#[path = "../../../tensorhaul/tests/share/cut.rs"]
+mod cut;
+
+use std::path::Path;
+use std::thread;
+use std::time::Duration;
+
+use tensorhaul::exchange::{Exchange, InProcess, Launched};
+use tensorhaul::share::{Carrier, NodeOptions, SharedLoaded, node_exchange};
+use tensorhaul::{Assembly, Dequantization, Dtype, Error, ErrorKind, LoadOptions, Model, Request};
+
+use crate::suite::load::read_back;
+use crate::suite::quantized::checkpoint;
+use crate::suite::shared::llama::{assemblies, expected, files};
+use crate::suite::sim::Sim;
+use crate::vendor::{self, call};
+use cut::cut;
+
+fn model(folder: &Path) -> Model {
+    for (name, bytes) in files() {
+        std::fs::write(folder.join(name), &bytes).unwrap();
+    }
+    Model::open(folder).unwrap()
+}
+
+fn on(rank: u32, options: &LoadOptions) -> LoadOptions {
+    let mut request = Request::all();
+    request.device = vendor::id(rank);
+    options.clone().request(request)
+}
+
+fn options() -> LoadOptions {
+    LoadOptions::default().staging_bytes(512 << 10)
+}
+
+/// Loads on all ranks at once, each on a thread.
+fn load_on_all(model: &Model, ranks: &[Assembly], options: &LoadOptions) -> Vec<Result<SharedLoaded, Error>> {
+    let ends = InProcess::ranks(ranks.len() as u32, Duration::from_secs(20));
+    thread::scope(|scope| {
+        let start =
+            |end: InProcess| scope.spawn(move || model.load_shared(&on(end.rank(), options), ranks, &end));
+        let loads: Vec<_> = ends.into_iter().map(start).collect();
+        loads.into_iter().map(|load| load.join().unwrap()).collect()
+    })
+}
+
+#[track_caller]
+fn all(loads: Vec<Result<SharedLoaded, Error>>, context: &str) -> Vec<SharedLoaded> {
+    loads.into_iter().map(|load| load.unwrap_or_else(|error| panic!("{context}: {error:?}"))).collect()
+}
+
+#[test]
+fn ranks_of_one_process_end_with_their_bytes_and_each_is_read_once() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let model = model(folder.path());
+    let stored: u64 = model.checkpoint().tensors().map(|tensor| tensor.info.len_bytes()).sum();
+    for (size, config, is_reached) in [
+        (2, "devices=2", true),
+        (4, "devices=4;delay_us=200;seed=3", true),
+        (4, "devices=4;delay_us=200;pools=0;batches=0", true),
+        (4, "devices=4;delay_us=100;peers=0", false),
+        (3, "devices=3;delay_us=100;no_peer=0:1;no_peer=2:0", true),
+        (8, "devices=8;delay_us=50;seed=7", true),
+    ] {
+        let sim = Sim::new(config);
+        let ranks = assemblies(&model, size, size as u64);
+        let loads = all(load_on_all(&model, &ranks, &options()), config);
+        for (rank, (loaded, assembly)) in (0..).zip(loads.iter().zip(&ranks)) {
+            let (device, expected) = (vendor::open(rank).unwrap(), expected(&model, assembly));
+            assert_eq!(loaded.tensors.len(), expected.len());
+            for (name, tensor) in loaded.tensors.iter() {
+                let expected = &expected[name];
+                let found = read_back(&device, tensor, expected.len());
+                assert!(found == *expected, "{config}: {name} on rank {rank}");
+            }
+        }
+        let read: u64 = loads.iter().map(|loaded| loaded.report.read_bytes).sum();
+        let reads: u64 = loads.iter().map(|loaded| loaded.report.promised.reads).sum();
+        // Reads begin and end at pages, which adds less than two to each.
+        assert!((stored..stored + 8192 * reads).contains(&read), "{config}: {read} of {stored}");
+        let is_told = loads.iter().flat_map(|loaded| &loaded.report.fallbacks);
+        let is_told =
+            is_told.filter(|fallback| fallback.what.contains("is copied through the host")).count() > 0;
+        assert_eq!(is_told, config.contains("peer"), "{config}");
+        let happened = sim.report();
+        assert_eq!(happened.calls(call::COPY_PEER) > 0, is_reached, "{config}");
+        assert_eq!(happened.calls("ncclSend"), 0, "{config}");
+        drop(loads);
+        sim.assert_clean(config);
+    }
+}
+
+#[test]
+fn ranks_of_one_process_dequantize_their_parts_and_keep_their_memory() {
+    let folder = checkpoint();
+    let model = Model::open(folder.path()).unwrap();
+    let dequantize = Dequantization::to(Dtype::Bf16);
+    for (size, dim, config) in
+        [(2, 0, "delay_us=200"), (4, 1, "delay_us=200;seed=5"), (3, 1, "delay_us=100;peers=0")]
+    {
+        let context = format!("{size} ranks along {dim}, {config}");
+        let ranks = cut(&model, size, dim);
+        let options = LoadOptions::default()
+            .staging_bytes(64 << 10)
+            .transient_bytes(64 << 10)
+            .dequantize(dequantize.clone());
+        let share = model.plan_shared(&options, &ranks).unwrap();
+        let waits =
+            (0..share.round_count()).flat_map(|round| share.round(round)).filter(|turn| turn.after.is_some());
+        assert!(waits.count() > 0, "{context}: places of sources are taken again");
+        let needed = (0..size as u32).map(|rank| share.promised(rank).device_bytes()).max().unwrap();
+        // Allocations are rounded up by less than this each.
+        let memory = needed + 8192;
+        let sim = Sim::new(&format!("devices={size};memory={memory};{config}"));
+        let loads = all(load_on_all(&model, &ranks, &options), &context);
+        for (rank, (loaded, assembly)) in (0..).zip(loads.iter().zip(&ranks)) {
+            let mut request = Request::all();
+            request.assembly = Some(std::sync::Arc::new(assembly.clone()));
+            let alone = LoadOptions::default().request(request).dequantize(dequantize.clone());
+            let alone = model.load(&alone).unwrap();
+            let device = vendor::open(rank).unwrap();
+            assert!(loaded.report.operations > 0, "{context}");
+            for (name, tensor) in loaded.tensors.iter() {
+                let expected = alone.tensors.get(name).unwrap().bytes().unwrap();
+                assert!(
+                    read_back(&device, tensor, expected.len()) == expected,
+                    "{context}: {name} on rank {rank}"
+                );
+            }
+        }
+        drop(loads);
+        sim.assert_clean(&context);
+        let sim = Sim::new(&format!("devices={size};memory={};{config}", needed - 1));
+        let refused = load_on_all(&model, &ranks, &options);
+        let kinds: Vec<_> =
+            refused.into_iter().filter_map(|load| load.err().map(|error| error.kind())).collect();
+        assert_eq!(kinds.len() as u64, size, "{context}: all fail where one has too little");
+        assert!(kinds.contains(&ErrorKind::OutOfMemory), "{context}: {kinds:?}");
+        sim.assert_clean(&context);
+    }
+}
+
+#[test]
+fn when_a_device_fails_on_one_rank_all_fail_and_nothing_is_left() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let model = model(folder.path());
+    let ranks = assemblies(&model, 3, 5);
+    for (what, peers) in [(call::COPY_PEER, ""), (call::COPY_ROWS, ""), (call::COPY_OUT, "peers=0;")] {
+        let sim = Sim::new(&format!("devices=3;delay_us=50;{peers}fail={what}:4:1"));
+        let errors: Vec<_> = load_on_all(&model, &ranks, &options())
+            .into_iter()
+            .map(|load| load.expect_err(what).one_line())
+            .collect();
+        let failed = errors.iter().filter(|error| error.contains("failed with 1")).count();
+        let others = errors.iter().filter(|error| error.contains("of the node failed or ended")).count();
+        assert_eq!((failed, others), (1, 2), "{what}: {errors:?}");
+        sim.assert_clean(what);
+    }
+}
+
+#[test]
+fn sockets_carry_what_devices_hold() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let model = model(folder.path());
+    let sim = Sim::new("devices=3;delay_us=50;peers=0");
+    let ranks = assemblies(&model, 3, 8);
+    thread::scope(|scope| {
+        for rank in 0..3 {
+            let (model, ranks, path) = (&model, &ranks, folder.path().join("ranks.sock"));
+            scope.spawn(move || {
+                let (job, launcher) = ("a-job".to_owned(), "the test");
+                let launched = Launched { rank, size: 3, local_rank: rank, local_size: 3, job, launcher };
+                let node = NodeOptions {
+                    path: Some(path),
+                    carrier: Some(Carrier::Sockets),
+                    ..NodeOptions::default()
+                };
+                let exchange = node_exchange(&launched, vendor::id(rank), &node).unwrap();
+                let loaded = model.load_shared(&on(rank, &options()), ranks, &*exchange).unwrap();
+                assert_eq!(loaded.report.exchange, "sockets");
+                let (device, expected) =
+                    (vendor::open(rank).unwrap(), expected(model, &ranks[rank as usize]));
+                for (name, tensor) in loaded.tensors.iter() {
+                    let expected = &expected[name];
+                    assert!(read_back(&device, tensor, expected.len()) == *expected, "{name} on rank {rank}");
+                }
+            });
+        }
+    });
+    assert_eq!(sim.report().calls("ncclSend"), 0);
+    sim.assert_clean("sockets");
+}
