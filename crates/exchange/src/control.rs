@@ -136,7 +136,7 @@ impl Control {
             return match self.read(&mut peers[0], 0, "agreeing")? {
                 (Tag::Agreed, _) => Ok(()),
                 (Tag::Disagree, peer) => Err(ExchangeError::Disagree { peer: peer as u32 }),
-                _ => Err(ExchangeError::PeerLost { peer: Some(0) }),
+                _ => Err(self.gone(0)),
             };
         }
         let mut differs = None;
@@ -144,7 +144,7 @@ impl Control {
             match self.read(stream, peer, "agreeing")? {
                 (Tag::Agree, brought) if brought == fingerprint => {}
                 (Tag::Agree, _) => differs = differs.or(Some(peer)),
-                _ => return Err(ExchangeError::PeerLost { peer: Some(peer) }),
+                _ => return Err(self.gone(peer)),
             }
         }
         let (tag, value) = differs.map_or((Tag::Agreed, 0), |peer| (Tag::Disagree, u64::from(peer)));
@@ -170,7 +170,7 @@ impl Control {
                 }
                 match self.read(stream, 0, "spreading the communicator's name")? {
                     (Tag::Bytes, value) => piece.copy_from_slice(&value.to_le_bytes()[..piece.len()]),
-                    _ => return Err(ExchangeError::PeerLost { peer: Some(0) }),
+                    _ => return Err(self.gone(0)),
                 }
             }
         }
@@ -238,11 +238,16 @@ impl Control {
                 Err(_) => Some(peer),
             };
             if let Some(lost) = lost {
-                let _ = self.lost.set(lost); // The first that was noticed is why the others end.
-                return Err(self.lost());
+                return Err(self.gone(lost));
             }
         }
         Ok(())
+    }
+
+    /// Notes that a rank is gone. The first that is noticed is why others end.
+    pub(crate) fn gone(&self, peer: u32) -> ExchangeError {
+        let _ = self.lost.set(peer);
+        self.lost()
     }
 
     /// Returns the error of a rank whose peer is gone.
@@ -264,7 +269,7 @@ impl Control {
     }
 
     fn write(&self, stream: &mut UnixStream, peer: u32, tag: Tag, value: u64) -> Result<(), ExchangeError> {
-        stream.write_all(&frame(tag, value)).map_err(|_| ExchangeError::PeerLost { peer: Some(peer) })
+        stream.write_all(&frame(tag, value)).map_err(|_| self.gone(peer))
     }
 
     fn read(
@@ -274,10 +279,7 @@ impl Control {
         doing: &'static str,
     ) -> Result<(Tag, u64), ExchangeError> {
         match read(stream) {
-            Ok((Tag::Aborted, who)) => {
-                let _ = self.lost.set(who as u32);
-                Err(self.lost())
-            }
+            Ok((Tag::Aborted, who)) => Err(self.gone(who as u32)),
             Ok(message) => Ok(message),
             Err(error) => Err(self.failed(&error, peer, doing)),
         }
@@ -290,7 +292,7 @@ impl Control {
                 let missing = if self.rank == 0 { vec![peer] } else { Vec::new() };
                 ExchangeError::TimedOut { doing, after: self.timeout(), missing }
             }
-            _ => ExchangeError::PeerLost { peer: Some(peer) },
+            _ => self.gone(peer),
         }
     }
 
