@@ -9,7 +9,6 @@ use tensorhaul_plan::quant::{Configs, Survey, Values};
 use tensorhaul_plan::{Dequantize, DeviceId, Dtype, Layout, Machine, Request, Share};
 
 #[path = "../crates/plan/tests/parallel/models.rs"]
-#[allow(dead_code, reason = "tests use the rest")]
 mod models;
 
 const SIZE: u32 = 8;

@@ -190,8 +190,9 @@ impl Control {
         let mut all: Vec<Option<UnixStream>> = (0..self.size).map(|_| None).collect();
         if self.rank > 0 {
             for peer in (0..self.size).filter(|peer| *peer != self.rank) {
-                let received = receive_stream(&peers[0]);
-                let end = received.map_err(|error| self.failed(&error, 0, "connecting all ranks"))?;
+                let received = receive_stream(&mut peers[0]);
+                let received = received.map_err(|error| self.failed(&error, 0, "connecting all ranks"))?;
+                let end = received.map_err(|lost| self.gone(lost))?;
                 all[peer as usize] = Some(end);
             }
             all.iter().flatten().try_for_each(|end| end.set_nonblocking(true)).map_err(failed)?;
@@ -269,7 +270,11 @@ impl Control {
     }
 
     fn write(&self, stream: &mut UnixStream, peer: u32, tag: Tag, value: u64) -> Result<(), ExchangeError> {
-        stream.write_all(&frame(tag, value)).map_err(|_| self.gone(peer))
+        stream.write_all(&frame(tag, value)).map_err(|_| match read(stream) {
+            // What it said before it closed its end.
+            Ok((Tag::Aborted, who)) => self.gone(who as u32),
+            _ => self.gone(peer),
+        })
     }
 
     fn read(
@@ -438,17 +443,25 @@ fn send_stream(to: &UnixStream, end: &UnixStream) -> io::Result<()> {
     Ok(())
 }
 
-/// Takes what [`send_stream`] handed over.
-fn receive_stream(from: &UnixStream) -> io::Result<UnixStream> {
+/// Takes what [`send_stream`] handed over; the rank that is gone, where that is what is told instead.
+fn receive_stream(from: &mut UnixStream) -> io::Result<Result<UnixStream, u32>> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
-    let mut word = [0];
-    rustix::net::recvmsg(from, &mut [IoSliceMut::new(&mut word)], &mut control, RecvFlags::CMSG_CLOEXEC)?;
+    let mut tag = [0];
+    rustix::net::recvmsg(&*from, &mut [IoSliceMut::new(&mut tag)], &mut control, RecvFlags::CMSG_CLOEXEC)?;
     let mut received = control.drain().filter_map(|message| match message {
         RecvAncillaryMessage::ScmRights(mut ends) => ends.next(),
         _ => None,
     });
-    received.next().map(UnixStream::from).ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+    match received.next() {
+        Some(end) => Ok(Ok(end.into())),
+        None if tag[0] == Tag::Aborted as u8 => {
+            let mut who = [0; FRAME_LEN - 1];
+            from.read_exact(&mut who)?;
+            Ok(Err(u64::from_le_bytes(who) as u32))
+        }
+        None => Err(io::ErrorKind::UnexpectedEof.into()),
+    }
 }
 
 /// What a rank says first.
