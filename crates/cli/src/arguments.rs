@@ -10,6 +10,7 @@ use tensorhaul::{
 
 use crate::failure::Failure;
 use crate::ranks::Sharing;
+use crate::share::NodeSharing;
 
 /// What to load, onto what, through how much memory.
 #[derive(Args)]
@@ -34,6 +35,9 @@ pub(crate) struct Selection {
     pub(crate) sharing: Sharing,
 
     #[command(flatten)]
+    pub(crate) node: NodeSharing,
+
+    #[command(flatten)]
     dequantizing: Dequantizing,
 
     /// The most device memory for packed tensors that wait to be dequantized [default: 256MiB, or what the largest needs]
@@ -51,16 +55,30 @@ impl Selection {
 
     /// As [`Selection::options`], of all ranks where `is_of_all`.
     pub(crate) fn options_of(&self, model: &Model, is_of_all: bool) -> Result<LoadOptions, Failure> {
+        self.options_on(model, is_of_all, self.device().unwrap_or_else(tensorhaul::default_device))
+    }
+
+    /// Returns the device that is named.
+    pub(crate) fn device(&self) -> Option<DeviceId> {
+        self.placement.device.named()
+    }
+
+    /// As [`Selection::options_of`], onto this device.
+    pub(crate) fn options_on(
+        &self,
+        model: &Model,
+        is_of_all: bool,
+        device: DeviceId,
+    ) -> Result<LoadOptions, Failure> {
         let select = match self.tensors.as_slice() {
             [] => Select::All,
             globs => Select::Globs(globs.to_vec()),
         };
         let mut request = Request::of(select);
-        request.device = self.placement.device.named().unwrap_or_else(tensorhaul::default_device);
+        request.device = device;
         if let Some(over_read_max) = self.bound.over_read_max {
             request.over_read_max = over_read_max;
         }
-        let device = request.device;
         let mut options = self.placement.options().request(request);
         if let Some(dequantization) = self.dequantizing.dequantization() {
             options = options.dequantize(dequantization);

@@ -4,12 +4,13 @@ use std::fmt::Write as _;
 use std::path::PathBuf;
 
 use clap::Args;
-use tensorhaul::{EngineChoice, Model, Report};
+use tensorhaul::{EngineChoice, LoadOptions, Model, Report};
 
 use crate::arguments::{Selection, engines};
 use crate::failure::Outcome;
 use crate::output::{bytes, count, grouped, print, print_json, printable, seconds};
 use crate::progress::Bar;
+use crate::share;
 
 /// Load tensors until every byte is in memory, and print how that went
 ///
@@ -25,6 +26,7 @@ use crate::progress::Bar;
   tensorhaul load model --device-map auto
   tensorhaul load model --device-map map.json --device cuda:0
   tensorhaul load model --device cuda:3 --tp-size 8 --tp-rank 3 --fuse
+  torchrun --nproc-per-node 8 --no-python tensorhaul load model --share node
   tensorhaul load model --json | jq '.gb_per_s, .fallbacks'")]
 pub(crate) struct Load {
     /// A .safetensors file, a folder, an index json, or an org/name in the Hugging Face cache
@@ -54,13 +56,24 @@ impl Load {
     pub(crate) fn run(&self) -> Outcome {
         let model = Model::open(&self.path)?;
         let bar = Bar::new();
-        let mut options = self.selection.options(&model)?.engine(self.engine).checksums(self.checksum);
-        // The figures are of every byte in memory, not of a mapping that stands.
-        options = options.resident(true).on_progress(bar.follow());
-        if let Some(threads) = self.threads {
-            options = options.threads(threads);
+        let complete = |options: LoadOptions| {
+            // The figures are of every byte in memory, not of a mapping that stands.
+            let options = options.engine(self.engine).checksums(self.checksum).resident(true);
+            let options = options.on_progress(bar.follow());
+            match self.threads {
+                Some(threads) => options.threads(threads),
+                None => options,
+            }
+        };
+        if self.selection.node.is_asked() {
+            let (ranks, report) = share::load(&model, &self.selection, complete)?;
+            drop(bar);
+            return match self.json {
+                true => print_json(&report),
+                false => print(share::text(&self.path.to_string_lossy(), &ranks, &report)),
+            };
         }
-        let report = model.load(&options)?.report;
+        let report = model.load(&complete(self.selection.options(&model)?))?.report;
         drop(bar);
         if self.json { print_json(&report) } else { print(self.text(&report)) }
     }

@@ -18,6 +18,7 @@ mod plan;
 mod progress;
 mod quantized;
 mod ranks;
+mod share;
 mod verify;
 
 use std::panic;

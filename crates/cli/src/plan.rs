@@ -10,6 +10,7 @@ use tensorhaul::{LoadOptions, Model, OverRead};
 use crate::arguments::Selection;
 use crate::failure::Outcome;
 use crate::output::{grouped, print, print_json, printable};
+use crate::share;
 
 /// Show every read, copy and byte of memory of a load, without reading
 ///
@@ -21,6 +22,7 @@ use crate::output::{grouped, print, print_json, printable};
   tensorhaul plan model --tensor 'model.layers.0.*' --staging 16MiB
   tensorhaul plan model-AWQ --dequantize bf16
   tensorhaul plan model --tp-size 8 --all-ranks
+  tensorhaul plan model --tp-size 8 --share node
   tensorhaul plan model --tp-size 8 --tp-rank 3 --fuse --by-rule
   tensorhaul plan model --device-map auto --devices cuda:0,cuda:1
   tensorhaul plan model --json | jq .promised")]
@@ -32,11 +34,11 @@ pub(crate) struct PlanLoad {
     selection: Selection,
 
     /// Show instead what every rank of --tp-size, --pp-size and --ep-size would load, a line each
-    #[arg(long, conflicts_with_all = ["tp_rank", "tp_devices", "pp_stage", "ep_rank"])]
+    #[arg(long, conflicts_with_all = ["tp_rank", "tp_devices", "pp_stage", "ep_rank", "share"])]
     all_ranks: bool,
 
     /// Show instead what the rank has of each tensor, and by which rule
-    #[arg(long, conflicts_with_all = ["all_ranks", "tp_devices"])]
+    #[arg(long, conflicts_with_all = ["all_ranks", "tp_devices", "share"])]
     by_rule: bool,
 
     /// Print one JSON object: promised, over_reads, machine, files, arenas, operations, reads, tensors
@@ -47,6 +49,9 @@ pub(crate) struct PlanLoad {
 impl PlanLoad {
     pub(crate) fn run(&self) -> Outcome {
         let model = Model::open(&self.path)?;
+        if self.selection.node.is_asked() {
+            return share::print_plan(&model, &self.selection, self.json);
+        }
         let options = self.selection.options_of(&model, self.all_ranks)?;
         if self.all_ranks {
             return self.all_ranks(&model, &options);

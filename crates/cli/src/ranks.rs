@@ -115,6 +115,30 @@ impl Sharing {
         Ok(Some(parallel.fuse(fuse)))
     }
 
+    /// Returns the ranks of a job of so many processes, in the launcher's order: those of all sizes given, tensor-parallel ones innermost.
+    /// Experts are shared by ranks of their own, or by the tensor-parallel ones.
+    pub(crate) fn of_job(&self, size: u32, launcher: &str) -> Result<Vec<Ranks>, Failure> {
+        let (pp_size, ep_size) = (self.pp_size.unwrap_or(1), self.ep_size.unwrap_or(1));
+        let of_others = pp_size * if self.tp_size == self.ep_size { 1 } else { ep_size };
+        let tp_size = self.tp_size.unwrap_or(size / of_others).max(1);
+        let complete = |ranks: Ranks| if self.whole_experts { ranks.whole_experts() } else { ranks };
+        if u64::from(tp_size) * u64::from(pp_size) * u64::from(ep_size) == u64::from(size) {
+            return Ok(Ranks::all(tp_size, pp_size, ep_size).map(complete).collect());
+        }
+        if u64::from(tp_size) * u64::from(pp_size) == u64::from(size) && ep_size == tp_size {
+            let with_experts = |ranks: Ranks| {
+                let rank = ranks.tp_rank;
+                complete(ranks.ep(rank, ep_size))
+            };
+            return Ok(Ranks::all(tp_size, pp_size, 1).map(with_experts).collect());
+        }
+        let what = format!(
+            "--share: tp {tp_size}, pp {pp_size} and ep {ep_size} do not make the {size} ranks that {launcher} has started; their \
+             product has to, or that of tp and pp where ep is as large as tp"
+        );
+        Err(Failure::of_request(&what))
+    }
+
     /// Returns every rank of the sizes given.
     pub(crate) fn all_ranks(&self) -> Result<Vec<Ranks>, Failure> {
         self.rank().group().map_err(|error| Failure::of_request(&error.to_string()))
@@ -168,6 +192,31 @@ fn unmatched() -> impl TypedValueParser<Value = Unmatched> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[derive(clap::Parser)]
+    struct Alone {
+        #[command(flatten)]
+        sharing: Sharing,
+    }
+
+    fn of_job(args: &[&str], size: u32) -> Result<Vec<String>, Failure> {
+        let args = [""].iter().chain(args);
+        let ranks = <Alone as clap::Parser>::parse_from(args).sharing.of_job(size, "the test")?;
+        Ok(ranks.iter().map(Ranks::to_string).collect())
+    }
+
+    #[test]
+    fn a_job_has_as_many_ranks_as_the_sizes_make() {
+        assert_eq!(of_job(&[], 2).unwrap(), ["tp 0/2, pp 0/1, ep 0/1", "tp 1/2, pp 0/1, ep 0/1"]);
+        let staged = of_job(&["--pp-size", "2"], 4).unwrap();
+        assert_eq!(staged[2..], ["tp 0/2, pp 1/2, ep 0/1", "tp 1/2, pp 1/2, ep 0/1"]);
+        let experts = of_job(&["--tp-size", "2", "--ep-size", "2", "--whole-experts"], 2).unwrap();
+        assert_eq!(experts[1], "tp 1/2, pp 0/1, ep 1/2");
+        assert_eq!(of_job(&["--tp-size", "2", "--ep-size", "2"], 4).unwrap().len(), 4);
+        for args in [&["--tp-size", "3"][..], &["--tp-size", "2", "--ep-size", "4"], &["--pp-size", "3"]] {
+            assert!(of_job(args, 4).is_err(), "{args:?}");
+        }
+    }
 
     #[test]
     fn layers_are_read_as_a_range() {

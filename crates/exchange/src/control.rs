@@ -136,7 +136,7 @@ impl Control {
             return match self.read(&mut peers[0], 0, "agreeing")? {
                 (Tag::Agreed, _) => Ok(()),
                 (Tag::Disagree, peer) => Err(ExchangeError::Disagree { peer: peer as u32 }),
-                _ => Err(ExchangeError::PeerLost { peer: Some(0) }),
+                _ => Err(self.gone(0)),
             };
         }
         let mut differs = None;
@@ -144,7 +144,7 @@ impl Control {
             match self.read(stream, peer, "agreeing")? {
                 (Tag::Agree, brought) if brought == fingerprint => {}
                 (Tag::Agree, _) => differs = differs.or(Some(peer)),
-                _ => return Err(ExchangeError::PeerLost { peer: Some(peer) }),
+                _ => return Err(self.gone(peer)),
             }
         }
         let (tag, value) = differs.map_or((Tag::Agreed, 0), |peer| (Tag::Disagree, u64::from(peer)));
@@ -170,7 +170,7 @@ impl Control {
                 }
                 match self.read(stream, 0, "spreading the communicator's name")? {
                     (Tag::Bytes, value) => piece.copy_from_slice(&value.to_le_bytes()[..piece.len()]),
-                    _ => return Err(ExchangeError::PeerLost { peer: Some(0) }),
+                    _ => return Err(self.gone(0)),
                 }
             }
         }
@@ -190,8 +190,9 @@ impl Control {
         let mut all: Vec<Option<UnixStream>> = (0..self.size).map(|_| None).collect();
         if self.rank > 0 {
             for peer in (0..self.size).filter(|peer| *peer != self.rank) {
-                let received = receive_stream(&peers[0]);
-                let end = received.map_err(|error| self.failed(&error, 0, "connecting all ranks"))?;
+                let received = receive_stream(&mut peers[0]);
+                let received = received.map_err(|error| self.failed(&error, 0, "connecting all ranks"))?;
+                let end = received.map_err(|lost| self.gone(lost))?;
                 all[peer as usize] = Some(end);
             }
             all.iter().flatten().try_for_each(|end| end.set_nonblocking(true)).map_err(failed)?;
@@ -238,11 +239,16 @@ impl Control {
                 Err(_) => Some(peer),
             };
             if let Some(lost) = lost {
-                let _ = self.lost.set(lost); // The first that was noticed is why the others end.
-                return Err(self.lost());
+                return Err(self.gone(lost));
             }
         }
         Ok(())
+    }
+
+    /// Notes that a rank is gone. The first that is noticed is why others end.
+    pub(crate) fn gone(&self, peer: u32) -> ExchangeError {
+        let _ = self.lost.set(peer);
+        self.lost()
     }
 
     /// Returns the error of a rank whose peer is gone.
@@ -264,7 +270,11 @@ impl Control {
     }
 
     fn write(&self, stream: &mut UnixStream, peer: u32, tag: Tag, value: u64) -> Result<(), ExchangeError> {
-        stream.write_all(&frame(tag, value)).map_err(|_| ExchangeError::PeerLost { peer: Some(peer) })
+        stream.write_all(&frame(tag, value)).map_err(|_| match read(stream) {
+            // What it said before it closed its end.
+            Ok((Tag::Aborted, who)) => self.gone(who as u32),
+            _ => self.gone(peer),
+        })
     }
 
     fn read(
@@ -274,10 +284,7 @@ impl Control {
         doing: &'static str,
     ) -> Result<(Tag, u64), ExchangeError> {
         match read(stream) {
-            Ok((Tag::Aborted, who)) => {
-                let _ = self.lost.set(who as u32);
-                Err(self.lost())
-            }
+            Ok((Tag::Aborted, who)) => Err(self.gone(who as u32)),
             Ok(message) => Ok(message),
             Err(error) => Err(self.failed(&error, peer, doing)),
         }
@@ -290,7 +297,7 @@ impl Control {
                 let missing = if self.rank == 0 { vec![peer] } else { Vec::new() };
                 ExchangeError::TimedOut { doing, after: self.timeout(), missing }
             }
-            _ => ExchangeError::PeerLost { peer: Some(peer) },
+            _ => self.gone(peer),
         }
     }
 
@@ -436,17 +443,25 @@ fn send_stream(to: &UnixStream, end: &UnixStream) -> io::Result<()> {
     Ok(())
 }
 
-/// Takes what [`send_stream`] handed over.
-fn receive_stream(from: &UnixStream) -> io::Result<UnixStream> {
+/// Takes what [`send_stream`] handed over; the rank that is gone, where that is what is told instead.
+fn receive_stream(from: &mut UnixStream) -> io::Result<Result<UnixStream, u32>> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
-    let mut word = [0];
-    rustix::net::recvmsg(from, &mut [IoSliceMut::new(&mut word)], &mut control, RecvFlags::CMSG_CLOEXEC)?;
+    let mut tag = [0];
+    rustix::net::recvmsg(&*from, &mut [IoSliceMut::new(&mut tag)], &mut control, RecvFlags::CMSG_CLOEXEC)?;
     let mut received = control.drain().filter_map(|message| match message {
         RecvAncillaryMessage::ScmRights(mut ends) => ends.next(),
         _ => None,
     });
-    received.next().map(UnixStream::from).ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+    match received.next() {
+        Some(end) => Ok(Ok(end.into())),
+        None if tag[0] == Tag::Aborted as u8 => {
+            let mut who = [0; FRAME_LEN - 1];
+            from.read_exact(&mut who)?;
+            Ok(Err(u64::from_le_bytes(who) as u32))
+        }
+        None => Err(io::ErrorKind::UnexpectedEof.into()),
+    }
 }
 
 /// What a rank says first.

@@ -125,7 +125,7 @@ impl Sockets {
             }
             thread::sleep(WORD_POLL);
         }
-        ExchangeError::PeerLost { peer: Some(peer) }
+        self.control.gone(peer)
     }
 }
 

@@ -294,6 +294,24 @@ fn a_rank_that_ends_without_a_word_is_named_to_all() {
 }
 
 #[test]
+fn a_rank_that_goes_before_all_are_connected_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    for _ in 0..20 {
+        let named = on_all(4, |rank| {
+            let control = Control::meet(&launched(rank, 4, "job"), at(folder.path())).unwrap();
+            if rank == 3 {
+                return true;
+            }
+            // Rank 0 may not notice before others ask; whoever does names the right one.
+            let connected = Sockets::connect(control).map(|end| end.agree(1).inspect_err(|_| end.abort()));
+            let error = connected.and_then(|agreed| agreed).unwrap_err();
+            matches!(error, ExchangeError::PeerLost { peer: Some(3) })
+        });
+        assert_eq!(named, [true; 4]);
+    }
+}
+
+#[test]
 fn ranks_that_do_not_come_are_named() {
     let folder = tempfile::tempdir().unwrap();
     let soon = || Rendezvous { timeout: Duration::from_millis(300), ..at(folder.path()) };

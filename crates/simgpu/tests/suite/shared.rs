@@ -37,7 +37,8 @@ fn launched(rank: u32, size: u32) -> Launched {
 }
 
 fn node(folder: &Path) -> NodeOptions {
-    NodeOptions { path: Some(folder.join("ranks.sock")), timeout: Some(Duration::from_secs(20)) }
+    let (path, timeout) = (Some(folder.join("ranks.sock")), Some(Duration::from_secs(20)));
+    NodeOptions { path, timeout, ..NodeOptions::default() }
 }
 
 /// Connects all ranks and loads on them at once, each on a thread as another process would.
