@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use tensorhaul_direct::Direct;
 use tensorhaul_io::Counts;
-use tensorhaul_plan::{DeviceId, External, InPlace, Machine, Plan, Request, Route, Select};
+use tensorhaul_plan::{DeviceId, External, InPlace, Machine, Plan, Request, Route, Select, Staged};
 use tensorhaul_stage::Ring;
 
 use crate::cancel::Cancel;
@@ -38,8 +38,12 @@ pub(crate) fn plan(model: &Inner, options: &LoadOptions) -> Result<Plan> {
         true => devices::open_all(&ids).map_or(Vec::new(), |opened| devices::peers(&opened)),
         false => Vec::new(),
     };
-    let is_required = options.direct_storage == Preference::Required;
-    let accelerators = ids.iter().filter(|id| is_required && **id != DeviceId::Host);
+    // A load that needs it to land in place tries it, and is planned as if it worked.
+    let is_counted_on = match (options.direct_storage, options.in_place) {
+        (Preference::Required, _) | (Preference::Preferred, Preference::Required) => true,
+        _ => false,
+    };
+    let accelerators = ids.iter().filter(|id| is_counted_on && **id != DeviceId::Host);
     let routes = accelerators.map(|id| storage::route_for_all(*id)).collect();
     let able = |id: &DeviceId| devices::find(*id).is_ok_and(|found| is_able(&found, *id, options));
     let able: Vec<_> = ids.iter().map(|id| (*id, able(id))).collect();
@@ -243,10 +247,7 @@ impl Load<'_> {
         let near_processors: Vec<_> = sides.iter().map(|side| side.near_processors.clone()).collect();
         let reading =
             Reading { model, options, plan, temperatures, shares, near_processors: &near_processors };
-        let numbers = 0..sides.len();
-        let mut rings = numbers
-            .map(|device| ring(plan, shares, device, options, device_count))
-            .collect::<Result<Vec<_>>>()?;
+        let mut rings = rings(plan, shares, options, device_count)?;
         let mut dropped = Counts::default();
         let mut preparing = self.preparing(sides, &rings)?;
         loop {
@@ -391,22 +392,41 @@ fn machine(
     })
 }
 
-/// Takes a ring for a device, no larger than the reads staged for it can use; none when nothing is.
-fn ring(
+/// Takes a ring for each device, no larger than the reads staged for it can use; none where nothing is.
+fn rings(
     plan: &Plan,
     shares: &Shares,
-    device: usize,
     options: &LoadOptions,
     device_count: usize,
-) -> Result<Option<Ring>> {
-    let staged = shares.staged(device);
-    if staged.reads == 0 {
-        return Ok(None);
-    }
+) -> Result<Vec<Option<Ring>>> {
     let layout = staging_layout(options, device_count)?;
-    debug_assert!(staged.read_len_bytes_max <= plan.machine().buffer_len_bytes);
-    let layout = layout.at_most(staged.reads).for_reads_of(staged.read_len_bytes_max);
-    devices::ring(shares.devices()[device], layout).map(Some)
+    let staged: Vec<_> = (0..shares.devices().len()).map(|device| shares.staged(device)).collect();
+    let reads: Vec<u64> = staged.iter().map(|staged| staged.reads).collect();
+    let counts = share_out(plan.machine().buffer_count, &reads);
+    let ring = |((device, staged), count): ((&DeviceId, &Staged), u32)| {
+        if count == 0 {
+            return Ok(None);
+        }
+        debug_assert!(staged.read_len_bytes_max <= plan.machine().buffer_len_bytes);
+        let layout = layout.of_count(count).for_reads_of(staged.read_len_bytes_max);
+        devices::ring(*device, layout).map(Some)
+    };
+    shares.devices().iter().zip(&staged).zip(counts).map(ring).collect()
+}
+
+/// Shares staging buffers out to devices by the reads staged for each: as many as it can use, and of what is left equal parts to those
+/// that can use more.
+fn share_out(buffer_count: u32, reads: &[u64]) -> Vec<u32> {
+    let mut counts = vec![0; reads.len()];
+    let mut by_need: Vec<usize> = (0..reads.len()).collect();
+    by_need.sort_by_key(|device| reads[*device]);
+    let mut left = buffer_count;
+    for (place, device) in by_need.into_iter().enumerate() {
+        let equal = left / (reads.len() - place) as u32;
+        counts[device] = equal.min(u32::try_from(reads[device]).unwrap_or(u32::MAX));
+        left -= counts[device];
+    }
+    counts
 }
 
 /// Counts the host memory that the load allocated for its result.
@@ -482,4 +502,19 @@ fn late_fallbacks(done: &Transferred, prepared: &Prepared) -> Vec<Fallback> {
             .push(Fallback::new(what, "the system refused them (EINVAL) though the probe's read worked"));
     }
     fallbacks
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffers_that_one_device_has_no_use_for_are_the_others() {
+        assert_eq!(share_out(64, &[1000]), [64]);
+        assert_eq!(share_out(64, &[1000, 1000]), [32, 32]);
+        assert_eq!(share_out(64, &[0, 1000]), [0, 64], "the host's part is read in place");
+        assert_eq!(share_out(64, &[1000, 4, 1000]), [30, 4, 30]);
+        assert_eq!(share_out(64, &[3, 2]), [3, 2]);
+        assert_eq!(share_out(2, &[u64::MAX, 1]), [1, 1]);
+    }
 }
