@@ -194,7 +194,9 @@ fn moe_header(tensor_count: usize, step: usize) -> (Vec<u8>, u64) {
         .collect();
     // `step` is prime to both counts, so that each entry is listed once.
     let listed: Vec<&str> = (0..tensor_count).map(|place| &*entries[place * step % tensor_count]).collect();
-    let json = format!("{{{}}}", listed.join(",")).into_bytes();
+    // Padded as writers do: behind a header of an odd length, every tensor is misaligned and placed by itself.
+    let mut json = format!("{{{}}}", listed.join(",")).into_bytes();
+    json.resize(json.len().next_multiple_of(8), b' ');
     let file_len_bytes = 8 + json.len() as u64 + start_bytes;
     (json, file_len_bytes)
 }

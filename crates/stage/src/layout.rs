@@ -33,6 +33,11 @@ impl Layout {
         Layout { buffer_count, ..self }
     }
 
+    /// Returns so many of the same buffers (at least one).
+    pub fn of_count(self, buffer_count: u32) -> Layout {
+        Layout { buffer_count: buffer_count.max(1), ..self }
+    }
+
     /// Returns as many buffers, but none longer than the longest read needs.
     pub fn for_reads_of(self, read_len_bytes_max: u64) -> Layout {
         let read_len = read_len_bytes_max.clamp(1, self.buffer_len_bytes as u64) as usize; // Clamped to a usize.

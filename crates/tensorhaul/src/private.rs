@@ -6,7 +6,7 @@ use std::time::Instant;
 use tensorhaul_device::Near;
 use tensorhaul_direct::Direct;
 use tensorhaul_io::Counts;
-use tensorhaul_plan::{DeviceId, External, InPlace, Machine, Plan, Request, Route, Select};
+use tensorhaul_plan::{DeviceId, External, InPlace, Machine, Plan, Request, Route, Select, Staged};
 use tensorhaul_stage::{Placement, Ring};
 
 use crate::assignment::Assignment;
@@ -62,8 +62,12 @@ pub(crate) fn plan_of(
         (true, Asking::Devices) => devices::open_all(&ids).unwrap_or_default(),
     };
     let peers = devices::peers(&opened);
-    let is_required = options.direct_storage == Preference::Required;
-    let accelerators = ids.iter().filter(|id| is_required && **id != DeviceId::Host);
+    // A load that needs it to land in place tries it, and is planned as if it worked.
+    let is_counted_on = match (options.direct_storage, options.in_place) {
+        (Preference::Required, _) | (Preference::Preferred, Preference::Required) => true,
+        _ => false,
+    };
+    let accelerators = ids.iter().filter(|id| is_counted_on && **id != DeviceId::Host);
     let routes = accelerators.map(|id| storage::route_for_all(*id)).collect();
     // They are described where that is allowed, because one may share the host's memory.
     let able = |id: &DeviceId| find(id).is_some_and(|found| is_able(&found, *id, options));
@@ -268,9 +272,7 @@ impl Load<'_> {
         let Load { model, plan, assignment, temperatures, options, device_count, cancel, .. } = *self;
         let near: Vec<_> = sides.iter().map(|side| side.near.clone()).collect();
         let reading = Reading { model, options, plan, temperatures, assignment, near: &near };
-        let rings = near.iter().enumerate();
-        let rings = rings.map(|(device, near)| ring(plan, assignment, device, near, options, device_count));
-        let mut rings = rings.collect::<Result<Vec<_>>>()?;
+        let mut rings = rings(plan, assignment, &near, options, device_count)?;
         let mut dropped = Counts::default();
         let mut preparing = self.preparing(sides, &rings)?;
         loop {
@@ -423,23 +425,43 @@ fn machine(
     })
 }
 
-/// Takes a ring for a device, near it, no larger than the reads staged for it can use; none when nothing is.
-fn ring(
+/// Takes a ring for each device, near it, no larger than the reads staged for it can use; none where nothing is.
+fn rings(
     plan: &Plan,
     assignment: &Assignment,
-    device: usize,
-    near: &Near,
+    near: &[Near],
     options: &LoadOptions,
     device_count: usize,
-) -> Result<Option<Ring>> {
-    let staged = assignment.staged(device);
-    if staged.reads == 0 {
-        return Ok(None);
-    }
+) -> Result<Vec<Option<Ring>>> {
     let layout = staging_layout(options, device_count)?;
-    debug_assert!(staged.read_len_bytes_max <= plan.machine().buffer_len_bytes);
-    let layout = layout.at_most(staged.reads).for_reads_of(staged.read_len_bytes_max);
-    devices::ring(assignment.devices()[device], layout, near).map(Some)
+    let staged: Vec<_> = (0..assignment.devices().len()).map(|device| assignment.staged(device)).collect();
+    let reads: Vec<u64> = staged.iter().map(|staged| staged.reads).collect();
+    let counts = share_out(plan.machine().buffer_count, &reads);
+    let ring = |(device, count): (usize, u32)| {
+        let staged = &staged[device];
+        if count == 0 {
+            return Ok(None);
+        }
+        debug_assert!(staged.read_len_bytes_max <= plan.machine().buffer_len_bytes);
+        let layout = layout.of_count(count).for_reads_of(staged.read_len_bytes_max);
+        devices::ring(assignment.devices()[device], layout, &near[device]).map(Some)
+    };
+    counts.into_iter().enumerate().map(ring).collect()
+}
+
+/// Shares staging buffers out to devices by the reads staged for each: as many as it can use, and of what is left equal parts to those
+/// that can use more.
+fn share_out(buffer_count: u32, reads: &[u64]) -> Vec<u32> {
+    let mut counts = vec![0; reads.len()];
+    let mut by_need: Vec<usize> = (0..reads.len()).collect();
+    by_need.sort_by_key(|device| reads[*device]);
+    let mut left = buffer_count;
+    for (place, device) in by_need.into_iter().enumerate() {
+        let equal = left / (reads.len() - place) as u32;
+        counts[device] = equal.min(u32::try_from(reads[device]).unwrap_or(u32::MAX));
+        left -= counts[device];
+    }
+    counts
 }
 
 /// Counts the host memory that the load allocated for its result.
@@ -519,4 +541,19 @@ fn late_fallbacks(done: &Transferred, prepared: &Prepared) -> Vec<Fallback> {
             .push(Fallback::new(what, "the system refused them (EINVAL) though the probe's read worked"));
     }
     fallbacks
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffers_that_one_device_has_no_use_for_are_the_others() {
+        assert_eq!(share_out(64, &[1000]), [64]);
+        assert_eq!(share_out(64, &[1000, 1000]), [32, 32]);
+        assert_eq!(share_out(64, &[0, 1000]), [0, 64], "the host's part is read in place");
+        assert_eq!(share_out(64, &[1000, 4, 1000]), [30, 4, 30]);
+        assert_eq!(share_out(64, &[3, 2]), [3, 2]);
+        assert_eq!(share_out(2, &[u64::MAX, 1]), [1, 1]);
+    }
 }

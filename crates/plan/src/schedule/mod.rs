@@ -48,6 +48,7 @@ pub(crate) fn plan(
         place(checkpoint, request, &wanted, &lifetimes, machine);
     let Scratch { mut operations, payloads, mut small, mut large } =
         scratch(checkpoint, request, &wanted, &tensors, &mut arenas, machine)?;
+    drop((wanted, lifetimes)); // Reads take as much again.
     let mut lists = [&mut segments, &mut small, &mut large];
     let mut vain = route(&mut lists, over_read_max, machine);
     let is_in_order = |a: &Segment, b: &Segment| (a.file, a.begin) <= (b.file, b.begin);

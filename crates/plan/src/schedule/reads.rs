@@ -28,9 +28,11 @@ pub(super) fn reads(
     machine: &Machine,
 ) -> Reads {
     let mut reads = Reads::default();
-    reads.reads.reserve(segments.len());
-    reads.copies.reserve(segments.len());
-    reads.brought.reserve(segments.len().max(tensors.len()));
+    // A segment that ends in another read than it begins in has a copy in each: a few more, for which lists would double.
+    let count = segments.len() + segments.len() / 8;
+    reads.reads.reserve(requests.counts.len());
+    reads.copies.reserve(count);
+    reads.brought.reserve(count.max(tensors.len() + tensors.len() / 8));
     let mut tally = Tally::new(tensors, operations);
     for now in requests.of(segments) {
         match now[0].way {

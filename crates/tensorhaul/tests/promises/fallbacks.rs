@@ -4,7 +4,10 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use tensorhaul::{Dtype, EngineChoice, Fallback, Handover, LoadOptions, Loaded, Model, Preference};
+use tensorhaul::{
+    DeviceId, Dtype, EngineChoice, ErrorKind, Fallback, Handover, LoadOptions, Loaded, Model, Preference,
+    Request,
+};
 
 use crate::common::{
     Cache, Folder, assert_consistent, assert_passes_alone, assert_same, awkward, encode, evict,
@@ -111,6 +114,25 @@ fn reads_in_place_can_be_required_of_the_host() {
     let loaded = Model::open(folder.path()).unwrap().load(&private().in_place(Preference::Required)).unwrap();
     assert_same(loaded.tensors.iter(), &expected, "in place");
     assert!(loaded.report.bytes_in_place > 0);
+}
+
+#[test]
+fn a_plan_counts_on_direct_storage_that_a_load_would_try() {
+    let folder = Folder::on_disk();
+    folder.checkpoint(&awkward());
+    let model = Model::open(folder.path()).unwrap();
+    let plan = |direct_storage| {
+        let mut request = Request::all();
+        request.device = DeviceId::Cuda(0);
+        let options = private().in_place(Preference::Required).direct_storage(direct_storage);
+        model.plan(&options.request(request))
+    };
+    for direct_storage in [Preference::Preferred, Preference::Required] {
+        assert!(plan(direct_storage).unwrap().promised().in_place_bytes > 0, "{direct_storage:?}");
+    }
+    let error = plan(Preference::Off).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::BadRequest);
+    assert!(error.one_line().contains("cannot write into its memory"), "{}", error.one_line());
 }
 
 pub(crate) fn private() -> LoadOptions {
