@@ -227,7 +227,7 @@ impl Bench {
             files,
             ring,
             pinned,
-            near: set_of(&device.near_processors()),
+            near: set_of(&device.near().processors),
             device,
         })
     }

@@ -27,7 +27,7 @@ use std::time::Duration;
 
 use comfy_table::{CellAlignment, Table, presets};
 use serde::Deserialize;
-use tensorhaul::{DeviceId, DeviceMap, EngineChoice, Faults, LoadOptions, Model, Request, TensorRef};
+use tensorhaul::{DeviceId, DeviceMap, Disk, EngineChoice, Faults, LoadOptions, Model, Request, TensorRef};
 use tensorhaul_benches::cache::Cache;
 use tensorhaul_benches::checkpoint::{Checkpoint, Shape};
 use tensorhaul_benches::simulator;
@@ -54,6 +54,8 @@ enum Storage {
     PageCache,
     /// Memory, by one thread that sleeps before each read as a disk of about 250 MB/s would make it wait.
     Slow,
+    /// Memory, behind a disk of this speed that all devices' lanes share.
+    Disk { mb_per_s: u64 },
 }
 
 /// Which stage is the slowest, and so how long it takes alone.
@@ -63,6 +65,8 @@ enum Slowest {
     Link,
     /// The same reads onto a link without a limit and a device without a context to make; or, where that is longer, the context.
     Reads,
+    /// Bytes by the disk's speed.
+    Disk,
     /// The context, then the link: no copy begins without a context.
     ContextThenLink,
 }
@@ -129,6 +133,24 @@ const ROWS: &[Row] = &[
         link_mb_per_s: 100,
         context_millis: 0,
         slowest: Slowest::Link,
+        asked: 1.05,
+    },
+    Row {
+        name: "a disk of 200 MB/s to 2 devices, links of 200 MB/s",
+        storage: Storage::Disk { mb_per_s: 200 },
+        device_count: 2,
+        link_mb_per_s: 200,
+        context_millis: 0,
+        slowest: Slowest::Disk,
+        asked: 1.05,
+    },
+    Row {
+        name: "a disk of 200 MB/s to 4 devices, links of 100 MB/s",
+        storage: Storage::Disk { mb_per_s: 200 },
+        device_count: 4,
+        link_mb_per_s: 100,
+        context_millis: 0,
+        slowest: Slowest::Disk,
         asked: 1.05,
     },
 ];
@@ -230,10 +252,18 @@ impl Row {
         let link_seconds = report.link_bytes() as f64 / (self.link_mb_per_s as f64 * 1e6);
         let slowest_seconds = match self.slowest {
             Slowest::Link => link_seconds,
+            Slowest::Disk => report.bytes as f64 / (self.disk_mb_per_s() as f64 * 1e6),
             Slowest::Reads => self.load(checkpoint, 0, 0)?.seconds.max(self.context_millis as f64 / 1e3),
             Slowest::ContextThenLink => self.context_millis as f64 / 1e3 + link_seconds,
         };
         Ok(Run { report, slowest_seconds })
+    }
+
+    fn disk_mb_per_s(&self) -> u64 {
+        match self.storage {
+            Storage::Disk { mb_per_s } => mb_per_s,
+            Storage::PageCache | Storage::Slow => unreachable!("only a row with a disk waits for it"),
+        }
     }
 
     /// Runs [`load`] in a process whose machine has this link and this context.
@@ -251,8 +281,10 @@ impl Row {
         command.env("SIMGPU", machine).env("TENSORHAUL_CUDA_LIBRARY", simulator::library()?);
         command.env(FOLDER_VARIABLE, &checkpoint.folder);
         command.env(DEVICES_VARIABLE, self.device_count.to_string());
-        if self.storage == Storage::Slow {
-            command.env(SLOW_VARIABLE, "1");
+        match self.storage {
+            Storage::PageCache => {}
+            Storage::Slow => drop(command.env(SLOW_VARIABLE, "1")),
+            Storage::Disk { mb_per_s } => drop(command.env(DISK_VARIABLE, mb_per_s.to_string())),
         }
         let output = command.output()?;
         if !output.status.success() {
@@ -267,10 +299,15 @@ fn load(folder: &Path) -> Result<(), Box<dyn Error>> {
     let mut request = Request::all();
     request.device = DeviceId::Cuda(0);
     let options = LoadOptions::default().request(request);
-    let (model, options) = match env::var_os(SLOW_VARIABLE) {
-        None => (Model::open(folder)?, options),
+    let (model, options) = match (env::var_os(SLOW_VARIABLE), env::var(DISK_VARIABLE)) {
         // One thread, so that the same seed makes the same reads wait as long whenever it runs.
-        Some(_) => (slow(folder)?, options.engine(EngineChoice::Pread).threads(1)),
+        (Some(_), _) => (in_memory(folder, slow())?, options.engine(EngineChoice::Pread).threads(1)),
+        (None, Ok(mb_per_s)) => {
+            let disk = Disk::new(mb_per_s.parse::<u64>()? * 1_000_000);
+            let faults = Faults { disk: Some(disk), ..Faults::default() };
+            (in_memory(folder, faults)?, options.engine(EngineChoice::Pread))
+        }
+        (None, Err(_)) => (Model::open(folder)?, options),
     };
     let device_count = env::var(DEVICES_VARIABLE)?.parse()?;
     let options = if device_count > 1 { options.device_map(shared(&model, device_count)?) } else { options };
@@ -290,8 +327,13 @@ fn shared(model: &Model, device_count: u32) -> Result<DeviceMap, Box<dyn Error>>
     Ok(DeviceMap::new(model.checkpoint().tensors().map(entry))?)
 }
 
-/// Opens a folder's files as bytes in memory, each read of which waits.
-fn slow(folder: &Path) -> Result<Model, Box<dyn Error>> {
+/// Makes each read wait: one of 4 MiB for 15 ms in the mean.
+fn slow() -> Faults {
+    Faults { seed: 1, delayed_one_in: 1, delay_max: Duration::from_millis(30), ..Faults::default() }
+}
+
+/// Opens a folder's files as bytes in memory.
+fn in_memory(folder: &Path, faults: Faults) -> Result<Model, Box<dyn Error>> {
     let mut paths =
         fs::read_dir(folder)?.map(|entry| Ok(entry?.path())).collect::<std::io::Result<Vec<_>>>()?;
     paths.sort();
@@ -300,9 +342,6 @@ fn slow(folder: &Path) -> Result<Model, Box<dyn Error>> {
         Ok((name, fs::read(path)?.into()))
     };
     let files = paths.iter().map(named).collect::<std::io::Result<Vec<_>>>()?;
-    // A read of 4 MiB waits for 15 ms in the mean.
-    let faults =
-        Faults { seed: 1, delayed_one_in: 1, delay_max: Duration::from_millis(30), ..Faults::default() };
     Ok(Model::from_memory(files, faults)?)
 }
 
@@ -312,3 +351,5 @@ const FOLDER_VARIABLE: &str = "TENSORHAUL_BENCH_OVERLAP_FOLDER";
 const DEVICES_VARIABLE: &str = "TENSORHAUL_BENCH_OVERLAP_DEVICES";
 /// Set where storage is [`Storage::Slow`].
 const SLOW_VARIABLE: &str = "TENSORHAUL_BENCH_OVERLAP_SLOW";
+/// The speed of a [`Storage::Disk`].
+const DISK_VARIABLE: &str = "TENSORHAUL_BENCH_OVERLAP_DISK_MB_PER_S";

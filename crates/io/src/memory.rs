@@ -1,9 +1,9 @@
 //! The `memory` engine: files that are bytes in memory, with faults from a seed.
 
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use crate::engine::{Access, Counts, Engine, Feed, Sink};
 use crate::threads::{self, ReadAt};
@@ -29,10 +29,41 @@ pub struct Faults {
     pub delayed_one_in: u64,
     /// The longest delay.
     pub delay_max: Duration,
+    /// What all reads have to share, also those of other engines that have a clone of it.
+    pub disk: Option<Disk>,
     /// Reads that touch this byte of this file fail with this error number.
     pub fails_at: Option<FailsAt>,
     /// This file ends here, whatever its header said: somebody truncated it.
     pub ends_at: Option<(u32, u64)>,
+}
+
+/// A disk's speed: reads pass one after the other, whoever asks. Clones are handles of the same disk.
+#[derive(Clone, Debug)]
+pub struct Disk {
+    bytes_per_s: u64,
+    free_at: Arc<Mutex<Instant>>,
+}
+
+impl Disk {
+    /// Makes a disk that is idle.
+    ///
+    /// # Panics
+    /// When it would stand still.
+    pub fn new(bytes_per_s: u64) -> Disk {
+        assert!(bytes_per_s > 0, "a disk moves");
+        Disk { bytes_per_s, free_at: Arc::new(Mutex::new(Instant::now())) }
+    }
+
+    /// Waits until these bytes have passed, behind those of whoever came before.
+    fn carry(&self, len_bytes: u64) {
+        let done_at = {
+            let mut free_at = self.free_at.lock().unwrap_or_else(PoisonError::into_inner);
+            let seconds = len_bytes as f64 / self.bytes_per_s as f64;
+            *free_at = (*free_at).max(Instant::now()) + Duration::from_secs_f64(seconds);
+            *free_at
+        };
+        std::thread::sleep(done_at.saturating_duration_since(Instant::now()));
+    }
 }
 
 /// A byte that cannot be read.
@@ -95,6 +126,9 @@ impl ReadAt for Memory {
         {
             return Err(io::Error::from_raw_os_error(fails.errno));
         }
+        if let Some(disk) = &faults.disk {
+            disk.carry(len);
+        }
         let (begin, len) = (offset_bytes.min(end) as usize, len as usize);
         target[..len].copy_from_slice(&bytes[begin..begin + len]);
         Ok(len)
@@ -116,4 +150,21 @@ fn splitmix64(seed: u64) -> u64 {
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     z ^ (z >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_through_clones_of_a_disk_pass_one_after_the_other() {
+        let disk = Disk::new(1_000_000_000);
+        let free_at = || *disk.free_at.lock().unwrap();
+        let before = free_at();
+        disk.clone().carry(500_000);
+        let between = free_at();
+        disk.carry(500_000);
+        assert!(between >= before + Duration::from_micros(500), "a clone's read keeps the disk busy");
+        assert!(free_at() >= between + Duration::from_micros(500), "and the next is behind it");
+    }
 }

@@ -188,9 +188,9 @@ unsafe impl Driver for Rocm {
             name: if name.is_empty() { format!("AMD {architecture}") } else { name },
             total_bytes: total as u64,
             pci_bus_id: pci_bus_id.unwrap_or_default(),
-            host_node: self.host_node(device),
             architecture,
             processor_count: self.attribute(sys::ATTRIBUTE_MULTIPROCESSOR_COUNT, device)?.max(0) as u32,
+            host_node: self.host_node(device),
             reads_pinned: self.attribute(sys::ATTRIBUTE_CAN_MAP_HOST_MEMORY, device)? != 0,
         })
     }

@@ -98,7 +98,7 @@ pub use tensorhaul_device::conformance;
 pub use tensorhaul_device::{Allocation, Kept, cast};
 pub use tensorhaul_direct::{Compatibility, DirectMode};
 pub use tensorhaul_exchange as exchange;
-pub use tensorhaul_io::memory::{FailsAt, Faults};
+pub use tensorhaul_io::memory::{Disk, FailsAt, Faults};
 pub use tensorhaul_plan::placement::UnknownDevice;
 pub use tensorhaul_plan::{
     Assembled, Assembly, Checkpoint, DeviceId, DeviceMap, DeviceMapError, Dtype, DtypeKind, File, OverRead,

@@ -63,7 +63,7 @@ const COLUMNS: u64 = 256;
 fn layers(device_count: u32) -> impl Strategy<Value = Vec<Layer>> {
     let numel = prop_oneof![3 => 0..300u64, 3 => 2_000..40_000u64, 1 => 100_000..300_000u64];
     let plain = vec((select(vec![Dtype::U8, Dtype::Bf16, Dtype::F32]), numel), 0..4);
-    let packed = vec(prop_oneof![2 => 1..40u64, 1 => 100..1500u64], 0..3);
+    let packed = vec(prop_oneof![1 => 1..40u64, 2 => 100..1500u64], 0..4);
     let numbers: Vec<_> = (0..device_count).chain([HOST]).collect();
     // The host is as likely as any one device.
     let devices = subsequence(numbers, 1..=device_count as usize).prop_shuffle();
@@ -93,8 +93,8 @@ fn case() -> impl Strategy<Value = Case> {
         select(vec![Preference::Preferred, Preference::Off]),
         select(vec![Preference::Off, Preference::Preferred]),
     );
-    let dequantized = prop_oneof![Just(None), select(vec![Some(Dtype::Bf16), Some(Dtype::F32)])];
-    let spare = select(vec![8192u64, 70_000, 1 << 20]);
+    let dequantized = select(vec![None, Some(Dtype::Bf16), Some(Dtype::F32)]);
+    let spare = select(vec![16_384u64, 70_000, 1 << 20]);
     machine().prop_flat_map(move |machine| {
         let layers = layers(machine.device_count);
         let rest = (sizes.clone(), ways.clone(), dequantized.clone(), spare.clone());
@@ -189,8 +189,8 @@ impl Case {
             .engine(self.engine)
             .in_place(self.in_place)
             .direct_storage(self.direct_storage)
-            // Each device has its scratch memory, and their sum is the budget.
-            .transient_bytes((longest + self.transient_spare_bytes) * map.devices().len() as u64)
+            // Little more than the longest, so that places are taken again.
+            .transient_bytes(longest + self.transient_spare_bytes)
             .checksums(true)
     }
 
@@ -209,7 +209,7 @@ impl Case {
         for round in 0..2 {
             let loaded = model.load(&options).unwrap_or_else(|error| panic!("{}", error.one_line()));
             assert_same(&expected, &loaded, &map);
-            assert_promised(&loaded, &plan, self.staging_bytes * map.devices().len() as u64);
+            assert_promised(&loaded, self.staging_bytes * map.devices().len() as u64);
             drop(loaded);
             if round == 1 {
                 tensorhaul::release_devices();
@@ -234,20 +234,20 @@ fn assert_same(expected: &Loaded, loaded: &Loaded, map: &DeviceMap) {
     assert_eq!(loaded.report.checksums.as_ref().unwrap().len(), expected.tensors.len());
 }
 
-/// The memory that was promised is what was taken.
-fn assert_promised(loaded: &Loaded, plan: &Plan, staging_bytes: u64) {
+/// What was promised is what was taken, with what the load's own plan promised: the page cache, which others use too, decides which reads are
+/// direct, and so how places are rounded.
+fn assert_promised(loaded: &Loaded, staging_bytes: u64) {
     let report = &loaded.report;
-    let (promised, planned) = (&report.promised, plan.promised());
-    assert_eq!(
-        (promised.read_bytes, promised.target_bytes, promised.transient_bytes),
-        (planned.read_bytes, planned.target_bytes, planned.transient_bytes)
-    );
+    let promised = &report.promised;
     assert!(report.peak_staging_bytes <= promised.peak_staging_bytes);
     assert!(promised.peak_staging_bytes <= staging_bytes);
     assert!(report.peak_host_bytes <= promised.peak_host_bytes);
     let sum = |of: fn(&tensorhaul::DeviceReport) -> u64| report.devices.iter().map(of).sum::<u64>();
     assert_eq!(sum(|device| device.target_bytes), promised.target_bytes);
     assert_eq!(sum(|device| device.reads), report.reads);
+    assert!(
+        report.devices.iter().map(|device| device.transient_bytes).sum::<u64>() <= promised.transient_bytes
+    );
 }
 
 /// Reads of a plan cover every byte of its tensors, and none twice, but for pages where direct reads meet, and for gaps between small sources of
