@@ -106,6 +106,7 @@ impl Convert {
         let overflow =
             |tensor: &str, elements| format!("{tensor:?}: {} became infinite", count(elements, "number"));
         list(&mut text, "overflow", report.overflowed.iter().map(|it| overflow(&it.tensor, it.elements)));
+        list(&mut text, "unfused", report.unfused.iter().map(ToString::to_string));
         list(&mut text, "left out", report.left_out.iter().map(|it| format!("{}: {}", it.what, it.why)));
         text
     }

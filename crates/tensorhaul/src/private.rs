@@ -27,13 +27,17 @@ use crate::storage::{self, Storage};
 
 /// Plans a private load and does nothing else.
 pub(crate) fn plan(model: &Inner, options: &LoadOptions) -> Result<Plan> {
-    let request = request(model, options)?;
-    mapping::check(model, &request)?;
+    plan_of(model, options, &request(model, options)?)
+}
+
+/// Plans a [request] that is complete.
+pub(crate) fn plan_of(model: &Inner, options: &LoadOptions, request: &Request) -> Result<Plan> {
+    mapping::check(model, request)?;
     let probed = Probed::new(model, options);
-    let ids = mapping::devices(&request);
+    let ids = mapping::devices(request);
     // Accelerators are opened to make a plan only where it matters which reach each other, so what direct storage can do is not known;
     // they are described where they are there, because one may share the host's memory.
-    let peers = match mapping::replicates(&request) {
+    let peers = match mapping::replicates(request) {
         true => devices::open_all(&ids).map_or(Vec::new(), |opened| devices::peers(&opened)),
         false => Vec::new(),
     };
@@ -43,7 +47,7 @@ pub(crate) fn plan(model: &Inner, options: &LoadOptions) -> Result<Plan> {
     let able = |id: &DeviceId| devices::find(*id).is_ok_and(|found| is_able(&found, *id, options));
     let able: Vec<_> = ids.iter().map(|id| (*id, able(id))).collect();
     let machine = machine(options, &able, peers, &probed, routes)?;
-    Ok(Plan::new(&model.checkpoint, &request, &machine)?)
+    Ok(Plan::new(&model.checkpoint, request, &machine)?)
 }
 
 /// Loads; forgets a device that failed, so that the next load opens it anew.

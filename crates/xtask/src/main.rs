@@ -69,7 +69,7 @@ Usage: cargo xtask TASK
   fuzz [ARG...]     every fuzz target for a minute: fuzz/run.sh with these arguments (nightly, cargo-fuzz)
   size              whether the release command, stripped, is at most 20 MB long
   sanitize          the tests that handle raw memory, under AddressSanitizer (nightly)
-  proof             a real model of 91 MB, compared byte for byte with the safetensors Python package (network)
+  proof             a real model of 91 MB, compared byte for byte with the safetensors Python package; ranks with transformers' plan (network)
   help              this text
 
 kernels --check, sanitize and proof say so and succeed where the machine lacks what they need; with CI=true they fail.

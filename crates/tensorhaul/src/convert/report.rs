@@ -3,7 +3,7 @@
 use std::fmt;
 
 use serde::Serialize;
-use tensorhaul_plan::Dtype;
+use tensorhaul_plan::{Dtype, Unfused};
 
 /// What a conversion did.
 #[derive(Clone, Debug, Serialize)]
@@ -31,6 +31,8 @@ pub struct ConvertReport {
     pub overflowed: Vec<Overflowed>,
     /// What was not copied, and why: files, and keys of `__metadata__`.
     pub left_out: Vec<LeftOut>,
+    /// What was to be fused and is not.
+    pub unfused: Vec<Unfused>,
     /// From the call until the files had their names.
     pub seconds: f64,
     /// `bytes` by `seconds`, in 1e9 bytes a second.

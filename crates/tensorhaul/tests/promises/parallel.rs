@@ -216,8 +216,8 @@ fn plans_of_all_ranks_read_no_more_than_there_is() {
         assert!(plan.promised.read_bytes >= plan.promised.payload_bytes);
     }
     let summary = model.describe_rank(&options, &Ranks::alone().tp(3, 4)).unwrap();
-    assert!(summary.text.contains("row"), "{}", summary.text);
-    assert!(summary.padding.is_empty(), "{:?}", summary.padding);
+    assert!(summary.to_string().contains("row"), "{summary}");
+    assert!(summary.kinds.iter().all(|kind| kind.padding_rows == 0), "{summary}");
 }
 
 #[test]
@@ -299,4 +299,78 @@ fn a_ranks_tensors_land_in_views_of_the_callers_memory() {
         assert_eq!(error.kind(), ErrorKind::BadRequest, "{error}");
         assert!(error.one_line().contains(name), "{}", error.one_line());
     }
+}
+
+#[test]
+fn what_stays_unfused_is_among_the_reports_fallbacks() {
+    let rules = r#"{"extends":"LlamaForCausalLM","rules":{},"fuse":[
+        {"name":"odd","target":"layers.*.mlp.odd","rows":["layers.*.mlp.up_proj","layers.*.mlp.down_proj"]}]}"#;
+    let model = Model::open(TINY_LLAMA).unwrap();
+    let parallel = rank(Ranks::alone().tp(0, 2)).rules(Rules::parse(rules).unwrap());
+    let load = |fuse| model.load(&options(false).parallel(parallel.clone().fuse(fuse)));
+    let loaded = load(Fuse::All).unwrap();
+    let told: Vec<&str> = loaded.report.fallbacks.iter().map(|fallback| fallback.what.as_str()).collect();
+    assert!(
+        told.contains(&"odd of 2 modules stays unfused, first \"model.layers.0.mlp.odd.weight\""),
+        "{told:?}"
+    );
+    assert!(loaded.tensors.get("model.layers.1.mlp.down_proj.weight").is_some());
+    assert!(load(Fuse::No).unwrap().report.fallbacks.iter().all(|fallback| !fallback.what.contains("odd")));
+    let error = load(Fuse::Only(vec!["odd".to_owned()])).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::BadRequest);
+    assert!(error.one_line().contains("stays quantized"), "{}", error.one_line());
+}
+
+#[test]
+fn rows_of_padding_are_stated_and_left_to_whoever_gives_the_memory() {
+    // 384 words in 4 shares of a multiple of 100: 100, 100, 100, and 84 with 16 of padding.
+    let rules = r#"{"extends":"LlamaForCausalLM","rules":{
+        "lm_head":{"rule":"vocab","pad_to":100},"embed_tokens":{"rule":"vocab","pad_to":100}}}"#;
+    let model = Model::open(TINY_LLAMA).unwrap();
+    let parallel = rank(Ranks::alone().tp(3, 4)).rules(Rules::parse(rules).unwrap());
+    let options = || options(false).parallel(parallel.clone());
+    let name = "lm_head.weight";
+    let whole = matrices(&model.load(&self::options(false)).unwrap())[name].clone();
+    let (padded, row) = (100 * 64 * 2, 64 * 2);
+    let (memory, start) = given(padded);
+    let target = |shape: [u64; 2]| {
+        // SAFETY: initialized memory of this test's own, which nobody touches until the tensor is there.
+        let target = unsafe { ExternalMemory::host(start, memory.len() as u64, Arc::new(())) };
+        target.layout(whole.dtype, shape, None)
+    };
+    let error = model.load(&options().target(name, target([100, 64]))).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::BadRequest);
+    assert!(
+        error.one_line().contains(
+            "the memory given is for BF16 [100, 64], the tensor is BF16 [84, 64]; its 16 rows of padding are in no file and are not written"
+        ),
+        "{}",
+        error.one_line()
+    );
+    model.load(&options().target(name, target([84, 64]))).unwrap();
+    // SAFETY: the memory that was given; the load is over.
+    let found = unsafe { std::slice::from_raw_parts(start.as_ptr(), memory.len()) };
+    assert_eq!(found[..84 * row], whole.rows(300, 384).bytes);
+    assert_eq!(found[84 * row..], vec![0xee; 16 * row]);
+}
+
+#[test]
+fn dequantized_tensors_take_no_strides_and_that_is_told_before_the_first_read() {
+    let model = Model::open(TINY_LLAMA).unwrap();
+    let name = "model.layers.0.mlp.down_proj.weight";
+    let (memory, start) = given(64 * 100 * 2);
+    // SAFETY: as above.
+    let target = unsafe { ExternalMemory::host(start, memory.len() as u64, Arc::new(())) };
+    let target = target.layout(Dtype::Bf16, [64, 44], Some(vec![100, 1]));
+    let options = options(true).parallel(rank(Ranks::alone().tp(1, 4))).target(name, target);
+    let error = model.load(&options).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::BadRequest);
+    assert!(
+        error
+            .one_line()
+            .contains("is dequantized, which needs memory without gaps; give it row-major strides"),
+        "{}",
+        error.one_line()
+    );
+    assert!(memory.iter().all(|byte| *byte == 0xee));
 }

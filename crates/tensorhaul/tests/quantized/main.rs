@@ -25,5 +25,6 @@ mod mlx;
 mod numbers;
 mod pack;
 mod plain;
+mod ranks;
 mod refusals;
 mod torchao;

@@ -1,0 +1,105 @@
+//! A rank's packed part is a checkpoint of its own: it becomes the rank's part of the numbers, bit for bit.
+
+use serde_json::json;
+use tensorhaul::convert::{ConvertOptions, convert};
+use tensorhaul::parallel::{Parallel, Ranks, Rules};
+use tensorhaul::{Dequantization, Dtype, Model};
+
+use crate::case::{Case, Expected};
+use crate::check::dequantized;
+use crate::common::Folder;
+use crate::gptq::{Gptq, Order, Zeros};
+
+const ROW: &str = "model.layers.0.mlp.down_proj";
+const COLUMN: &str = "model.layers.0.mlp.up_proj";
+const SIZES: [usize; 2] = [64, 256];
+const GROUP_SIZE: usize = 32;
+
+/// Two layers in GPTQ; what the configuration says of an act-order need not be so.
+fn case(gptq: Gptq, desc_act: bool) -> Case {
+    let version = if gptq.zeros == Zeros::V2 { "gptq_v2" } else { "gptq" };
+    let config = json!({
+        "quant_method": "gptq", "bits": gptq.bits, "group_size": GROUP_SIZE, "desc_act": desc_act,
+        "sym": gptq.zeros == Zeros::SymmetricV1, "checkpoint_format": version,
+    });
+    let mut case = Case::new(format!("ranks of {gptq:?}"), config);
+    gptq.layer(&mut case, ROW, SIZES);
+    gptq.layer(&mut case, COLUMN, SIZES);
+    case
+}
+
+fn gptq(zeros: Zeros, order: Order) -> Gptq {
+    Gptq { zeros, order, group_size: Some(GROUP_SIZE), ..Gptq::default() }
+}
+
+fn parallel(rank: u32, size: u32) -> Parallel {
+    let rules = r#"{"rules":{"model.layers.*.mlp.down_proj":"row","model.layers.*.mlp.up_proj":"column"}}"#;
+    Parallel::rank(Ranks::alone().tp(rank, size)).rules(Rules::parse(rules).unwrap())
+}
+
+/// Writes a rank's part, packed as it is.
+fn copy(case: &Case, rank: u32, size: u32) -> Folder {
+    let (whole, out) = (Folder::on_disk(), Folder::on_disk());
+    case.write(whole.path());
+    let options = ConvertOptions::default().parallel(parallel(rank, size));
+    convert(&Model::open(whole.path()).unwrap(), &out.path().join("rank"), &options).unwrap();
+    out
+}
+
+/// A rank's share of the rows, or of the columns.
+fn part(expected: &Expected, rank: usize, size: usize) -> Vec<u32> {
+    let [rows, cols] = SIZES;
+    let is_in = |place: usize, len: usize| (len / size * rank..len / size * (rank + 1)).contains(&place);
+    let is_kept = |at: &usize| match expected.name.starts_with(ROW) {
+        true => is_in(at % cols, cols),
+        false => is_in(at / cols, rows),
+    };
+    let kept = (0..rows * cols).filter(is_kept);
+    kept.map(|at| expected.values[at].to_bits()).collect()
+}
+
+#[test]
+fn an_index_in_order_does_not_make_a_rank_carry_the_scales_of_others() {
+    for (order, desc_act) in
+        [(Order::Unsaid, false), (Order::Trivial, false), (Order::Trivial, true), (Order::AllZero, false)]
+    {
+        for zeros in [Zeros::SymmetricV1, Zeros::V1, Zeros::V2] {
+            let case = case(gptq(zeros, order), desc_act);
+            // An index that was never filled is known as such by more columns than a group has.
+            let last = if order == Order::AllZero { (1, 2) } else { (7, 8) };
+            for (rank, size) in [(0, 2), (1, 2), (3, 4), last] {
+                let context = format!("{}, rank {rank} of {size}", case.name);
+                let folder = copy(&case, rank, size);
+                let path = folder.path().join("rank");
+                let shape = |name: &str| Model::open(&path).unwrap().tensor(name).unwrap().shape().to_vec();
+                let groups = (SIZES[1] / GROUP_SIZE) as u64 / u64::from(size);
+                assert_eq!(shape(&format!("{ROW}.scales")), [groups, 64], "{context}");
+                assert_eq!(shape(&format!("{ROW}.qzeros")), [groups, 8], "{context}");
+                let tensors = dequantized(&path, Dequantization::to(Dtype::F32));
+                let tensors = tensors.unwrap_or_else(|error| panic!("{context}: {}", error.one_line()));
+                for expected in &case.expected {
+                    let found = tensors.get(&expected.name).unwrap().to_vec::<f32>().unwrap();
+                    let found: Vec<u32> = found.into_iter().map(f32::to_bits).collect();
+                    let expected = part(expected, rank as usize, size as usize);
+                    // The sign of zero is nobody's business.
+                    let is_same = |(one, other): (&u32, &u32)| one == other || (one | other) << 1 == 0;
+                    assert_eq!(found.len(), expected.len(), "{context}");
+                    assert!(found.iter().zip(&expected).all(is_same), "{context}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn an_index_of_an_act_order_keeps_the_scales_of_all_groups() {
+    // The configuration says that there is no act-order; the index decides.
+    let case = case(gptq(Zeros::V2, Order::ByActivation), false);
+    let folder = copy(&case, 1, 2);
+    let model = Model::open(folder.path().join("rank")).unwrap();
+    assert_eq!(model.tensor(&format!("{ROW}.scales")).unwrap().shape(), [8, 64]);
+    let indices = model.tensor(&format!("{ROW}.g_idx")).unwrap().to_vec::<i32>().unwrap();
+    let stored = case.tensors.iter().find(|stored| stored.name == format!("{ROW}.g_idx")).unwrap();
+    let whole: Vec<i32> = stored.bytes.as_chunks().0.iter().map(|bytes| i32::from_le_bytes(*bytes)).collect();
+    assert_eq!(indices, whole[128..]);
+}
