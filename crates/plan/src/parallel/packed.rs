@@ -38,7 +38,10 @@ pub(super) fn members(
     }
     let in_order = in_order.filter(|_| cut.pieces.len() == 1);
     match in_order.map(|in_order| pieces(checkpoint, in_order, cut)) {
-        None | Some(Err(ParallelError::StoredCut { error: CutError::InsideUnit { .. }, .. })) => {
+        None => pieces(checkpoint, group, cut),
+        Some(Err(ParallelError::StoredCut { error, .. }))
+            if matches!(*error, CutError::InsideUnit { .. }) =>
+        {
             pieces(checkpoint, group, cut)
         }
         Some(shares) => {
@@ -76,7 +79,7 @@ fn pieces(checkpoint: &Checkpoint, group: &Group, cut: &Cut) -> Result<Vec<Membe
 
 /// What would work depends on the rule, which is not known here.
 fn cannot_cut(error: CutError) -> ParallelError {
-    ParallelError::StoredCut { error, works: Vec::new(), is_of_expert: false }
+    ParallelError::StoredCut { error: Box::new(error), works: Vec::new(), is_of_expert: false }
 }
 
 impl MemberShare {
