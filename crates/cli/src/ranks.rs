@@ -61,7 +61,7 @@ pub(crate) struct Sharing {
     #[arg(long, value_name = "WHAT", value_parser = unmatched())]
     unmatched: Option<Unmatched>,
 
-    /// Make these tensors one, such as --fuse=qkv,gate_up; alone, all that the rules have
+    /// Make these tensors one, such as --fuse=qkv,gate_up; alone, all that the rules have and the model allows
     #[arg(long, value_name = "NAMES", value_delimiter = ',', num_args = 0..=1, require_equals = true, default_missing_value = "all")]
     fuse: Option<Vec<String>>,
 }

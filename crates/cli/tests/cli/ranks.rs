@@ -73,11 +73,12 @@ fn ranks_that_are_not_there_are_refused_with_the_numbers() {
         (&["--layers", "0..1", "--pp-size", "2"], "'--layers <FIRST..END>'"),
         (&["--all-ranks", "--tp-size", "2", "--tp-rank", "0"], "'--tp-rank <RANK>'"),
         (&["--all-ranks", "--by-rule"], "'--by-rule'"),
-        (&["--unmatched", "guess"], "refuse"),
     ] {
         let said = plan(args).error(2);
         assert!(said.contains(word) && said.ends_with("see --help"), "{args:?}: {said}");
     }
+    let said = tensorhaul(["plan", tiny_llama(), "--unmatched", "guess"]).error(2);
+    assert!(said.contains("refuse, replicate"), "{said}");
 }
 
 #[test]
@@ -85,7 +86,7 @@ fn sizes_that_do_not_fit_the_model_name_those_that_do() {
     for (args, line) in [
         (
             &["--tp-size", "3", "--tp-rank", "0"][..],
-            "tensor \"model.layers.0.self_attn.q_proj.weight\": 3 ranks cannot share 8 heads evenly; 1, 2, 4, 8 can",
+            "tensor \"model.layers.0.mlp.gate_proj.weight\": 3 ranks cannot share 176 rows evenly; 1, 2, 4, 8, 11, 16, 22, 44, 88, 176 can",
         ),
         (&["--pp-size", "3", "--pp-stage", "0"], "3 pipeline stages need as many layers, the model has 2"),
         (&["--layers", "1..5"], "layers 1..5 are none of the model's 2 (0..2)"),
@@ -217,13 +218,13 @@ fn mixture(folder: &Path) -> PathBuf {
     let entry = |(place, (expert, name)): (usize, (u32, &str))| {
         let name = format!("model.layers.0.block_sparse_moe.experts.{expert}.{name}.weight");
         format!(
-            r#""{name}":{{"dtype":"U8","shape":[4,4],"data_offsets":[{},{}]}}"#,
-            16 * place,
-            16 * (place + 1)
+            r#""{name}":{{"dtype":"BF16","shape":[4,4],"data_offsets":[{},{}]}}"#,
+            32 * place,
+            32 * (place + 1)
         )
     };
     let entries: Vec<String> = experts.enumerate().map(entry).collect();
-    write_model(&model.join("model.safetensors"), &entries.join(","), 12 * 16);
+    write_model(&model.join("model.safetensors"), &entries.join(","), 12 * 32);
     model
 }
 

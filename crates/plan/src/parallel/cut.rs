@@ -251,7 +251,7 @@ impl Partition<'_> {
             }
         };
         let section = rule.split().and_then(|split| of_section(&split.sections));
-        let works = match (&error, section) {
+        let works = match (&*error, section) {
             (CutError::InsideUnit { multiple, .. }, Some((number, unit, mut sizes))) => {
                 sizes.retain(|size| {
                     number.is_multiple_of(*size) && (number / size * unit).is_multiple_of(*multiple)

@@ -156,7 +156,7 @@ pub enum ParallelError {
         /// The tensor that would be fused.
         target: String,
         /// Why it cannot.
-        why: Unfit,
+        why: Box<Unfit>,
     },
     /// No tensor of the model is a member of a fused tensor that was asked for by its name.
     FusesNothing {
@@ -173,7 +173,7 @@ pub enum ParallelError {
     /// A quantized tensor that cannot be cut there and stay as it is stored.
     StoredCut {
         /// Where it would be cut.
-        error: CutError,
+        error: Box<CutError>,
         /// Sizes of the tensor-parallel group that cut it elsewhere; empty where nobody knows.
         works: Vec<u64>,
         /// Whether it is an expert, which could stay whole.
@@ -355,7 +355,7 @@ impl std::error::Error for ParallelError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
             ParallelError::Quantized(error) => Some(error),
-            ParallelError::StoredCut { error, .. } => Some(error),
+            ParallelError::StoredCut { error, .. } => Some(&**error),
             _ => None,
         }
     }

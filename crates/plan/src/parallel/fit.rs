@@ -35,7 +35,7 @@ impl Partition<'_> {
                 return Err(ParallelError::CannotFuse {
                     fusion: fusion.to_owned(),
                     target: target.clone(),
-                    why,
+                    why: Box::new(why),
                 });
             }
             unfit.add(fused.key, fusion, target, &why);

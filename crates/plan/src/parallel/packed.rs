@@ -3,7 +3,7 @@
 use super::ParallelError;
 use super::cut::Cut;
 use crate::checkpoint::{Checkpoint, TensorId};
-use crate::quant::{CutError, Group};
+use crate::quant::{CutError, Group, Role};
 use crate::slice::Slice;
 
 /// A member of a quantized tensor as a rank has it.
@@ -15,8 +15,9 @@ pub(super) struct MemberShare {
 
 /// Returns what a rank has of each member, in their order.
 ///
-/// An index that is in order goes with the scales of the rank's own groups: `in_order` is the group without it. Where groups straddle the cut, the
-/// rank has the scales of all groups and the index of its columns, as with an index in any order.
+/// An index that is in order goes with the scales of the rank's own groups: `in_order` is the group without it. Of the index itself the rank has
+/// the first entries, which count from its own first group. Where groups straddle the cut, or it has several pieces, the rank has the
+/// scales of all groups and the index of its columns, as with an index in any order.
 ///
 /// Where the cut has several pieces, what is kept of a member for each lies one after the other, along the only dimension in which they
 /// differ.
@@ -35,11 +36,24 @@ pub(super) fn members(
         let whole = |id| MemberShare::new(Slice::whole(), shape(id).to_vec());
         return Ok(group.members.iter().map(|(_, id)| whole(*id)).collect());
     }
+    let in_order = in_order.filter(|_| cut.pieces.len() == 1);
     match in_order.map(|in_order| pieces(checkpoint, in_order, cut)) {
-        None | Some(Err(ParallelError::StoredCut { error: CutError::InsideUnit { .. }, .. })) => {
+        None => pieces(checkpoint, group, cut),
+        Some(Err(ParallelError::StoredCut { error, .. }))
+            if matches!(*error, CutError::InsideUnit { .. }) =>
+        {
             pieces(checkpoint, group, cut)
         }
-        Some(shares) => shares,
+        Some(shares) => {
+            let mut shares = shares?;
+            for (share, (role, _)) in shares.iter_mut().zip(&group.members) {
+                if *role == Role::GroupIndex {
+                    let len = share.shape[0];
+                    *share = MemberShare::new(Slice::rows(0..len), vec![len]);
+                }
+            }
+            Ok(shares)
+        }
     }
 }
 
@@ -65,7 +79,7 @@ fn pieces(checkpoint: &Checkpoint, group: &Group, cut: &Cut) -> Result<Vec<Membe
 
 /// What would work depends on the rule, which is not known here.
 fn cannot_cut(error: CutError) -> ParallelError {
-    ParallelError::StoredCut { error, works: Vec::new(), is_of_expert: false }
+    ParallelError::StoredCut { error: Box::new(error), works: Vec::new(), is_of_expert: false }
 }
 
 impl MemberShare {

@@ -154,7 +154,7 @@ impl Layers {
     /// backwards, or leaves the model.
     ///
     /// # Source
-    /// vLLM 0.11, `vllm/distributed/utils.py`, `get_pp_indices`.
+    /// vLLM 0.11, `vllm/distributed/utils.py`, `get_pp_indices`. What its `VLLM_PP_LAYER_PARTITION` says otherwise is a [range](Ranks::layers) here.
     pub fn range(&self, count: u64) -> Result<Range<u64>, ParallelError> {
         match *self {
             Layers::Stage { stage: 0, size: 1 } => Ok(0..count),

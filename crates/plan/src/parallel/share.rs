@@ -207,12 +207,8 @@ impl<'a> Building<'_, 'a> {
         let mut stack = Stack::default();
         for members in fused.members.chunks(fused.rows) {
             // Members that fit one another are on the same ranks.
-            let is_here = members
-                .first()
-                .copied()
-                .flatten()
-                .is_some_and(|first| self.has(&self.partition.entries[first as usize]));
-            if is_here && !self.expert(fused, members, &mut stack)? {
+            let first = members.iter().flatten().next().map(|first| &self.partition.entries[*first as usize]);
+            if first.is_some_and(|first| self.has(first)) && !self.expert(fused, members, &mut stack)? {
                 return Ok(());
             }
         }

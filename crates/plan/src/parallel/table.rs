@@ -249,8 +249,9 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for Lines<T> {
 /// Rows of a whole vocabulary, before it is cut.
 ///
 /// # Source
-/// vLLM, `vllm/model_executor/layers/vocab_parallel_embedding.py`: `DEFAULT_VOCAB_PADDING_SIZE`; the padded rows are then divided among the ranks.
-/// Megatron-LM pads to 128 for each rank, which rules can say as `pad_to` of 128 times the ranks.
+/// vLLM 0.11, `vllm/model_executor/layers/vocab_parallel_embedding.py`: `DEFAULT_VOCAB_PADDING_SIZE`; the padded rows are then divided among the ranks,
+/// and ranks that do not divide them are refused, which here get rows enough for all. Megatron-LM, `_vocab_size_with_padding` of its `tokenizer.py`: a multiple of
+/// `make_vocab_size_divisible_by` (128) times the ranks, which rules can say as a `pad_to` of that.
 pub(super) const PAD_TO: u64 = 64;
 
 /// Keeps `pad_to * tp_size` in 64 bits.

@@ -685,6 +685,14 @@ fn an_index_in_order_leaves_a_rank_the_scales_of_its_own_groups() {
     let straddling = partition.with_indices(&values).share(&Ranks::alone().tp(3, 8), DeviceId::Host).unwrap();
     assert_eq!(find(&straddling, "down_proj.scales").0, [4, 64]);
     assert_eq!(find(&straddling, "down_proj.g_idx"), (vec![8], vec![24]));
+    // Two stretches of columns are not one beginning of the index.
+    let sections =
+        r#"{"extends":"Phi3ForCausalLM","rules":{"layers.*.mlp.down_proj":{"rule":"row","sections":2}}}"#;
+    let rules = Rules::parse(sections).unwrap();
+    let partition = Partition::new(&checkpoint, &config, &rules, &setup).unwrap().with_indices(&values);
+    let in_sections = partition.share(&Ranks::alone().tp(1, 2), DeviceId::Host).unwrap();
+    assert_eq!(find(&in_sections, "down_proj.scales").0, [4, 64]);
+    assert_eq!(find(&in_sections, "down_proj.g_idx"), (vec![32], vec![16]));
 }
 
 #[test]

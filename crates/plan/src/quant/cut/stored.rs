@@ -19,8 +19,7 @@ impl Group {
     /// group. Tensors that differ neither by row nor by column are whole, and so are those that describe the group: `weight_shape`, HQQ's
     /// `shape` and bitsandbytes' `quant_state` say the *unsharded* sizes. With a group index (GPTQ's act-order), a rank gets the index of its
     /// columns, which counts groups of the whole tensor, and so the scales and zero-points of all groups. Of a window without
-    /// numbers, every tensor with dimensions is empty. An index that the recipe does not read, because it is [in order](Group::is_index_in_order), counts
-    /// the rank's own groups: its first entries, as many as the rank has columns.
+    /// numbers, every tensor with dimensions is empty.
     ///
     /// # Errors
     /// As [`Group::cut`]; [`CutError::InsideUnit`] when a word, byte, block or group would be cut; [`CutError::NotASlice`] when
@@ -41,7 +40,7 @@ impl Group {
         let slice = |&(role, id): &(Role, TensorId)| {
             let slice = match cut.members.iter().find(|member| member.tensor == id) {
                 Some(member) => stored.slice(member)?,
-                None if role == Role::GroupIndex => Slice::rows(0..window.cols.end - window.cols.start),
+                None if role == Role::GroupIndex => Slice::rows(window.cols.clone()),
                 None => Slice::new([]),
             };
             Ok((id, slice))
