@@ -8,6 +8,7 @@
 //! fix at build time which driver's symbols are required, and clash when two of them, or two feature sets of one,
 //! meet in a dependency graph. ARCHITECTURE.md has the evidence.
 
+mod describe;
 mod driver;
 mod kernels;
 mod sys;

@@ -17,6 +17,7 @@
 //!
 //! [`Context`]: tensorhaul_device::gpu::Context
 
+mod describe;
 mod driver;
 mod kernels;
 mod rtc;
