@@ -23,7 +23,7 @@ use crate::probed::{Probed, Temperatures};
 use crate::quantized;
 use crate::report::{DeviceReport, Fallback, Phases, Report};
 use crate::shares::Shares;
-use crate::storage::{self, Storage};
+use crate::storage::{self, Hope, Storage};
 
 /// Plans a private load and does nothing else.
 pub(crate) fn plan(model: &Inner, options: &LoadOptions) -> Result<Plan> {
@@ -77,13 +77,15 @@ fn attempt(model: &Inner, options: &LoadOptions, cancel: &Cancel, emit: &mut Emi
     let sides: Vec<_> = sides.collect();
     thread::scope(|scope| {
         let (mut sides, peers) = before_the_plan(sides, &request, options, scope)?;
-        let (storages, direct_storage_seconds) = timed(|| storages(model, options, &sides, &probed));
         let able: Vec<_> = sides.iter().map(|side| (side.id, side.is_able)).collect();
-        let routes = storages.iter().filter_map(Storage::route).collect();
-        let machine = machine(options, &able, peers, &probed, routes)?;
         let probed_at = Instant::now();
 
-        let plan = Plan::new(&model.checkpoint, &request, &machine)?;
+        let plan = |routes| {
+            let machine = machine(options, &able, peers.clone(), &probed, routes)?;
+            Ok(Plan::new(&model.checkpoint, &request, &machine)?)
+        };
+        let (plan, storages, direct_storage_seconds) =
+            storage::plan(&hopes(model, options, &sides, &probed), plan)?;
         if options.direct_storage == Preference::Required {
             storages.iter().try_for_each(|storage| storage.check_required(&plan, model))?;
         }
@@ -147,8 +149,8 @@ fn attempt(model: &Inner, options: &LoadOptions, cancel: &Cancel, emit: &mut Emi
             requests: done.counts.requests,
             system_calls: done.counts.system_calls,
             phases: Phases {
-                probe_seconds: (probed_at - start).as_secs_f64(),
-                plan_seconds: (planned_at - probed_at).as_secs_f64(),
+                probe_seconds: (probed_at - start).as_secs_f64() + direct_storage_seconds,
+                plan_seconds: (planned_at - probed_at).as_secs_f64() - direct_storage_seconds,
                 prepare_seconds: (started_at - planned_at).as_secs_f64(),
                 first_byte_seconds: since(done.first_byte, started_at),
                 read_seconds: since(Some(done.finished), first_byte_at),
@@ -199,13 +201,18 @@ fn before_the_plan<'scope>(
     Ok((sides, devices::peers(&opened)))
 }
 
-/// Tries every file on every accelerator, where the load wants direct storage.
-fn storages(model: &Inner, options: &LoadOptions, sides: &[Side<'_>], probed: &Probed) -> Vec<Storage> {
+/// Returns the accelerators that storage may read into, where the load wants direct storage.
+fn hopes<'h>(
+    model: &'h Inner,
+    options: &'h LoadOptions,
+    sides: &'h [Side<'_>],
+    probed: &Probed,
+) -> Vec<Hope<'h>> {
     if options.direct_storage == Preference::Off {
         return Vec::new();
     }
     let accelerators = sides.iter().filter_map(Side::device).filter(|device| device.id() != DeviceId::Host);
-    accelerators.map(|device| Storage::decide(model, options, device, probed)).collect()
+    accelerators.map(|device| Hope::new(model, options, device, probed)).collect()
 }
 
 /// A load that is planned.
