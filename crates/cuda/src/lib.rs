@@ -15,11 +15,11 @@ mod sys;
 
 use std::env;
 use std::path::PathBuf;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 pub use driver::Cuda;
 use tensorhaul_device::DeviceError;
-use tensorhaul_device::gpu::{FORKED, Found, Gpu};
+use tensorhaul_device::gpu::{Found, Gpu, Loaded};
 use tensorhaul_plan::DeviceId;
 
 /// Opens a device by its ordinal in the driver's order (`CUDA_VISIBLE_DEVICES` applies).
@@ -46,13 +46,8 @@ pub fn find(ordinal: u32) -> Result<Found<Cuda>, DeviceError> {
 /// # Errors
 /// A sentence with the likely cause. In a child forked after the first call: that it was.
 pub fn driver() -> Result<Arc<Cuda>, String> {
-    static DRIVER: OnceLock<(u32, Result<Arc<Cuda>, String>)> = OnceLock::new();
-    let load = || (std::process::id(), Cuda::load(&candidates()).map(Arc::new));
-    let (process, driver) = DRIVER.get_or_init(load);
-    if driver.is_ok() && *process != std::process::id() {
-        return Err(FORKED.to_owned());
-    }
-    driver.clone()
+    static DRIVER: Loaded<Cuda> = Loaded::new();
+    DRIVER.get(|| Cuda::load(&candidates()))
 }
 
 /// The names to try: the user's own, or what the driver installs.

@@ -19,6 +19,7 @@ mod dequantize_params;
 mod driver;
 mod found;
 mod kernels;
+mod loaded;
 mod memory;
 mod params;
 mod peers;
@@ -36,6 +37,7 @@ pub use driver::{
     FunctionHandle, LaunchShape, Meaning, ModuleHandle, Peer, PeerCopy, Rows, StreamHandle,
 };
 pub use found::Found;
+pub use loaded::Loaded;
 use memory::Memory;
 use shared::Shared;
 use tensorhaul_plan::DeviceId;
