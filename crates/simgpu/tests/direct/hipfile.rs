@@ -135,15 +135,17 @@ fn whole_pages_are_read_by_storage_and_the_rest_by_the_host() {
     let (failed, _) = read_all(folder.path(), 100_000, 64 << 10, DirectMode::default());
     assert_eq!(failed, ["reading bytes 0..65536 failed: Invalid argument (os error 22)"]);
     sim.assert_clean("a read that fails");
+    drop(sim);
     let sim = machine("fail=hipFileRead:2:719");
     let (failed, _) = read_all(folder.path(), 100_000, 64 << 10, DirectMode::Threads { count: 1 });
     assert!(failed[0].starts_with("reading bytes 0..65536 failed: rocm:0: "), "{failed:?}");
     sim.assert_clean("a device that is lost");
+    drop(sim);
     let sim = machine("fail=hipFileRead:1:5008;fail=hipFileHandleRegister:2:5008");
     let device = device();
     let library = Library::open(&device, Compatibility::Refused).unwrap();
     let files: Arc<[OpenFile]> = Arc::from([OpenFile::open(&folder.path().join("file")).unwrap()]);
-    let mut refusal = || Probe::new(&library, &device).unwrap().try_file(&files, 0).err().unwrap();
+    let refusal = || Probe::new(&library, &device).unwrap().try_file(&files, 0).err().unwrap();
     assert!(matches!(refusal(), Refusal::FirstRead { .. }));
     assert!(matches!(refusal(), Refusal::Register(_)));
     drop((library, device));
