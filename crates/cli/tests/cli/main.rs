@@ -10,6 +10,7 @@ mod help;
 mod interrupt;
 mod json;
 mod pipes;
+mod simulated;
 mod text;
 mod verify;
 
