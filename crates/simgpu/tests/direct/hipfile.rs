@@ -139,7 +139,7 @@ fn whole_pages_are_read_by_storage_and_the_rest_by_the_host() {
     let sim = machine("fail=hipFileRead:2:719");
     let (failed, _) = read_all(folder.path(), 100_000, 64 << 10, DirectMode::Threads { count: 1 });
     assert!(failed[0].starts_with("reading bytes 0..65536 failed: rocm:0: "), "{failed:?}");
-    sim.assert_clean("a device that is lost");
+    assert!(sim.report().violations.is_empty(), "its memory is lost with it, and nothing is done to that");
     drop(sim);
     let sim = machine("fail=hipFileRead:1:5008;fail=hipFileHandleRegister:2:5008");
     let device = device();
