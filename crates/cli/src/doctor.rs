@@ -6,7 +6,8 @@ use std::path::PathBuf;
 use clap::Args;
 use serde::Serialize;
 use tensorhaul::doctor::{
-    CopySpeed, DeviceFact, DirectFolder, DirectStorageFact, Doctor, DriverFact, Feature, Folder,
+    CopySpeed, DeviceFact, DirectFolder, DirectStorageFact, Doctor, DriverFact, Feature, Folder, PciPlace,
+    PeerFact,
 };
 use tensorhaul::selftest::{self, Verdict};
 
@@ -35,7 +36,8 @@ pub(crate) struct Examine {
     #[arg(long, value_name = "host|cuda:N|rocm:N|auto", requires = "selftest", value_parser = parse_device)]
     device: Option<Device>,
 
-    /// Print one JSON object: kernel, cores, memory, io_uring, limits, folders, drivers, devices, direct_storage, advice
+    /// Print one JSON object: kernel, cores, memory, io_uring, limits, folders, drivers, devices, peers,
+    /// direct_storage, advice
     #[arg(long)]
     json: bool,
 }
@@ -136,8 +138,11 @@ fn text(doctor: &Doctor) -> String {
         let fact = if told { "does not work without its driver".to_owned() } else { self::device(device) };
         line("device", format!("{}: {fact}", device.name));
     }
-    for storage in &doctor.direct_storage {
-        line("storage", format!("into {}: {}", storage.device, self::storage(storage)));
+    for (number, row) in peers(&doctor.peers).into_iter().enumerate() {
+        line(if number == 0 { "peers" } else { "" }, row);
+    }
+    for (devices, storage) in alike(&doctor.direct_storage) {
+        line("storage", format!("into {}: {}", devices.join(", "), self::storage(&storage)));
         if let Some(remedy) = &storage.remedy {
             line("", format!("-> {remedy}"));
         }
@@ -211,6 +216,46 @@ fn storage(storage: &DirectStorageFact) -> String {
     format!("{} {version} ({library}), {}", storage.kind, storage.kernel)
 }
 
+/// Tells once what is the same for several devices.
+fn alike(facts: &[DirectStorageFact]) -> Vec<(Vec<&str>, DirectStorageFact)> {
+    let mut groups: Vec<(Vec<&str>, DirectStorageFact)> = Vec::new();
+    for fact in facts {
+        let mut nobodys = fact.clone();
+        nobodys.device.clear();
+        match groups.iter_mut().find(|(_, group)| *group == nobodys) {
+            Some((devices, _)) => devices.push(&fact.device),
+            None => groups.push((vec![&fact.device], nobodys)),
+        }
+    }
+    groups
+}
+
+/// A row for each device: from which others it copies straight, and from which by way of the staging ring; then why.
+fn peers(facts: &[PeerFact]) -> Vec<String> {
+    let Some(width) = facts.iter().map(|fact| fact.device.len().max("direct".len())).max() else {
+        return Vec::new();
+    };
+    let row = |title: &str, cells: Vec<&str>| {
+        let cells: String = cells.iter().map(|cell| format!("  {cell:width$}")).collect();
+        format!("{title:>0$}{cells}", width + 3).trim_end().to_owned()
+    };
+    let mut rows = vec![row("from", facts.iter().map(|fact| &*fact.device).collect())];
+    let mut reasons: Vec<&str> = Vec::new();
+    for fact in facts {
+        let cell = |other: &PeerFact| match fact.from.iter().find(|reach| reach.device == other.device) {
+            None => "-",
+            Some(reach) if reach.verdict.works => "direct",
+            Some(_) => "ring",
+        };
+        rows.push(row(&format!("to {}", fact.device), facts.iter().map(cell).collect()));
+        reasons.extend(fact.from.iter().filter_map(|reach| reach.verdict.why.as_deref()));
+    }
+    reasons.sort_unstable();
+    reasons.dedup();
+    rows.extend(reasons.into_iter().map(|why| format!("ring: {why}")));
+    rows
+}
+
 fn direct_folder(folder: &DirectFolder) -> String {
     let remedy = folder.remedy.as_ref().map(|remedy| format!(" -> {remedy}")).unwrap_or_default();
     format!("from {}: {}{remedy}", folder.path, feature(&folder.verdict))
@@ -227,8 +272,9 @@ fn device(device: &DeviceFact) -> String {
     });
     let shared = device.shares_memory.then(|| "memory shared with the host".to_owned());
     let near = device.host_node.map(|node| format!("nearest to memory node {node}"));
+    let place = device.pci.as_ref().map(PciPlace::to_string);
     let link = device.link.as_ref().map(ToString::to_string);
-    let facts = [device.description.clone(), memory, shared, link, near, copies];
+    let facts = [device.description.clone(), memory, shared, place, near, link, copies];
     let facts: Vec<_> = facts.into_iter().flatten().collect();
     if facts.is_empty() { "works".to_owned() } else { format!("works: {}", facts.join(", ")) }
 }

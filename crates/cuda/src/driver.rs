@@ -6,7 +6,7 @@ use std::ptr;
 
 use tensorhaul_device::gpu::{
     BatchPiece, CallError, CaptureMode, CompileError, Compiled, Context, DeviceFacts, Driver, EventHandle,
-    FunctionHandle, LaunchShape, Meaning, ModuleHandle, Peer, PeerCopy, Rows, StreamHandle,
+    FunctionHandle, LaunchShape, Meaning, ModuleHandle, Peer, PeerCopy, Rows, StreamHandle, call::pointer,
 };
 use tensorhaul_plan::DeviceId;
 
@@ -15,7 +15,7 @@ use crate::sys::{self, Table};
 
 /// NVIDIA's driver, loaded and initialized.
 pub struct Cuda {
-    table: Table,
+    pub(crate) table: Table,
     version: c_int,
 }
 
@@ -39,7 +39,7 @@ impl Cuda {
         Ok(cuda)
     }
 
-    fn check(&self, call: &'static str, code: c_int) -> Result<(), CallError> {
+    pub(crate) fn check(&self, call: &'static str, code: c_int) -> Result<(), CallError> {
         if code == sys::SUCCESS {
             return Ok(());
         }
@@ -65,34 +65,6 @@ impl Cuda {
         // SAFETY: the driver's static, terminated string.
         unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned()
     }
-
-    fn device(&self, ordinal: u32) -> Result<sys::Device, CallError> {
-        let mut device = 0;
-        // SAFETY: writes one integer.
-        self.check("cuDeviceGet", unsafe { (self.table.cuDeviceGet)(&raw mut device, ordinal as c_int) })?;
-        Ok(device)
-    }
-
-    fn attribute(&self, attribute: c_int, device: sys::Device) -> Result<c_int, CallError> {
-        let mut value = 0;
-        // SAFETY: writes one integer.
-        let code = unsafe { (self.table.cuDeviceGetAttribute)(&raw mut value, attribute, device) };
-        self.check("cuDeviceGetAttribute", code)?;
-        Ok(value)
-    }
-
-    /// Returns the host's memory node nearest to a device. Older drivers do not know the attribute; -1 is a system without nodes.
-    fn host_node(&self, device: sys::Device) -> Option<u32> {
-        self.attribute(sys::ATTRIBUTE_HOST_NUMA_ID, device).ok()?.try_into().ok()
-    }
-}
-
-/// Reads a string that a call writes into a buffer.
-fn text(fill: impl FnOnce(*mut c_char, c_int) -> Result<(), CallError>) -> Result<String, CallError> {
-    let mut buffer = [0u8; 256];
-    fill(buffer.as_mut_ptr().cast(), buffer.len() as c_int - 1)?;
-    let text = CStr::from_bytes_until_nul(&buffer).unwrap_or_default();
-    Ok(text.to_string_lossy().into_owned())
 }
 
 // SAFETY: each method calls the function of NVIDIA's reference for its name, with these arguments.
@@ -117,32 +89,7 @@ unsafe impl Driver for Cuda {
     }
 
     fn describe(&self, ordinal: u32) -> Result<DeviceFacts, CallError> {
-        let device = self.device(ordinal)?;
-        let mut total = 0usize;
-        // SAFETY: writes one integer.
-        self.check("cuDeviceTotalMem", unsafe { (self.table.cuDeviceTotalMem_v2)(&raw mut total, device) })?;
-        let name = text(|buffer, len| {
-            // SAFETY: writes at most `len` bytes.
-            self.check("cuDeviceGetName", unsafe { (self.table.cuDeviceGetName)(buffer, len, device) })
-        })?;
-        let pci_bus_id = text(|buffer, len| {
-            // SAFETY: as above.
-            self.check("cuDeviceGetPCIBusId", unsafe {
-                (self.table.cuDeviceGetPCIBusId)(buffer, len, device)
-            })
-        });
-        let (major, minor) =
-            (self.attribute(sys::ATTRIBUTE_MAJOR, device)?, self.attribute(sys::ATTRIBUTE_MINOR, device)?);
-        Ok(DeviceFacts {
-            name,
-            total_bytes: total as u64,
-            pci_bus_id: pci_bus_id.unwrap_or_default(),
-            host_node: self.host_node(device),
-            architecture: format!("sm_{major}{minor}"),
-            integrated: self.attribute(sys::ATTRIBUTE_INTEGRATED, device)? != 0,
-            processor_count: self.attribute(sys::ATTRIBUTE_MULTIPROCESSOR_COUNT, device)?.max(0) as u32,
-            reads_pinned: self.attribute(sys::ATTRIBUTE_CAN_MAP_HOST_MEMORY, device)? != 0,
-        })
+        self.facts(ordinal)
     }
 
     fn open(&self, ordinal: u32) -> Result<Context, CallError> {
@@ -495,14 +442,8 @@ unsafe impl Driver for Cuda {
         stream: StreamHandle,
     ) -> Result<(), CallError> {
         // As one buffer, because then the driver knows its length and refuses a wrong one.
-        let mut len = params.len();
-        let mut extra = [
-            ptr::without_provenance_mut(sys::LAUNCH_PARAM_BUFFER_POINTER),
-            params.as_ptr().cast_mut().cast::<c_void>(),
-            ptr::without_provenance_mut(sys::LAUNCH_PARAM_BUFFER_SIZE),
-            (&raw mut len).cast(),
-            ptr::without_provenance_mut(sys::LAUNCH_PARAM_END),
-        ];
+        let mut len = 0;
+        let mut list = sys::LAUNCH_KEYS.list(params, &mut len);
         // SAFETY: the list and the buffer are read before the call returns; what the parameters mean is the caller's promise.
         let code = unsafe {
             (self.table.cuLaunchKernel)(
@@ -516,14 +457,9 @@ unsafe impl Driver for Cuda {
                 shape.shared_bytes,
                 pointer(stream.0),
                 ptr::null_mut(),
-                extra.as_mut_ptr(),
+                list.as_mut_ptr(),
             )
         };
         self.check("cuLaunchKernel", code)
     }
-}
-
-/// Handles are pointers that only the driver follows.
-fn pointer(handle: usize) -> *mut c_void {
-    ptr::with_exposed_provenance_mut(handle)
 }

@@ -8,17 +8,18 @@
 //! fix at build time which driver's symbols are required, and clash when two of them, or two feature sets of one,
 //! meet in a dependency graph. ARCHITECTURE.md has the evidence.
 
+mod describe;
 mod driver;
 mod kernels;
 mod sys;
 
 use std::env;
 use std::path::PathBuf;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 pub use driver::Cuda;
 use tensorhaul_device::DeviceError;
-use tensorhaul_device::gpu::{FORKED, Found, Gpu};
+use tensorhaul_device::gpu::{Found, Gpu, Loaded};
 use tensorhaul_plan::DeviceId;
 
 /// Opens a device by its ordinal in the driver's order (`CUDA_VISIBLE_DEVICES` applies).
@@ -45,21 +46,15 @@ pub fn find(ordinal: u32) -> Result<Found<Cuda>, DeviceError> {
 /// # Errors
 /// A sentence with the likely cause. In a child forked after the first call: that it was.
 pub fn driver() -> Result<Arc<Cuda>, String> {
-    let load = || (std::process::id(), Cuda::load(&candidates()).map(Arc::new));
-    let (process, driver) = DRIVER.get_or_init(load);
-    if driver.is_ok() && *process != std::process::id() {
-        return Err(FORKED.to_owned());
-    }
-    driver.clone()
+    DRIVER.get(|| Cuda::load(&candidates()))
 }
 
 /// Tells whether this process has loaded and initialized the driver: from then on its children cannot.
 pub fn is_initialized() -> bool {
-    DRIVER.get().is_some_and(|(process, driver)| driver.is_ok() && *process == std::process::id())
+    DRIVER.is_loaded()
 }
 
-/// With the process that loaded it.
-static DRIVER: OnceLock<(u32, Result<Arc<Cuda>, String>)> = OnceLock::new();
+static DRIVER: Loaded<Cuda> = Loaded::new();
 
 /// The names to try: the user's own, or what the driver installs.
 fn candidates() -> Vec<PathBuf> {

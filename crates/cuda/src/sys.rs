@@ -7,6 +7,8 @@
 
 use std::ffi::{c_char, c_int, c_uint, c_void};
 
+use tensorhaul_device::gpu::call::LaunchKeys;
+
 pub(crate) type Device = c_int;
 pub(crate) type Context = *mut c_void;
 pub(crate) type Stream = *mut c_void;
@@ -167,9 +169,7 @@ pub(crate) const ATTRIBUTE_MAJOR: c_int = 75;
 pub(crate) const ATTRIBUTE_MINOR: c_int = 76;
 
 /// `CU_LAUNCH_PARAM_END`, `_BUFFER_POINTER`, `_BUFFER_SIZE`: keys of the list that hands parameters over as one buffer.
-pub(crate) const LAUNCH_PARAM_END: usize = 0;
-pub(crate) const LAUNCH_PARAM_BUFFER_POINTER: usize = 1;
-pub(crate) const LAUNCH_PARAM_BUFFER_SIZE: usize = 2;
+pub(crate) const LAUNCH_KEYS: LaunchKeys = LaunchKeys { end: 0, buffer: 1, len: 2 };
 
 /// `CU_STREAM_NON_BLOCKING`.
 pub(crate) const STREAM_NON_BLOCKING: c_uint = 1;

@@ -1,13 +1,17 @@
 //! The batch form: one thread submits reads by the dozen and asks which are done.
 
 use std::collections::VecDeque;
-use std::ffi::{c_uint, c_void};
+use std::ffi::{c_int, c_uint, c_void};
+use std::mem;
 use std::ptr;
+use std::time::{Duration, Instant};
 
 use tensorhaul_io::{Counts, Done, Feed, Job, Next, ReadCause, ReadError, Sink};
+use tensorhaul_plan::Extent;
 
 use crate::engine::{Direct, cause, landing};
 use crate::library::Library;
+use crate::pieces::{next_piece, resume_at};
 use crate::sys::{self, BatchEvent, BatchHandle, BatchRead};
 
 /// Reads the feed's jobs in batches; the error is what stood in the way of the first.
@@ -44,8 +48,7 @@ impl Run<'_> {
             if !reads.is_empty()
                 && let Err(why) = self.submit(reads)
             {
-                self.lose(&why);
-                return self.counts;
+                return self.lose(&why, feed);
             }
             if self.in_flight() == 0 {
                 if is_done {
@@ -55,10 +58,7 @@ impl Run<'_> {
             }
             match self.batch.wait(self.slots.len()) {
                 Ok(events) => events.into_iter().for_each(|event| self.take(event)),
-                Err(why) => {
-                    self.lose(&why);
-                    return self.counts;
-                }
+                Err(why) => return self.lose(&why, feed),
             }
         }
     }
@@ -102,7 +102,7 @@ impl Run<'_> {
         };
         let at_bytes = extent.offset_bytes + active.have;
         let file = self.direct.file(extent.file);
-        let piece = match self.direct.next_piece(extent, active.have) {
+        let piece = match next_piece(self.direct.library.vendor(), extent, active.have) {
             Some(piece) if piece.is_tail => {
                 self.counts.system_calls += 1;
                 let read = self.direct.read_tail(file, at_bytes, piece.len_bytes, base, offset_bytes);
@@ -139,15 +139,18 @@ impl Run<'_> {
         let slot = event.cookie.addr().checked_sub(1).and_then(|slot| self.slots.get_mut(slot));
         let Some(mut active) = slot.and_then(Option::take) else { return };
         let at_bytes = active.job.extent.offset_bytes + active.have;
+        let result = event.result as isize;
         let read = match event.status {
-            sys::BATCH_COMPLETE => self.direct.library.read_result(event.result as isize).map_err(cause),
-            status => {
-                Err(ReadCause::Library(format!("a read in a batch ended with status {status:#x}").into()))
+            status if status != sys::BATCH_COMPLETE && result >= 0 => {
+                Err(ReadCause::Library(format!("a read in a batch {}", ended(status)).into()))
             }
+            _ => self.direct.library.event_result(result).map_err(cause),
         };
         let next = match read {
             Ok(0) => Err(ReadCause::End { at_bytes }),
-            Ok(read) => self.direct.resume_at(active.have + read.min(active.asked), active.have),
+            Ok(read) => {
+                resume_at(self.direct.library.vendor(), active.have + read.min(active.asked), active.have)
+            }
             Err(cause) => Err(cause),
         };
         match next {
@@ -156,7 +159,7 @@ impl Run<'_> {
                 active.have = have;
                 self.again.push_back(active);
             }
-            Err(cause) => self.answer(active.job, Err(cause)),
+            Err(cause) => self.answer(active.job, Err(self.direct.blame(cause))),
         }
     }
 
@@ -165,26 +168,71 @@ impl Run<'_> {
         self.sink.done(Done { read, memory, result: result.map_err(|cause| ReadError { extent, cause }) });
     }
 
-    /// Gives up on a library that no longer answers. Storage may still write into the memory in flight, so that is leaked; the load
-    /// fails with the error.
-    fn lose(&mut self, why: &str) {
+    /// Gives up on a library that no longer answers, and fails the load with the error.
+    ///
+    /// What it still tells the end of, once everything is cancelled, is over. Into the others storage may write for ever: whatever that takes is kept, the
+    /// batch included.
+    fn lose(mut self, why: &str, feed: &dyn Feed) -> Counts {
         self.batch.cancel();
-        let waiting = std::mem::take(&mut self.again);
-        for active in waiting {
-            self.answer(active.job, Err(ReadCause::Library(why.into())));
+        let began = Instant::now();
+        while self.in_flight() > 0
+            && let Some(left) = LAST_EVENTS.checked_sub(began.elapsed())
+            && let Ok(events) = self.batch.wait_until(self.slots.len(), left)
+            && !events.is_empty()
+        {
+            events.into_iter().for_each(|event| self.take(event));
         }
-        for active in self.slots.iter_mut().filter_map(Option::take) {
-            let Job { read, extent, memory, .. } = active.job;
-            std::mem::forget(memory);
-            self.sink.lost(read, ReadError { extent, cause: ReadCause::Library(why.into()) });
+        for active in mem::take(&mut self.again) {
+            self.answer(active.job, Err(self.direct.blame(ReadCause::Library(why.into()))));
         }
+        let lost = self.keep();
+        let told = format!(
+            "{why}; {} reads may still be under way, so their memory, files and library are kept until the process ends",
+            lost.len()
+        );
+        for (read, extent) in lost {
+            let cause = self.direct.blame(ReadCause::Library(told.as_str().into()));
+            self.sink.lost(read, ReadError { extent, cause });
+        }
+        self.direct.answer_all(feed, self.sink, why);
+        self.counts
     }
+
+    /// Keeps, for good, everything that reads use whose end nobody knows; returns which those are.
+    fn keep(&mut self) -> Vec<(u32, Extent)> {
+        let lost: Vec<_> = self.slots.iter_mut().filter_map(Option::take).collect();
+        if !lost.is_empty() {
+            tracing::warn!(reads = lost.len(), "direct storage: reads may be under way for ever");
+            self.direct.lose();
+            self.batch.is_lost = true;
+        }
+        let keep = |Active { job: Job { read, extent, memory, .. }, .. }| {
+            mem::forget(memory);
+            (read, extent)
+        };
+        lost.into_iter().map(keep).collect()
+    }
+}
+
+impl Drop for Run<'_> {
+    /// Nothing is in flight here, unless a panic elsewhere ended the run.
+    fn drop(&mut self) {
+        self.keep();
+    }
+}
+
+/// Says how a read ended that did not complete.
+fn ended(status: c_int) -> String {
+    let known = sys::BATCH_STATUSES.iter().find(|(number, _)| *number == status);
+    known.map_or_else(|| format!("ended with status {status:#x}"), |(_, words)| (*words).to_owned())
 }
 
 /// A batch of the library's.
 struct Batch<'b> {
     library: &'b Library,
     handle: BatchHandle,
+    /// Whether reads of it may be under way that nobody waits for: it is then never destroyed.
+    is_lost: bool,
 }
 
 impl<'b> Batch<'b> {
@@ -194,7 +242,7 @@ impl<'b> Batch<'b> {
         // SAFETY: writes the handle.
         let status = unsafe { set_up(&raw mut handle, entries) };
         library.check("BatchIOSetUp", status).map_err(|error| error.to_string())?;
-        Ok(Batch { library, handle })
+        Ok(Batch { library, handle, is_lost: false })
     }
 
     /// # Safety
@@ -208,11 +256,22 @@ impl<'b> Batch<'b> {
 
     /// Waits for one read at least, and returns all that are done.
     fn wait(&self, entries: usize) -> Result<Vec<BatchEvent>, String> {
+        self.events(entries, ptr::null_mut())
+    }
+
+    /// Waits for one read at least, or so long, and returns all that are done.
+    fn wait_until(&self, entries: usize, time: Duration) -> Result<Vec<BatchEvent>, String> {
+        let mut time =
+            libc::timespec { tv_sec: time.as_secs() as libc::time_t, tv_nsec: time.subsec_nanos().into() };
+        self.events(entries, &raw mut time)
+    }
+
+    fn events(&self, entries: usize, time: *mut libc::timespec) -> Result<Vec<BatchEvent>, String> {
         let wait = self.library.table().batch_status.ok_or("the library has no batches")?;
         let mut events = vec![BatchEvent { cookie: ptr::null_mut(), status: 0, result: 0 }; entries];
         let mut count = entries as c_uint;
-        // SAFETY: room for `count` events; without a time it waits.
-        let status = unsafe { wait(self.handle, 1, &raw mut count, events.as_mut_ptr(), ptr::null_mut()) };
+        // SAFETY: room for `count` events; the time is null, to wait as long as it takes, or the caller's own.
+        let status = unsafe { wait(self.handle, 1, &raw mut count, events.as_mut_ptr(), time) };
         self.library.check("BatchIOGetStatus", status).map_err(|error| error.to_string())?;
         events.truncate(count as usize);
         Ok(events)
@@ -220,7 +279,7 @@ impl<'b> Batch<'b> {
 
     fn cancel(&self) {
         if let Some(cancel) = self.library.table().batch_cancel {
-            // SAFETY: the batch is alive. Whether it worked or not, the memory in flight is given up.
+            // SAFETY: the batch is alive. Whether it worked, the events say.
             let _ = unsafe { cancel(self.handle) };
         }
     }
@@ -228,9 +287,13 @@ impl<'b> Batch<'b> {
 
 impl Drop for Batch<'_> {
     fn drop(&mut self) {
-        if let Some(destroy) = self.library.table().batch_destroy {
-            // SAFETY: set up above, and not used again.
+        if let Some(destroy) = self.library.table().batch_destroy.filter(|_| !self.is_lost) {
+            // SAFETY: set up above, not used again, and every read of it is over.
             unsafe { destroy(self.handle) };
         }
     }
 }
+
+/// A cancelled read is over at once, one that storage has begun when its 16 MiB are there: some milliseconds from a disk, more from one that is
+/// busy with others.
+const LAST_EVENTS: Duration = Duration::from_secs(2);

@@ -1,21 +1,24 @@
 //! The engine: jobs whose memory is a device's, read by storage itself.
 
 use std::io;
+use std::mem;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
-use tensorhaul_device::{Allocation, Device, STORAGE_ALIGN_BYTES};
+use tensorhaul_device::{Allocation, Device};
 use tensorhaul_io::{
     Counts, DeviceLanding, Done, Engine, Feed, Job, JobMemory, Next, OpenFile, ReadCause, ReadError, Sink,
 };
 use tensorhaul_plan::Extent;
 
 use crate::batch;
-use crate::library::{Library, ReadFailed, RegisteredBuffer};
+use crate::library::{Library, ReadFailed};
+use crate::pieces::{next_piece, resume_at};
 use crate::probe::DirectFile;
 use crate::refusal::CallFailed;
+use crate::registered::RegisteredBuffer;
 use crate::tail::Tail;
-use crate::vendor::Vendor;
 
 /// How many reads are in flight, and by which calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,6 +44,9 @@ impl Default for DirectMode {
 }
 
 /// Reads with cuFile or hipFile, straight into device memory.
+///
+/// Where a library stops answering, reads may be under way for ever. Everything they use is then kept for the life of the process: the
+/// memory, its registration, the files and theirs, the library and the device.
 pub struct Direct {
     // Dropped in this order: buffers and files are deregistered before the library may close.
     pub(crate) buffers: Vec<Buffer>,
@@ -48,6 +54,8 @@ pub struct Direct {
     pub(crate) library: Arc<Library>,
     device: Arc<dyn Device>,
     mode: DirectMode,
+    /// Whether reads may be under way that nobody waits for.
+    is_lost: AtomicBool,
 }
 
 /// An allocation that reads go to.
@@ -80,9 +88,9 @@ impl Direct {
         let mut buffers = Vec::with_capacity(allocations.len());
         let mut register = || {
             for allocation in &allocations {
+                let (base, len_bytes) = (allocation.address(), allocation.len_bytes());
                 // SAFETY: the device is current; `Buffer` keeps the allocation until after it is deregistered.
-                let registered =
-                    unsafe { RegisteredBuffer::new(library, allocation.address(), allocation.len_bytes()) };
+                let registered = unsafe { RegisteredBuffer::new(library, device, base, len_bytes) };
                 let registered = registered.map_err(|error| match &mut unregistered {
                     Some(unregistered) => unregistered.count += 1,
                     None => unregistered = Some(Unregistered { count: 1, error }),
@@ -93,14 +101,14 @@ impl Direct {
         // A device that cannot be made current fails the first read, which says so.
         let _ = device.enter(&mut register);
         let (device, library) = (Arc::clone(device), Arc::clone(library));
-        (Direct { buffers, files, library, device, mode }, unregistered)
+        (Direct { buffers, files, library, device, mode, is_lost: AtomicBool::new(false) }, unregistered)
     }
 
-    /// Returns the calls it reads with.
-    pub fn mode(&self) -> DirectMode {
-        match self.mode {
-            DirectMode::Batch { .. } if !self.library.has_batches() => DirectMode::default(),
-            mode => mode,
+    /// Returns the calls it reads with, and why they are not those asked for, if they are not.
+    pub fn mode(&self) -> (DirectMode, Option<&'static str>) {
+        match (self.mode, self.library.lacks_batches()) {
+            (DirectMode::Batch { .. }, Some(why)) => (DirectMode::default(), Some(why)),
+            (mode, _) => (mode, None),
         }
     }
 
@@ -119,9 +127,9 @@ impl Direct {
     }
 
     /// Answers every job with what stands in the way of all.
-    fn answer_all(&self, feed: &dyn Feed, sink: &dyn Sink, why: &str) {
+    pub(crate) fn answer_all(&self, feed: &dyn Feed, sink: &dyn Sink, why: &str) {
         while let Next::Job(Job { read, extent, memory, .. }) = feed.next(true) {
-            let cause = ReadCause::Library(why.into());
+            let cause = self.blame(ReadCause::Library(why.into()));
             sink.done(Done { read, memory, result: Err(ReadError { extent, cause }) });
         }
     }
@@ -130,14 +138,27 @@ impl Direct {
         let Job { read, extent, memory, .. } = job;
         counts.requests += 1;
         let result = self.fill(extent, landing(&memory), counts);
-        Done { read, memory, result: result.map_err(|cause| ReadError { extent, cause }) }
+        Done { read, memory, result: result.map_err(|cause| ReadError { extent, cause: self.blame(cause) }) }
+    }
+
+    /// Asks the device, after a read that failed, whether it lives: where it does not, that is the cause, whatever the library called it.
+    pub(crate) fn blame(&self, cause: ReadCause) -> ReadCause {
+        match (cause, self.device.memory()) {
+            (cause @ ReadCause::End { .. }, _) | (cause, Ok(_)) => cause,
+            (_, Err(lost)) => ReadCause::Library(lost.into()),
+        }
+    }
+
+    /// Keeps, from now on, everything that a read may use.
+    pub(crate) fn lose(&self) {
+        self.is_lost.store(true, Ordering::Relaxed);
     }
 
     /// Reads until the extent is complete, in as many calls as the library makes of it: one, as a rule.
     fn fill(&self, extent: Extent, landing: &DeviceLanding, counts: &mut Counts) -> Result<(), ReadCause> {
-        let file = self.file(extent.file);
+        let (vendor, file) = (self.library.vendor(), self.file(extent.file));
         let mut have = 0;
-        while let Some(piece) = self.next_piece(extent, have) {
+        while let Some(piece) = next_piece(vendor, extent, have) {
             let (at_bytes, offset_bytes) = (extent.offset_bytes + have, landing.offset_bytes() + have);
             if piece.is_tail {
                 self.read_tail(file, at_bytes, piece.len_bytes, landing.base(), offset_bytes)?;
@@ -152,39 +173,12 @@ impl Direct {
             let result = unsafe { self.library.read(handle, landing.base(), offset_bytes, at_bytes, len) };
             match result {
                 Ok(0) => return Err(ReadCause::End { at_bytes }),
-                Ok(read) => have = self.resume_at(have + read.min(piece.len_bytes), have)?,
+                Ok(read) => have = resume_at(vendor, have + read.min(piece.len_bytes), have)?,
                 Err(ReadFailed::System(error)) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(cause(error)),
             }
         }
         Ok(())
-    }
-
-    /// Returns what to ask for next of an extent of which so much is there.
-    pub(crate) fn next_piece(&self, extent: Extent, have: u64) -> Option<Piece> {
-        let rest = extent.len_bytes - have;
-        let len_bytes = rest.min(CALL_LEN_BYTES_MAX);
-        let whole_pages = len_bytes - len_bytes % STORAGE_ALIGN_BYTES;
-        match self.library.vendor() {
-            _ if rest == 0 => None,
-            // cuFile brings the last, partial page through a page of its own.
-            Vendor::Nvidia => Some(Piece { len_bytes, is_tail: false }),
-            // The kernel's part of hipFile takes whole pages only.
-            Vendor::Amd if whole_pages == 0 => Some(Piece { len_bytes, is_tail: true }),
-            Vendor::Amd => Some(Piece { len_bytes: whole_pages, is_tail: false }),
-        }
-    }
-
-    /// Returns where to go on when a call brought less than was asked for: for hipFile, at a page, which may be read again.
-    pub(crate) fn resume_at(&self, end: u64, before: u64) -> Result<u64, ReadCause> {
-        let at = match self.library.vendor() {
-            Vendor::Nvidia => end,
-            Vendor::Amd => end - end % STORAGE_ALIGN_BYTES,
-        };
-        if at > before {
-            return Ok(at);
-        }
-        Err(ReadCause::Library(format!("{} bytes came, less than a page", end - before).into()))
     }
 
     pub(crate) fn read_tail(
@@ -246,18 +240,20 @@ impl Engine for Direct {
     }
 
     fn run(&self, feed: &dyn Feed, sink: &dyn Sink) -> Counts {
-        match self.mode() {
+        match self.mode().0 {
             DirectMode::Threads { count } => self.run_threads(count, feed, sink),
             DirectMode::Batch { entries } => self.run_batches(entries.max(1), feed, sink),
         }
     }
 }
 
-/// What one call is asked for.
-pub(crate) struct Piece {
-    pub(crate) len_bytes: u64,
-    /// Whether it is the last, partial page, which goes through the host.
-    pub(crate) is_tail: bool,
+impl Drop for Direct {
+    fn drop(&mut self) {
+        if *self.is_lost.get_mut() {
+            mem::forget(mem::take(&mut self.buffers));
+            mem::forget((Arc::clone(&self.files), Arc::clone(&self.library), Arc::clone(&self.device)));
+        }
+    }
 }
 
 /// Returns where a job's bytes go.
@@ -272,9 +268,6 @@ pub(crate) fn cause(error: ReadFailed) -> ReadCause {
     match error {
         ReadFailed::System(error) => ReadCause::Io(error),
         ReadFailed::Call(error) => ReadCause::Library(error.into()),
+        ReadFailed::Unsaid => ReadCause::Library(error.to_string().into()),
     }
 }
-
-/// The most that hipFile reads in one call, and the system in one of its own: `MAX_RW_COUNT` of Linux.
-const CALL_LEN_BYTES_MAX: u64 = 0x7fff_f000;
-const _: () = assert!(CALL_LEN_BYTES_MAX.is_multiple_of(STORAGE_ALIGN_BYTES));

@@ -4,16 +4,17 @@ use std::collections::HashMap;
 use std::env;
 use std::ffi::{CStr, c_int, c_void};
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::RawFd;
 use std::ptr;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use tensorhaul_device::Device;
 use tensorhaul_device::gpu::table::TableError;
 
 use crate::kernel::Kernel;
 use crate::refusal::{CallFailed, Refusal};
-use crate::sys::{self, Descriptor, DescriptorHandle, FileHandle, Properties, Status, Table};
+use crate::registered::Registered;
+use crate::sys::{self, FileHandle, Properties, Status, Table};
 use crate::vendor::Vendor;
 
 /// Whether the library may read into host memory and copy from there where storage cannot write into the device.
@@ -31,6 +32,8 @@ pub enum Compatibility {
 /// A vendor's library, open. Dropping the last handle closes it.
 pub struct Library {
     vendor: Vendor,
+    /// The device it was opened inside, and is closed inside.
+    device: Arc<dyn Device>,
     table: Arc<Table>,
     compatibility: Compatibility,
     /// Whether this value opened it; a framework in the same process may have before.
@@ -57,7 +60,7 @@ impl Library {
     ///
     /// # Panics
     /// When the device is the host, which has no such library.
-    pub fn open(device: &dyn Device, compatibility: Compatibility) -> Result<Arc<Library>, Refusal> {
+    pub fn open(device: &Arc<dyn Device>, compatibility: Compatibility) -> Result<Arc<Library>, Refusal> {
         let vendor = Vendor::of(device.id()).expect("direct storage is asked for with an accelerator");
         // A panic elsewhere leaves a handle that is whole, or none.
         let mut open = OPEN[vendor as usize].lock().unwrap_or_else(PoisonError::into_inner);
@@ -74,20 +77,23 @@ impl Library {
         }
         let table = load(vendor)?;
         let mut opened = None;
-        let inside = device.enter(&mut || opened = Some(Library::open_new(vendor, &table, compatibility)));
-        inside.map_err(|error| Refusal::Device { why: error.to_string() })?;
+        let inside =
+            device.enter(&mut || opened = Some(Library::open_new(device, vendor, &table, compatibility)));
+        inside.map_err(Refusal::Device)?;
         let library = Arc::new(opened.expect("what runs inside a device runs")?);
         *open = Arc::downgrade(&library);
         Ok(library)
     }
 
     fn open_new(
+        device: &Arc<dyn Device>,
         vendor: Vendor,
         table: &Arc<Table>,
         compatibility: Compatibility,
     ) -> Result<Library, Refusal> {
         let mut library = Library {
             vendor,
+            device: Arc::clone(device),
             table: Arc::clone(table),
             compatibility,
             closes: false,
@@ -174,6 +180,11 @@ impl Library {
         (status.code == 0).then_some(properties.control_flags)
     }
 
+    /// Returns the device it was opened inside.
+    pub fn device(&self) -> &Arc<dyn Device> {
+        &self.device
+    }
+
     /// Returns whose library it is.
     pub fn vendor(&self) -> Vendor {
         self.vendor
@@ -198,15 +209,31 @@ impl Library {
         (status.code == 0).then(|| format!("{major}.{minor}.{patch}"))
     }
 
-    /// Tells whether it has the calls that batches need.
-    pub fn has_batches(&self) -> bool {
+    /// Returns why reads cannot go in batches, if they cannot.
+    pub(crate) fn lacks_batches(&self) -> Option<&'static str> {
         let Table { batch_set_up, batch_submit, batch_status, batch_cancel, batch_destroy, .. } =
             &*self.table;
-        batch_set_up.is_some()
+        let is_complete = batch_set_up.is_some()
             && batch_submit.is_some()
             && batch_status.is_some()
             && batch_cancel.is_some()
-            && batch_destroy.is_some()
+            && batch_destroy.is_some();
+        match self.vendor {
+            // Its functions are there, but those that tell of reads and end batches do nothing (AMD, "Batch I/O API reference").
+            Vendor::Amd => Some("hipFile takes batches, but does not tell when their reads are done"),
+            Vendor::Nvidia if is_complete => None,
+            Vendor::Nvidia => Some("the library has no batches"),
+        }
+    }
+
+    /// Tells whether this is the process that opened it: a child of a fork leaves it alone.
+    pub(crate) fn is_ours(&self) -> bool {
+        self.process == std::process::id()
+    }
+
+    /// A panic elsewhere leaves a table that is whole.
+    pub(crate) fn files(&self) -> MutexGuard<'_, HashMap<RawFd, Weak<Registered>>> {
+        self.files.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn table(&self) -> &Table {
@@ -264,26 +291,47 @@ impl Library {
         self.read_result(result)
     }
 
-    /// Makes what a read returns a result: bytes, -1 with the system's error number, or the library's code, negative.
+    /// Makes what a read returns a result: bytes, -1 with the thread's error number, or a code of the system's or the library's, negative.
     pub(crate) fn read_result(&self, result: isize) -> Result<u64, ReadFailed> {
         match result {
-            0.. => Ok(result as u64),
             -1 => Err(ReadFailed::System(io::Error::last_os_error())),
-            code => Err(ReadFailed::Call(self.failed("Read", code.unsigned_abs() as c_int, None))),
+            result => self.event_result(result),
+        }
+    }
+
+    /// Makes what is told of a read in a batch a result. It ran on a thread of the library's, so the error number of this one says nothing.
+    pub(crate) fn event_result(&self, result: isize) -> Result<u64, ReadFailed> {
+        let code = result.unsigned_abs() as c_int;
+        match result {
+            0.. => Ok(result as u64),
+            -1 => Err(ReadFailed::Unsaid),
+            _ if code < sys::BASE_ERROR => Err(ReadFailed::System(io::Error::from_raw_os_error(code))),
+            _ => Err(ReadFailed::Call(self.failed("Read", code, None))),
         }
     }
 }
 
 impl Drop for Library {
     fn drop(&mut self) {
-        if self.closes && self.process == std::process::id() {
-            let close = self.table.driver_close_v2.unwrap_or(self.table.driver_close);
+        if !self.closes || !self.is_ours() {
+            return;
+        }
+        let close = self.table.driver_close_v2.unwrap_or(self.table.driver_close);
+        within(&*self.device, || {
             // SAFETY: opened by this value, and every file and buffer, which keep it, is deregistered.
             let status = unsafe { close() };
             if let Err(error) = self.check("DriverClose", status) {
                 tracing::warn!(%error, "direct storage was not closed");
             }
-        }
+        });
+    }
+}
+
+/// Runs a call that lets go of something inside its device. One that is lost cannot be entered; the library has to forget what is let go of
+/// all the same, because the next to come may have the same address or descriptor.
+pub(crate) fn within(device: &dyn Device, mut act: impl FnMut()) {
+    if device.enter(&mut act).is_err() {
+        act();
     }
 }
 
@@ -294,6 +342,8 @@ pub(crate) enum ReadFailed {
     System(io::Error),
     /// The library did.
     Call(CallFailed),
+    /// Somebody did, and nobody says who or why.
+    Unsaid,
 }
 
 impl std::fmt::Display for ReadFailed {
@@ -301,97 +351,7 @@ impl std::fmt::Display for ReadFailed {
         match self {
             ReadFailed::System(error) => error.fmt(f),
             ReadFailed::Call(error) => error.fmt(f),
-        }
-    }
-}
-
-/// A file that the library knows; dropping it makes the library forget it.
-pub(crate) struct Registered {
-    library: Arc<Library>,
-    fd: RawFd,
-    handle: FileHandle,
-}
-
-impl Registered {
-    /// Registers a descriptor, which must stay open for the life of the value, or returns what registered it before.
-    pub(crate) fn file(library: &Arc<Library>, file: BorrowedFd<'_>) -> Result<Arc<Registered>, CallFailed> {
-        let fd = file.as_raw_fd();
-        // Held across the call, so that nobody registers the same file meanwhile.
-        let mut files = loop {
-            let files = library.files.lock().unwrap_or_else(PoisonError::into_inner);
-            match files.get(&fd).map(Weak::upgrade) {
-                None => break files,
-                Some(Some(registered)) => return Ok(registered),
-                // The last owner is about to make the library forget it.
-                Some(None) => drop(files),
-            }
-            std::thread::yield_now();
-        };
-        let mut descriptor =
-            Descriptor { kind: sys::HANDLE_TYPE_FD, handle: DescriptorHandle { fd }, fs_ops: ptr::null() };
-        let mut handle = ptr::null_mut();
-        // SAFETY: both are valid for the call, which writes the handle.
-        let status = unsafe { (library.table.handle_register)(&raw mut handle, &raw mut descriptor) };
-        library.check("HandleRegister", status)?;
-        let registered = Arc::new(Registered { library: Arc::clone(library), fd, handle });
-        files.insert(fd, Arc::downgrade(&registered));
-        Ok(registered)
-    }
-
-    pub(crate) fn handle(&self) -> FileHandle {
-        self.handle
-    }
-}
-
-impl Drop for Registered {
-    fn drop(&mut self) {
-        if self.library.process == std::process::id() {
-            let mut files = self.library.files.lock().unwrap_or_else(PoisonError::into_inner);
-            files.remove(&self.fd);
-            // SAFETY: registered above, and no read of it is under way: engines end before they let go of their files.
-            unsafe { (self.library.table.handle_deregister)(self.handle) };
-        }
-    }
-}
-
-// SAFETY: a handle of the library's, which is documented to be used from any thread.
-unsafe impl Send for Registered {}
-// SAFETY: as above.
-unsafe impl Sync for Registered {}
-
-/// Device memory that the library has mapped for storage; dropping it undoes that.
-pub(crate) struct RegisteredBuffer {
-    library: Arc<Library>,
-    base: u64,
-}
-
-impl RegisteredBuffer {
-    /// Registers device memory.
-    ///
-    /// # Safety
-    /// The range is one allocation of the current device, or inside one, and outlives the value.
-    pub(crate) unsafe fn new(
-        library: &Arc<Library>,
-        base: u64,
-        len_bytes: u64,
-    ) -> Result<RegisteredBuffer, CallFailed> {
-        let start = ptr::with_exposed_provenance::<c_void>(base as usize);
-        // SAFETY: the caller's promise.
-        let status = unsafe { (library.table.buffer_register)(start, len_bytes as usize, 0) };
-        library.check("BufRegister", status)?;
-        Ok(RegisteredBuffer { library: Arc::clone(library), base })
-    }
-}
-
-impl Drop for RegisteredBuffer {
-    fn drop(&mut self) {
-        if self.library.process == std::process::id() {
-            let start = ptr::with_exposed_provenance::<c_void>(self.base as usize);
-            // SAFETY: registered above, and no read into it is under way.
-            let status = unsafe { (self.library.table.buffer_deregister)(start) };
-            if let Err(error) = self.library.check("BufDeregister", status) {
-                tracing::warn!(%error, "device memory stays registered for direct storage");
-            }
+            ReadFailed::Unsaid => f.write_str("the library does not say why"),
         }
     }
 }

@@ -5,12 +5,13 @@ use std::mem::ManuallyDrop;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use tensorhaul_device::{Allocation, Device, DeviceError, STORAGE_ALIGN_BYTES, Stream};
+use tensorhaul_device::{Allocation, Device, STORAGE_ALIGN_BYTES, Stream};
 use tensorhaul_io::OpenFile;
 use tensorhaul_stage::StagingMemory;
 
-use crate::library::{Library, Registered};
+use crate::library::Library;
 use crate::refusal::Refusal;
+use crate::registered::Registered;
 
 /// A file that direct storage has read from.
 pub struct DirectFile {
@@ -39,8 +40,8 @@ impl Probe {
         Ok(Probe {
             library: Arc::clone(library),
             device: Arc::clone(device),
-            memory: device.allocate_for_storage(PAGE_LEN_BYTES as u64).map_err(refused)?,
-            staging: ManuallyDrop::new(device.staging_memory(PAGE_LEN_BYTES).map_err(refused)?),
+            memory: device.allocate_for_storage(PAGE_LEN_BYTES as u64).map_err(Refusal::Device)?,
+            staging: ManuallyDrop::new(device.staging_memory(PAGE_LEN_BYTES).map_err(Refusal::Device)?),
             is_lost: Cell::new(false),
         })
     }
@@ -62,13 +63,14 @@ impl Probe {
         let (descriptor, _) = file.direct().expect("a file just proven is open for direct reads");
         let mut tried = None;
         let inside = self.device.enter(&mut || {
-            let registered = Registered::file(&self.library, descriptor).map_err(Refusal::Register);
+            let registered =
+                Registered::file(&self.library, &self.device, descriptor).map_err(Refusal::Register);
             tried = Some(registered.and_then(|registered| {
                 self.compare(file, &registered)?;
                 Ok(registered)
             }));
         });
-        inside.map_err(refused)?;
+        inside.map_err(Refusal::Device)?;
         let registered = tried.expect("what runs inside a device runs")?;
         Ok(DirectFile { registered, number, files: Arc::clone(files) })
     }
@@ -85,19 +87,23 @@ impl Probe {
             unsafe { std::slice::from_raw_parts_mut(self.staging.as_ptr().as_ptr(), PAGE_LEN_BYTES) };
         staged.iter_mut().zip(&expected).for_each(|(staged, expected)| *staged = !expected);
         // SAFETY: both live until the wait below; nobody else touches them.
-        unsafe { self.device.copy(staged, &self.memory, 0, Stream::Copy) }.map_err(refused)?;
+        unsafe { self.device.copy(staged, &self.memory, 0, Stream::Copy) }.map_err(Refusal::Device)?;
         self.wait()?;
 
         let (base, len) = (self.memory.address(), PAGE_LEN_BYTES);
         // SAFETY: the file is registered, the memory is the current device's, as long, and nobody else's.
         let read = unsafe { self.library.read(registered.handle(), base, 0, 0, len) };
-        let read = read.map_err(|error| first_read(error.to_string()))?;
+        let read = read.map_err(|error| match self.device.memory() {
+            Ok(_) => first_read(error.to_string()),
+            // Whatever the library calls it.
+            Err(lost) => Refusal::Device(lost),
+        })?;
         if read != len as u64 {
             return Err(first_read(format!("{read} of {len} bytes came")));
         }
 
         // SAFETY: as above.
-        unsafe { self.device.copy_back(&self.memory, 0, staged, Stream::Copy) }.map_err(refused)?;
+        unsafe { self.device.copy_back(&self.memory, 0, staged, Stream::Copy) }.map_err(Refusal::Device)?;
         self.wait()?;
         if *staged == expected { Ok(()) } else { Err(Refusal::Mismatch) }
     }
@@ -106,7 +112,7 @@ impl Probe {
         let wait = || self.device.record(Stream::Copy).and_then(|event| self.device.wait(&event));
         wait().map_err(|error| {
             self.is_lost.set(wait().is_err());
-            refused(error)
+            Refusal::Device(error)
         })
     }
 }
@@ -118,10 +124,6 @@ impl Drop for Probe {
             unsafe { ManuallyDrop::drop(&mut self.staging) };
         }
     }
-}
-
-fn refused(error: DeviceError) -> Refusal {
-    Refusal::Device { why: error.to_string() }
 }
 
 const PAGE_LEN_BYTES: usize = STORAGE_ALIGN_BYTES as usize;

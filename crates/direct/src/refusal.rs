@@ -2,12 +2,13 @@
 
 use std::fmt;
 
+use tensorhaul_device::DeviceError;
 use tensorhaul_device::gpu::table::TableError;
 
 use crate::vendor::Vendor;
 
 /// Why a file is not read by direct storage. The text says what happened; [`Refusal::remedy`] what would help.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 #[non_exhaustive]
 pub enum Refusal {
     /// The vendor's library is not there, or lacks a function.
@@ -35,11 +36,8 @@ pub enum Refusal {
     },
     /// The process was forked after the library was opened.
     Forked,
-    /// The device could not give or copy the memory that a first read needs.
-    Device {
-        /// The device's error.
-        why: String,
-    },
+    /// The device could not give or copy the memory that a first read needs, or turned out to be lost when such a read failed.
+    Device(DeviceError),
     /// The file cannot be read past the page cache at all.
     NoDirectReads {
         /// Why.
@@ -90,7 +88,7 @@ impl Refusal {
             Refusal::NoDirectReads { .. } | Refusal::Register(_) => {
                 Some("keep checkpoints on local NVMe with ext4 (data=ordered) or xfs".to_owned())
             }
-            Refusal::Device { .. } | Refusal::TooShort { .. } | Refusal::Mismatch => None,
+            Refusal::Device(_) | Refusal::TooShort { .. } | Refusal::Mismatch => None,
         }
     }
 }
@@ -108,7 +106,7 @@ impl fmt::Display for Refusal {
                 )
             }
             Refusal::Forked => f.write_str("the process was forked after direct storage was opened"),
-            Refusal::Device { why } => write!(f, "a first direct read: {why}"),
+            Refusal::Device(error) => write!(f, "a first direct read: {error}"),
             Refusal::NoDirectReads { why } => f.write_str(why),
             Refusal::TooShort { len_bytes } => write!(f, "it has {len_bytes} bytes, not one page"),
             Refusal::Register(error) => error.fmt(f),

@@ -184,6 +184,10 @@ pub(crate) const BATCH_READ: c_int = 0;
 /// `CUFILE_COMPLETE`.
 pub(crate) const BATCH_COMPLETE: c_int = 0x10;
 
+/// What the other states of `CUfileStatus_t` mean of a read that is no longer under way, or never was.
+pub(crate) const BATCH_STATUSES: &[(c_int, &str)] =
+    &[(0x04, "was not accepted"), (0x08, "was cancelled"), (0x20, "timed out"), (0x40, "failed")];
+
 /// `CUFILE_PARAM_PROPERTIES_ALLOW_COMPAT_MODE`.
 pub(crate) const PARAMETER_ALLOW_COMPATIBILITY: c_int = 1;
 /// `CUFILE_PARAM_FORCE_COMPAT_MODE`.

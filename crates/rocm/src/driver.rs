@@ -1,26 +1,26 @@
 //! HIP's calls under the names that all vendors share.
 
 use std::collections::BTreeMap;
-use std::ffi::{CStr, c_char, c_int, c_void};
-use std::fs::File;
-use std::io::ErrorKind;
+use std::ffi::{CStr, c_int, c_void};
 use std::path::PathBuf;
 use std::ptr;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use tensorhaul_device::gpu::{
     BatchPiece, CallError, CaptureMode, CompileError, Compiled, Context, DeviceFacts, Driver, EventHandle,
-    FunctionHandle, LaunchShape, Meaning, ModuleHandle, Peer, PeerCopy, Rows, StreamHandle, table,
+    FunctionHandle, LaunchShape, Meaning, ModuleHandle, Peer, PeerCopy, Rows, StreamHandle, call::pointer,
+    table,
 };
 use tensorhaul_plan::DeviceId;
 
+use crate::describe::why_no_device;
 use crate::kernels;
 use crate::rtc::Compiler;
 use crate::sys::{self, Table};
 
 /// AMD's HIP runtime, loaded and initialized.
 pub struct Rocm {
-    table: Table,
+    pub(crate) table: Table,
     version: c_int,
     /// Found when it is first needed.
     compiler: OnceLock<Result<Compiler, String>>,
@@ -51,7 +51,7 @@ impl Rocm {
         Ok(rocm)
     }
 
-    fn check(&self, call: &'static str, code: c_int) -> Result<(), CallError> {
+    pub(crate) fn check(&self, call: &'static str, code: c_int) -> Result<(), CallError> {
         if code == sys::SUCCESS {
             return Ok(());
         }
@@ -80,61 +80,6 @@ impl Rocm {
         // SAFETY: the runtime's static, terminated string.
         unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned()
     }
-
-    fn attribute(&self, attribute: c_int, device: sys::Device) -> Result<c_int, CallError> {
-        let mut value = 0;
-        // SAFETY: writes one integer.
-        let code = unsafe { (self.table.hipDeviceGetAttribute)(&raw mut value, attribute, device) };
-        self.check("hipDeviceGetAttribute", code)?;
-        Ok(value)
-    }
-
-    /// Returns the host's memory node nearest to a device. Older runtimes do not know the attribute; -1 is a system without nodes.
-    fn host_node(&self, device: sys::Device) -> Option<u32> {
-        self.attribute(sys::ATTRIBUTE_HOST_NUMA_ID, device).ok()?.try_into().ok()
-    }
-
-    /// Returns the architecture as HIP writes it: `gfx942:sramecc+:xnack-`.
-    fn architecture(&self, device: sys::Device) -> Result<String, CallError> {
-        let mut properties = Box::new(sys::Properties([0; _]));
-        let offset = if let Some(describe) = self.table.hipGetDevicePropertiesR0600 {
-            // SAFETY: writes one struct, for which there is room.
-            let code = unsafe { describe(&raw mut *properties, device) };
-            self.check("hipGetDevicePropertiesR0600", code)?;
-            sys::ARCHITECTURE_OFFSET_R0600
-        } else if let Some(describe) = self.table.hipGetDeviceProperties {
-            // SAFETY: as above.
-            let code = unsafe { describe(&raw mut *properties, device) };
-            self.check("hipGetDeviceProperties", code)?;
-            sys::ARCHITECTURE_OFFSET
-        } else {
-            return Ok(String::new());
-        };
-        let name = CStr::from_bytes_until_nul(&properties.0[offset..][..256]).unwrap_or_default();
-        Ok(name.to_string_lossy().into_owned())
-    }
-}
-
-/// Returns the likely cause where the runtime is there and sees no device.
-fn why_no_device() -> &'static str {
-    match File::options().read(true).write(true).open(KERNEL_DRIVER) {
-        Ok(_) => "ROCm is installed, but it sees no GPU (HIP_VISIBLE_DEVICES, ROCR_VISIBLE_DEVICES?)",
-        Err(error) if error.kind() == ErrorKind::PermissionDenied => {
-            "/dev/kfd cannot be opened: add the user to the groups render and video, in a container with --group-add"
-        }
-        Err(_) => {
-            "there is no /dev/kfd: the amdgpu kernel module is not loaded, or this container was started without \
-             --device=/dev/kfd --device=/dev/dri"
-        }
-    }
-}
-
-/// Reads a string that a call writes into a buffer.
-fn text(fill: impl FnOnce(*mut c_char, c_int) -> Result<(), CallError>) -> Result<String, CallError> {
-    let mut buffer = [0u8; 256];
-    fill(buffer.as_mut_ptr().cast(), buffer.len() as c_int - 1)?;
-    let text = CStr::from_bytes_until_nul(&buffer).unwrap_or_default();
-    Ok(text.to_string_lossy().into_owned())
 }
 
 // SAFETY: each method calls the function of HIP's reference for its name, with these arguments.
@@ -164,35 +109,7 @@ unsafe impl Driver for Rocm {
     }
 
     fn describe(&self, ordinal: u32) -> Result<DeviceFacts, CallError> {
-        let device = ordinal as sys::Device;
-        let mut total = 0usize;
-        // SAFETY: writes one integer.
-        self.check("hipDeviceTotalMem", unsafe { (self.table.hipDeviceTotalMem)(&raw mut total, device) })?;
-        let architecture = self.architecture(device)?;
-        // Features follow, which the code objects do not depend on.
-        let architecture = architecture.split(':').next().unwrap_or_default().to_owned();
-        let name = text(|buffer, len| {
-            // SAFETY: writes at most `len` bytes.
-            self.check("hipDeviceGetName", unsafe { (self.table.hipDeviceGetName)(buffer, len, device) })
-        })?;
-        let pci_bus_id = text(|buffer, len| {
-            // SAFETY: as above.
-            self.check("hipDeviceGetPCIBusId", unsafe {
-                (self.table.hipDeviceGetPCIBusId)(buffer, len, device)
-            })
-        });
-        let attribute = self.attribute(sys::ATTRIBUTE_INTEGRATED, device)? != 0;
-        Ok(DeviceFacts {
-            integrated: attribute || is_mi300a(&architecture, &name),
-            // Where the table of names is not installed, a device has none.
-            name: if name.is_empty() { format!("AMD {architecture}") } else { name },
-            total_bytes: total as u64,
-            pci_bus_id: pci_bus_id.unwrap_or_default(),
-            architecture,
-            processor_count: self.attribute(sys::ATTRIBUTE_MULTIPROCESSOR_COUNT, device)?.max(0) as u32,
-            host_node: self.host_node(device),
-            reads_pinned: self.attribute(sys::ATTRIBUTE_CAN_MAP_HOST_MEMORY, device)? != 0,
-        })
+        self.facts(ordinal)
     }
 
     fn open(&self, ordinal: u32) -> Result<Context, CallError> {
@@ -542,14 +459,8 @@ unsafe impl Driver for Rocm {
         stream: StreamHandle,
     ) -> Result<(), CallError> {
         // As one buffer, because that is what a kernel takes, and `params` is.
-        let mut len = params.len();
-        let mut extra = [
-            ptr::without_provenance_mut(sys::LAUNCH_PARAM_BUFFER_POINTER),
-            params.as_ptr().cast_mut().cast::<c_void>(),
-            ptr::without_provenance_mut(sys::LAUNCH_PARAM_BUFFER_SIZE),
-            (&raw mut len).cast(),
-            ptr::without_provenance_mut(sys::LAUNCH_PARAM_END),
-        ];
+        let mut len = 0;
+        let mut list = sys::LAUNCH_KEYS.list(params, &mut len);
         // SAFETY: the list and the buffer are read before the call returns; what the parameters mean is the caller's promise.
         let code = unsafe {
             (self.table.hipModuleLaunchKernel)(
@@ -563,40 +474,14 @@ unsafe impl Driver for Rocm {
                 shape.shared_bytes,
                 pointer(stream.0),
                 ptr::null_mut(),
-                extra.as_mut_ptr(),
+                list.as_mut_ptr(),
             )
         };
         self.check("hipModuleLaunchKernel", code)
     }
 }
 
-/// Tells whether a device is an MI300A, which shares the host's memory. Its architecture is also that of the MI300X, which does
-/// not; and not every runtime sets the attribute for it.
-fn is_mi300a(architecture: &str, name: &str) -> bool {
-    architecture == "gfx942" && name.contains("MI300A")
-}
-
 /// Contexts are devices' ordinals, from 1.
 fn device_of(context: Context) -> sys::Device {
     context.0.saturating_sub(1) as sys::Device
-}
-
-/// Handles are pointers that only the runtime follows.
-fn pointer(handle: usize) -> *mut c_void {
-    ptr::with_exposed_provenance_mut(handle)
-}
-
-/// Whoever may use AMD's GPUs for computing may open this.
-const KERNEL_DRIVER: &str = "/dev/kfd";
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn of_two_devices_of_one_architecture_one_shares_the_hosts_memory() {
-        assert!(is_mi300a("gfx942", "AMD Instinct MI300A"));
-        assert!(!is_mi300a("gfx942", "AMD Instinct MI300X"));
-        assert!(!is_mi300a("gfx90a", "AMD Instinct MI250X"));
-    }
 }

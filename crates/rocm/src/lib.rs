@@ -17,6 +17,7 @@
 //!
 //! [`Context`]: tensorhaul_device::gpu::Context
 
+mod describe;
 mod driver;
 mod kernels;
 mod rtc;
@@ -24,11 +25,11 @@ mod sys;
 
 use std::env;
 use std::path::PathBuf;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 pub use driver::Rocm;
 use tensorhaul_device::DeviceError;
-use tensorhaul_device::gpu::{FORKED, Found, Gpu};
+use tensorhaul_device::gpu::{Found, Gpu, Loaded};
 use tensorhaul_plan::DeviceId;
 
 /// Opens a device by its ordinal in the runtime's order (`HIP_VISIBLE_DEVICES` and `ROCR_VISIBLE_DEVICES` apply).
@@ -55,21 +56,15 @@ pub fn find(ordinal: u32) -> Result<Found<Rocm>, DeviceError> {
 /// # Errors
 /// A sentence with the likely cause. In a child forked after the first call: that it was.
 pub fn driver() -> Result<Arc<Rocm>, String> {
-    let load = || (std::process::id(), Rocm::load(&candidates()).map(Arc::new));
-    let (process, driver) = DRIVER.get_or_init(load);
-    if driver.is_ok() && *process != std::process::id() {
-        return Err(FORKED.to_owned());
-    }
-    driver.clone()
+    DRIVER.get(|| Rocm::load(&candidates()))
 }
 
 /// Tells whether this process has loaded and initialized the runtime: from then on its children cannot.
 pub fn is_initialized() -> bool {
-    DRIVER.get().is_some_and(|(process, driver)| driver.is_ok() && *process == std::process::id())
+    DRIVER.is_loaded()
 }
 
-/// With the process that loaded it.
-static DRIVER: OnceLock<(u32, Result<Arc<Rocm>, String>)> = OnceLock::new();
+static DRIVER: Loaded<Rocm> = Loaded::new();
 
 /// The names to try where the process holds no runtime: the user's own, or what ROCm installs, the newest first.
 fn candidates() -> Vec<PathBuf> {

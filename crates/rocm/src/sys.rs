@@ -8,6 +8,8 @@
 
 use std::ffi::{c_char, c_int, c_uint, c_void};
 
+use tensorhaul_device::gpu::call::LaunchKeys;
+
 pub(crate) type Device = c_int;
 pub(crate) type Stream = *mut c_void;
 pub(crate) type Event = *mut c_void;
@@ -130,9 +132,7 @@ pub(crate) const ATTRIBUTE_MULTIPROCESSOR_COUNT: c_int = 63;
 
 /// `HIP_LAUNCH_PARAM_BUFFER_POINTER`, `_BUFFER_SIZE`, `_END`: keys of the list that hands parameters over as one buffer. The
 /// last is not CUDA's.
-pub(crate) const LAUNCH_PARAM_BUFFER_POINTER: usize = 1;
-pub(crate) const LAUNCH_PARAM_BUFFER_SIZE: usize = 2;
-pub(crate) const LAUNCH_PARAM_END: usize = 3;
+pub(crate) const LAUNCH_KEYS: LaunchKeys = LaunchKeys { buffer: 1, len: 2, end: 3 };
 
 /// `hipMemcpyHostToDevice`.
 pub(crate) const MEMCPY_HOST_TO_DEVICE: c_int = 1;

@@ -432,8 +432,17 @@ const ENDS_CAPTURES: &[&str] = &[
     "hipStreamSynchronize",
 ];
 
-/// Which device is current, HIP keeps for the thread, whatever became of the device.
-const ANSWERED_ALWAYS: &[&str] = &["hipGetDevice", "hipSetDevice"];
+/// Whatever became of the device: HIP keeps for the thread which one is current, and libraries for direct storage keep lists of their own.
+const ANSWERED_ALWAYS: &[&str] = &[
+    "cuFileBufDeregister",
+    "cuFileDriverClose",
+    "cuFileHandleDeregister",
+    "hipFileBufDeregister",
+    "hipFileDriverClose",
+    "hipFileHandleDeregister",
+    "hipGetDevice",
+    "hipSetDevice",
+];
 
 /// These end a context: illegal addresses and hardware faults.
-const LOST_CODES: std::ops::RangeInclusive<i32> = 700..=719;
+pub(crate) const LOST_CODES: std::ops::RangeInclusive<i32> = 700..=719;

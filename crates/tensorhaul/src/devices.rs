@@ -300,6 +300,7 @@ pub(crate) fn forget_failed(error: &Error) {
     if error.kind() == ErrorKind::Device
         && let Some(id) = error.device()
     {
+        storage::release_opened_inside(id);
         let kept = lock().remove(&id);
         if let Some(parents) = kept.filter(|kept| !kept.is_ours()) {
             mem::forget(parents); // What a parent of this process kept is not this process's to free.

@@ -2,6 +2,8 @@
 
 mod devices;
 mod folders;
+mod peers;
+mod place;
 mod storage;
 
 use std::env;
@@ -16,6 +18,8 @@ use tensorhaul_io::probe;
 pub(crate) use devices::devices;
 pub use devices::{DeviceFact, DriverFact, PciLink};
 pub use folders::Folder;
+pub use peers::{PeerFact, Reach};
+pub use place::PciPlace;
 pub use storage::{DirectFolder, DirectStorageFact};
 
 pub use crate::link::CopySpeed;
@@ -60,7 +64,9 @@ pub struct Doctor {
     pub drivers: Vec<DriverFact>,
     /// The devices this build can load onto, and those it cannot.
     pub devices: Vec<DeviceFact>,
-    /// Direct storage, for each vendor that has a device which works.
+    /// Which devices copy from each other's memory without the host, where there are several of a vendor.
+    pub peers: Vec<PeerFact>,
+    /// Direct storage, for each device that works and is not the host.
     pub direct_storage: Vec<DirectStorageFact>,
     /// What would make loads faster or possible, most important first; empty when nothing is missing.
     pub advice: Vec<Advice>,
@@ -120,11 +126,13 @@ impl Doctor {
             folders,
             drivers: devices::drivers(),
             devices: devices::devices(),
+            peers: Vec::new(),
             direct_storage: Vec::new(),
             advice: Vec::new(),
         };
-        doctor.devices.iter_mut().for_each(devices::measure);
-        doctor.direct_storage = storage::examine(&doctor.devices, &doctor.folders);
+        let opened = devices::open(&mut doctor.devices);
+        doctor.peers = peers::examine(&opened);
+        doctor.direct_storage = storage::examine(&opened, &doctor.folders);
         doctor.advice = doctor.advise();
         doctor
     }

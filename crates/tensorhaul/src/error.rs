@@ -105,8 +105,9 @@ impl Error {
     }
 
     pub(crate) fn read(error: ReadError, path: &Path, tensor: Option<&str>) -> Error {
-        let kind = match &error.cause {
-            ReadCause::End { .. } => ErrorKind::Malformed,
+        let kind = match (&error.cause, device_error(&error)) {
+            (ReadCause::End { .. }, _) => ErrorKind::Malformed,
+            (_, Some(failed)) => kind_of_device(failed),
             _ => ErrorKind::Io,
         };
         let bytes = error.extent.offset_bytes..error.extent.end_bytes();
@@ -133,7 +134,9 @@ impl Error {
 
     /// Returns the device at fault.
     pub fn device(&self) -> Option<DeviceId> {
-        self.0.what.downcast_ref().and_then(DeviceError::device)
+        let what = &self.0.what;
+        let read = || what.downcast_ref().and_then(device_error);
+        what.downcast_ref().or_else(read).and_then(DeviceError::device)
     }
 
     /// Returns the bytes of the file at fault, counted from its start.
@@ -233,13 +236,7 @@ impl From<LayoutError> for Error {
 
 impl From<DeviceError> for Error {
     fn from(error: DeviceError) -> Error {
-        let kind = match error {
-            DeviceError::OutOfMemory { .. }
-            | DeviceError::TooSmall { .. }
-            | DeviceError::OutOfHostMemory { .. } => ErrorKind::OutOfMemory,
-            _ => ErrorKind::Device,
-        };
-        Error::new(kind, error)
+        Error::new(kind_of_device(&error), error)
     }
 }
 
@@ -259,6 +256,23 @@ impl fmt::Display for Failed {
 impl StdError for Failed {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
         Some(&self.source)
+    }
+}
+
+/// Returns the device's own error, where that ended a read.
+fn device_error(error: &ReadError) -> Option<&DeviceError> {
+    match &error.cause {
+        ReadCause::Library(cause) => cause.downcast_ref(),
+        _ => None,
+    }
+}
+
+fn kind_of_device(error: &DeviceError) -> ErrorKind {
+    match error {
+        DeviceError::OutOfMemory { .. }
+        | DeviceError::TooSmall { .. }
+        | DeviceError::OutOfHostMemory { .. } => ErrorKind::OutOfMemory,
+        _ => ErrorKind::Device,
     }
 }
 

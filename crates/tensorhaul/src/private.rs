@@ -6,7 +6,7 @@ use std::time::Instant;
 use tensorhaul_device::Near;
 use tensorhaul_direct::Direct;
 use tensorhaul_io::Counts;
-use tensorhaul_plan::{DeviceId, External, InPlace, Machine, Plan, Request, Route, Select, Staged};
+use tensorhaul_plan::{DeviceId, External, InPlace, Machine, Plan, Request, Route, Select};
 use tensorhaul_stage::{Placement, Ring};
 
 use crate::assignment::Assignment;
@@ -25,7 +25,7 @@ use crate::prepare::{self, Preparation, Prepared, PreparedDevice, Preparing, Sid
 use crate::probed::{Probed, Temperatures};
 use crate::quantized;
 use crate::report::{DeviceReport, Fallback, Phases, Report};
-use crate::storage::{self, Storage};
+use crate::storage::{self, Hope, Storage};
 
 /// What a plan may do to know the devices that it is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -107,13 +107,15 @@ fn attempt(model: &Inner, options: &LoadOptions, cancel: &Cancel, emit: &mut Emi
     let sides: Vec<_> = sides.collect();
     thread::scope(|scope| {
         let (mut sides, peers) = before_the_plan(sides, &request, options, scope)?;
-        let (storages, direct_storage_seconds) = timed(|| storages(model, options, &sides, &probed));
         let able: Vec<_> = sides.iter().map(|side| (side.id, side.is_able)).collect();
-        let routes = storages.iter().filter_map(Storage::route).collect();
-        let machine = machine(options, &able, peers, &probed, routes)?;
         let probed_at = Instant::now();
 
-        let plan = Plan::new(&model.checkpoint, &request, &machine)?;
+        let plan = |routes| {
+            let machine = machine(options, &able, peers.clone(), &probed, routes)?;
+            Ok(Plan::new(&model.checkpoint, &request, &machine)?)
+        };
+        let (plan, storages, direct_storage_seconds) =
+            storage::plan(&hopes(model, options, &sides, &probed), plan)?;
         if options.direct_storage == Preference::Required {
             storages.iter().try_for_each(|storage| storage.check_required(&plan, model))?;
         }
@@ -179,8 +181,8 @@ fn attempt(model: &Inner, options: &LoadOptions, cancel: &Cancel, emit: &mut Emi
             requests: done.counts.requests,
             system_calls: done.counts.system_calls,
             phases: Phases {
-                probe_seconds: (probed_at - start).as_secs_f64(),
-                plan_seconds: (planned_at - probed_at).as_secs_f64(),
+                probe_seconds: (probed_at - start).as_secs_f64() + direct_storage_seconds,
+                plan_seconds: (planned_at - probed_at).as_secs_f64() - direct_storage_seconds,
                 prepare_seconds: (started_at - planned_at).as_secs_f64(),
                 first_byte_seconds: since(done.first_byte, started_at),
                 read_seconds: since(Some(done.finished), first_byte_at),
@@ -231,13 +233,18 @@ fn before_the_plan<'scope>(
     Ok((sides, devices::peers(&opened)))
 }
 
-/// Tries every file on every accelerator, where the load wants direct storage.
-fn storages(model: &Inner, options: &LoadOptions, sides: &[Side<'_>], probed: &Probed) -> Vec<Storage> {
+/// Returns the accelerators that storage may read into, where the load wants direct storage.
+fn hopes<'h>(
+    model: &'h Inner,
+    options: &'h LoadOptions,
+    sides: &'h [Side<'_>],
+    probed: &Probed,
+) -> Vec<Hope<'h>> {
     if options.direct_storage == Preference::Off {
         return Vec::new();
     }
     let accelerators = sides.iter().filter_map(Side::device).filter(|device| device.id() != DeviceId::Host);
-    accelerators.map(|device| Storage::decide(model, options, device, probed)).collect()
+    accelerators.map(|device| Hope::new(model, options, device, probed)).collect()
 }
 
 /// A load that is planned.

@@ -97,7 +97,7 @@ pub struct Phases {
     pub pin_seconds: f64,
     /// Loading kernels, before the first copy; 0 where nothing is dequantized, and about 0 when an earlier load left them.
     pub module_seconds: f64,
-    /// Opening direct storage and trying every file, within `probe_seconds`; 0 where it is not asked for.
+    /// Opening direct storage and trying the files that it is to read, within `probe_seconds`; 0 where it is not asked for.
     pub direct_storage_seconds: f64,
     /// How much of the context, the allocation and the pinning passed while reads landed: from their beginning to the
     /// last that landed before the device was ready. A ring that is full waits, and hides nothing more.

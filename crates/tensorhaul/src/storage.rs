@@ -1,24 +1,26 @@
 //! Direct storage in a load: which files storage reads straight into the device, and why not the others.
 
+mod trial;
+
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tensorhaul_device::{Allocation, Device, STORAGE_ALIGN_BYTES};
-use tensorhaul_direct::{Direct, DirectFile, Library, Probe};
-use tensorhaul_io::Residency;
+use tensorhaul_direct::{Direct, DirectFile, Library};
 use tensorhaul_plan::{Brought, DeviceId, InPlace, Place, Plan, Read, Route, plan::Target};
 
+pub(crate) use trial::{Hope, plan};
+
 use crate::error::{Error, Result};
-use crate::model::{Inner, Source};
-use crate::options::{LoadOptions, Preference};
+use crate::model::Inner;
+use crate::options::LoadOptions;
 use crate::prepare::PreparedDevice;
-use crate::probed::Probed;
 use crate::report::Fallback;
 
 /// Opening a library may take seconds, so it is kept as devices are.
 static KEPT: Mutex<Vec<Arc<Library>>> = Mutex::new(Vec::new());
 
-/// What storage can read into one load's device, once the device is open.
+/// What storage can read into one load's device, found out by [`trial::plan`].
 pub(crate) struct Storage {
     device: DeviceId,
     library: Option<Arc<Library>>,
@@ -28,66 +30,14 @@ pub(crate) struct Storage {
 }
 
 impl Storage {
-    /// Opens direct storage and tries every file; what stands in the way is kept with the files it concerns.
-    pub(crate) fn decide(
-        model: &Inner,
-        options: &LoadOptions,
-        device: &Arc<dyn Device>,
-        probed: &Probed,
-    ) -> Storage {
-        let count = model.checkpoint.files().len();
-        let mut storage =
-            Storage { device: device.id(), library: None, files: Arc::new([]), refused: Vec::new() };
-        let all = |why: &str| (0..count as u32).map(|file| (file, why.to_owned())).collect();
-        let files = match (&model.source, &options.allocator) {
-            (Source::Memory { .. }, _) => {
-                storage.refused = all("the files are bytes in memory");
-                return storage;
-            }
-            (_, Some(_)) => {
-                storage.refused = all("the result is in memory of the caller's allocator");
-                return storage;
-            }
-            (Source::Files(files), None) => files,
-        };
-        let opened =
-            open(&**device, options).and_then(|library| Ok((Probe::new(&library, device)?, library)));
-        let (probe, library) = match opened {
-            Ok(opened) => opened,
-            Err(refusal) => {
-                storage.refused = all(&refusal.to_string());
-                return storage;
-            }
-        };
-        let mut taken = Vec::with_capacity(count);
-        for file in 0..count as u32 {
-            let tried = match probed.residency.get(file as usize) {
-                Some(Residency::Hot) if options.direct_storage == Preference::Preferred => {
-                    Err(IS_HOT.to_owned())
-                }
-                _ => probe.try_file(files, file).map_err(|refusal| refusal.to_string()),
-            };
-            match tried {
-                Ok(file) => taken.push(Some(file)),
-                Err(why) => {
-                    taken.push(None);
-                    storage.refused.push((file, why));
-                }
-            }
-        }
-        (storage.library, storage.files) = (Some(library), taken.into());
-        storage
-    }
-
     /// Returns the device.
     pub(crate) fn device(&self) -> DeviceId {
         self.device
     }
 
     /// Returns the way into the device's memory for a plan, if any file has one.
-    pub(crate) fn route(&self) -> Option<Route> {
-        let files: Vec<bool> = self.files.iter().map(Option::is_some).collect();
-        files.contains(&true).then(|| Route { files: Some(files), ..route_for_all(self.device) })
+    fn route(&self) -> Option<Route> {
+        route_for(self.device, self.files.iter().map(Option::is_some).collect())
     }
 
     /// Refuses a plan that reads a file otherwise, with the reason for each. What is staged anyway, because it is short, does not count.
@@ -194,9 +144,8 @@ impl Storage {
             );
             fallbacks.push(Fallback::new(what, unregistered.error));
         }
-        if direct.mode() != options.direct_mode {
-            let what = "direct storage reads on threads instead of in batches";
-            fallbacks.push(Fallback::new(what, "the library has no batches"));
+        if let (_, Some(why)) = direct.mode() {
+            fallbacks.push(Fallback::new("direct storage reads on threads instead of in batches", why));
         }
         Some(direct)
     }
@@ -205,6 +154,11 @@ impl Storage {
 /// The way into a device's memory for every file; what a load is planned with that requires direct storage.
 pub(crate) fn route_for_all(device: DeviceId) -> Route {
     Route { device, files: None, is_hosts: false, read_len_bytes_max: READ_LEN_BYTES_MAX }
+}
+
+/// The way into a device's memory for these files; `None` where there are none.
+fn route_for(device: DeviceId, files: Vec<bool>) -> Option<Route> {
+    files.contains(&true).then(|| Route { files: Some(files), ..route_for_all(device) })
 }
 
 /// Adds routes to what a plan may read in place; returns the alignment that direct reads then need.
@@ -234,7 +188,7 @@ pub(crate) fn arenas_in_place(plan: &Plan) -> Vec<bool> {
 
 /// Opens the library of the device's vendor, and keeps it open.
 fn open(
-    device: &dyn Device,
+    device: &Arc<dyn Device>,
     options: &LoadOptions,
 ) -> std::result::Result<Arc<Library>, tensorhaul_direct::Refusal> {
     let library = Library::open(device, options.direct_compatibility)?;
@@ -251,13 +205,17 @@ pub(crate) fn release() {
     drop(kept); // Without the lock: closing may take its time.
 }
 
+/// Lets go of the libraries that were opened inside a device, which is lost, and would be kept by them.
+pub(crate) fn release_opened_inside(device: DeviceId) {
+    let is_inside = |library: &mut Arc<Library>| library.device().id() == device;
+    let inside: Vec<_> = lock().extract_if(.., is_inside).collect();
+    drop(inside);
+}
+
 /// A panic elsewhere leaves a list that is whole.
 fn lock() -> MutexGuard<'static, Vec<Arc<Library>>> {
     KEPT.lock().unwrap_or_else(PoisonError::into_inner)
 }
-
-/// Copying what is there takes a fifth of the time that reading past it takes.
-const IS_HOT: &str = "the page cache holds all of it, which is faster";
 
 /// What the libraries themselves read at once; 8 in flight are 128 MiB, as deep as `io_uring` goes.
 const READ_LEN_BYTES_MAX: u64 = 16 << 20;

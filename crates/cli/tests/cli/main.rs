@@ -12,6 +12,7 @@ mod json;
 mod pipes;
 mod ranks;
 mod share;
+mod simulated;
 mod text;
 mod verify;
 

@@ -12,19 +12,23 @@
 //!   stream a consumer named with [`Allocation::release_after`]. If that order cannot be had, it is leaked.
 //! - The calling thread's own current device and capture mode are put back after every call.
 
+mod batch;
+pub mod call;
 mod dequantize;
 mod dequantize_params;
 mod driver;
+mod found;
 mod kernels;
+mod loaded;
 mod memory;
 mod params;
 mod peers;
+mod shared;
 mod staging;
 pub mod table;
 pub mod topology;
 mod unified;
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -32,9 +36,10 @@ pub use driver::{
     BatchPiece, CallError, CaptureMode, CompileError, Compiled, Context, DeviceFacts, Driver, EventHandle,
     FunctionHandle, LaunchShape, Meaning, ModuleHandle, Peer, PeerCopy, Rows, StreamHandle,
 };
-use kernels::Modules;
+pub use found::Found;
+pub use loaded::Loaded;
 use memory::Memory;
-use peers::Peers;
+use shared::Shared;
 use tensorhaul_plan::DeviceId;
 use tensorhaul_stage::{HostMemory, StagingMemory};
 use unified::Unified;
@@ -44,112 +49,9 @@ use crate::contract::{
 };
 use crate::operation::{Location, Operation, OperationKind};
 
-/// A device that the driver sees, described and not touched: no context was made, nothing was allocated on it.
-pub struct Found<D: Driver> {
-    driver: Arc<D>,
-    ordinal: u32,
-    facts: DeviceFacts,
-}
-
 /// One device of a vendor. Clones are handles of the same one.
 pub struct Gpu<D: Driver> {
     shared: Arc<Shared<D>>,
-}
-
-pub(crate) struct Shared<D: Driver> {
-    driver: Arc<D>,
-    ordinal: u32,
-    context: Context,
-    copy: StreamHandle,
-    compute: StreamHandle,
-    facts: DeviceFacts,
-    /// Events that nobody waits for any more.
-    events: Mutex<Vec<EventHandle>>,
-    /// Whether the driver has batched copies, as far as is known.
-    batches: AtomicBool,
-    /// Whether small pieces can be moved by a kernel, as far as is known.
-    scatters: AtomicBool,
-    modules: Modules,
-    peers: Peers,
-    /// Whether the driver pins memory that it did not allocate, as far as is known.
-    registers: AtomicBool,
-    /// What could not be done as preferred: what, why.
-    fallbacks: Mutex<Vec<(String, String)>>,
-    /// Drivers do not survive a fork.
-    process: u32,
-}
-
-impl<D: Driver> Found<D> {
-    /// Finds a device by its ordinal. Takes microseconds where opening takes tenths of a second.
-    ///
-    /// # Errors
-    /// [`DeviceError::Unavailable`] when there is no such device; [`DeviceError::Driver`] when a call failed.
-    pub fn new(driver: Arc<D>, ordinal: u32) -> Result<Found<D>, DeviceError> {
-        let device = driver.device_id(ordinal);
-        let failed = |error| DeviceError::Driver { device, error };
-        let count = driver.device_count().map_err(failed)?;
-        if ordinal >= count {
-            let have = match count {
-                0 => "the driver sees no device".to_owned(),
-                1 => "the driver sees one device, number 0".to_owned(),
-                count => format!("the driver sees {count} devices, numbers 0 to {}", count - 1),
-            };
-            return Err(DeviceError::Unavailable { device, why: have });
-        }
-        let facts = driver.describe(ordinal).map_err(failed)?;
-        Ok(Found { driver, ordinal, facts })
-    }
-
-    /// Returns what the device is.
-    pub fn facts(&self) -> &DeviceFacts {
-        &self.facts
-    }
-
-    /// Returns what it can do; the same as once it is open.
-    pub fn capabilities(&self) -> Capabilities {
-        capabilities(&self.facts)
-    }
-
-    /// Returns what of the host is nearest to it.
-    pub fn near(&self) -> Near {
-        topology::near(&self.facts)
-    }
-
-    /// Opens it: its context and two streams.
-    ///
-    /// # Errors
-    /// [`DeviceError::Driver`] when a call failed.
-    pub fn open(self) -> Result<Gpu<D>, DeviceError> {
-        let Found { driver, ordinal, facts } = self;
-        let device = driver.device_id(ordinal);
-        let failed = |error| DeviceError::Driver { device, error };
-        let context = driver.open(ordinal).map_err(failed)?;
-        // From here on dropping `shared` undoes what was done, whatever fails.
-        let scatters = AtomicBool::new(facts.reads_pinned);
-        let mut shared = Shared {
-            driver,
-            ordinal,
-            context,
-            copy: StreamHandle(0),
-            compute: StreamHandle(0),
-            facts,
-            events: Mutex::default(),
-            batches: AtomicBool::new(true),
-            scatters,
-            modules: Modules::default(),
-            peers: Peers::default(),
-            registers: AtomicBool::new(true),
-            fallbacks: Mutex::default(),
-            process: std::process::id(),
-        };
-        let bound = shared.bind()?;
-        let (copy, compute) = (shared.driver.stream_create(), shared.driver.stream_create());
-        drop(bound);
-        shared.copy = copy.as_ref().copied().unwrap_or(StreamHandle(0));
-        shared.compute = compute.as_ref().copied().unwrap_or(StreamHandle(0));
-        copy.and(compute).map_err(failed)?;
-        Ok(Gpu { shared: Arc::new(shared) })
-    }
 }
 
 impl<D: Driver> Gpu<D> {
@@ -170,200 +72,6 @@ impl<D: Driver> Gpu<D> {
 impl<D: Driver> Clone for Gpu<D> {
     fn clone(&self) -> Gpu<D> {
         Gpu { shared: Arc::clone(&self.shared) }
-    }
-}
-
-impl<D: Driver> Shared<D> {
-    fn id(&self) -> DeviceId {
-        self.driver.device_id(self.ordinal)
-    }
-
-    fn stream(&self, stream: Stream) -> StreamHandle {
-        match stream {
-            Stream::Copy => self.copy,
-            Stream::Compute => self.compute,
-        }
-    }
-
-    fn failed(&self, error: CallError) -> DeviceError {
-        DeviceError::Driver { device: self.id(), error }
-    }
-
-    /// Makes the device current on this thread until the guard is dropped, and the thread's capture mode relaxed: a
-    /// library that captures a graph in this process would else have its capture ended by our allocations and queries.
-    fn bind(&self) -> Result<Bound<'_, D>, DeviceError> {
-        if std::process::id() != self.process {
-            return Err(DeviceError::Unavailable { device: self.id(), why: FORKED.to_owned() });
-        }
-        let before = self.driver.current().map_err(|error| self.failed(error))?;
-        let mut bound = Bound { driver: &*self.driver, before: None, capture_mode: None };
-        if before != self.context {
-            self.driver.make_current(self.context).map_err(|error| self.failed(error))?;
-            bound.before = Some(before);
-        }
-        // From here on dropping `bound` undoes what was done.
-        if let Some(exchanged) = self.driver.exchange_capture_mode(CaptureMode::RELAXED) {
-            let mode = exchanged.map_err(|error| self.failed(error))?;
-            bound.capture_mode = Some(mode).filter(|mode| *mode != CaptureMode::RELAXED);
-        }
-        Ok(bound)
-    }
-
-    /// Records an event on a stream, taking one that is free.
-    fn record(&self, stream: StreamHandle) -> Result<EventHandle, CallError> {
-        let free = lock(&self.events).pop();
-        let event = match free {
-            Some(event) => event,
-            None => self.driver.event_create()?,
-        };
-        // SAFETY: both are of this device's context, and alive.
-        match unsafe { self.driver.event_record(event, stream) } {
-            Ok(()) => Ok(event),
-            Err(error) => {
-                lock(&self.events).push(event);
-                Err(error)
-            }
-        }
-    }
-
-    /// Makes one stream wait for what is queued on another.
-    fn fence(&self, before: StreamHandle, after: StreamHandle) -> Result<(), CallError> {
-        let event = self.record(before)?;
-        // SAFETY: both are alive. A wait that is queued refers to this recording, also once the event is recorded anew.
-        let result = unsafe { self.driver.stream_wait_event(after, event) };
-        lock(&self.events).push(event);
-        result
-    }
-
-    fn note(&self, what: &str, why: String) {
-        let mut fallbacks = lock(&self.fallbacks);
-        if !fallbacks.iter().any(|(noted, _)| noted == what) {
-            fallbacks.push((what.to_owned(), why));
-        }
-    }
-}
-
-impl<D: Driver> Drop for Shared<D> {
-    fn drop(&mut self) {
-        if std::process::id() != self.process {
-            return; // The parent's driver state is not ours to end.
-        }
-        if let Ok(bound) = self.bind() {
-            self.unload();
-            for event in lock(&self.events).drain(..) {
-                // SAFETY: nobody holds an event that came back. A failure leaves it to the context's end.
-                let _ = unsafe { self.driver.event_destroy(event) };
-            }
-            for stream in [self.copy, self.compute] {
-                if stream != StreamHandle(0) {
-                    // SAFETY: the last handle of this device goes away, and with it all use of its streams.
-                    let _ = unsafe { self.driver.stream_destroy(stream) };
-                }
-            }
-            drop(bound);
-        }
-        self.leave_peers();
-        self.driver.close(self.ordinal, self.context);
-    }
-}
-
-/// The device is current on this thread, and the thread's capture mode relaxed.
-struct Bound<'d, D: Driver> {
-    driver: &'d D,
-    /// What was current, where that was something else.
-    before: Option<Context>,
-    /// The capture mode, where that was stricter.
-    capture_mode: Option<CaptureMode>,
-}
-
-impl<D: Driver> Drop for Bound<'_, D> {
-    fn drop(&mut self) {
-        // When one of these fails, the next caller's own call says so.
-        if let Some(mode) = self.capture_mode {
-            let _ = self.driver.exchange_capture_mode(mode);
-        }
-        if let Some(before) = self.before {
-            let _ = self.driver.make_current(before);
-        }
-    }
-}
-
-impl<D: Driver> Gpu<D> {
-    /// Queues several copies in one call of the driver, or in one kernel; false when neither can be had.
-    ///
-    /// # Safety
-    /// As for [`Device::copy_pieces`].
-    unsafe fn copy_at_once(
-        &self,
-        source: &[u8],
-        pieces: &[Piece<'_>],
-        stream: Stream,
-    ) -> Result<bool, DeviceError> {
-        let shared = &*self.shared;
-        let has_batches = shared.batches.load(Ordering::Relaxed);
-        let has_scatter = shared.scatters.load(Ordering::Relaxed) && is_for_scatter(source, pieces);
-        if !has_batches && !has_scatter {
-            return Ok(false);
-        }
-        let batch: Vec<_> = pieces
-            .iter()
-            .map(|piece| BatchPiece {
-                target: within(piece.target, piece.target_offset_bytes, piece.len_bytes as u64),
-                source: piece.source(source).as_ptr().cast(),
-                len_bytes: piece.len_bytes,
-            })
-            .collect();
-        let stream = shared.stream(stream);
-        let _bound = shared.bind()?;
-        if has_batches {
-            // SAFETY: the caller's promise for every piece.
-            match unsafe { shared.driver.copy_in_batch(&batch, stream) } {
-                Some(Ok(())) => return Ok(true),
-                Some(Err(error)) if error.meaning != Meaning::Other => return Err(shared.failed(error)),
-                // Copying a piece twice is harmless; going on in batches that are refused is not.
-                Some(Err(error)) => {
-                    shared.batches.store(false, Ordering::Relaxed);
-                    let what = match has_scatter {
-                        true => "small tensors are moved by a kernel instead of in batches",
-                        false => "small tensors are copied one by one instead of in batches",
-                    };
-                    shared.note(what, error.to_string());
-                }
-                None => shared.batches.store(false, Ordering::Relaxed),
-            }
-        }
-        if has_scatter {
-            // SAFETY: the caller's promise for every piece; `is_for_scatter` knows the distances.
-            match unsafe { shared.scatter(source.as_ptr().cast(), &batch, stream) } {
-                Ok(()) => return Ok(true),
-                Err(error) if is_refusal(&error) => {
-                    shared.scatters.store(false, Ordering::Relaxed);
-                    shared.note(
-                        "small tensors are copied one by one instead of by a kernel",
-                        error.to_string(),
-                    );
-                }
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(false)
-    }
-}
-
-/// Tells whether pieces are many and small enough that a kernel, which reads across the link itself, beats single copies.
-fn is_for_scatter(source: &[u8], pieces: &[Piece<'_>]) -> bool {
-    let len_bytes: usize = pieces.iter().map(|piece| piece.len_bytes).sum();
-    pieces.len() >= SCATTER_MIN
-        && len_bytes / pieces.len() < SCATTER_MEAN_LEN_BYTES
-        && u32::try_from(source.len()).is_ok()
-}
-
-/// Tells whether the driver refused a kernel, but not the device.
-fn is_refusal(error: &DeviceError) -> bool {
-    match error {
-        DeviceError::NoKernels { .. } | DeviceError::NotCompiled { .. } => true,
-        DeviceError::Driver { error, .. } => !matches!(error.meaning, Meaning::Lost | Meaning::OutOfMemory),
-        _ => false,
     }
 }
 
@@ -620,12 +328,6 @@ pub const FORKED: &str = "the process was forked after the driver was initialize
 
 /// One copy is as cheap without a batch.
 const BATCH_MIN: usize = 2;
-
-/// Below this, single copies cost no more calls than loading a module does.
-const SCATTER_MIN: usize = 8;
-
-/// From here on a copy's bytes take longer than its call, some 5 us at 12 GB/s, and copy engines read faster than kernels.
-const SCATTER_MEAN_LEN_BYTES: usize = 64 << 10;
 
 /// A device that shares the host's memory, and reaches it where the host's driver has pinned it, has one residency for
 /// tensors: what storage wrote is where kernels read. Both vendors' allocators align to 256 bytes at least.

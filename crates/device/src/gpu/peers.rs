@@ -28,7 +28,10 @@ impl<D: Driver> Shared<D> {
         let mut peers = lock(&self.peers);
         let reached = peers.entry(ordinal).or_insert_with(|| self.connect(ordinal));
         if let Err(why) = reached {
-            self.note(&format!("memory of {peer} is copied through the host"), why.clone());
+            self.note(
+                &format!("what {peer} has too comes through the staging ring, not from there"),
+                why.clone(),
+            );
         }
         reached.clone()
     }

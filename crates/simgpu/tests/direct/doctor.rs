@@ -12,8 +12,11 @@ fn each_folder_is_tried_and_what_is_in_the_way_is_named() {
     let paths = [folder.path().to_owned(), PathBuf::from("/dev/shm")];
     let sim = machine("devices=2");
     let doctor = Doctor::examine_paths(&paths).unwrap();
-    let [fact, amd] = doctor.direct_storage.as_slice() else { panic!("{:?}", doctor.direct_storage) };
+    let [fact, second, amd, _] = doctor.direct_storage.as_slice() else {
+        panic!("{:?}", doctor.direct_storage)
+    };
     assert!(!amd.works && amd.remedy.as_ref().is_some_and(|remedy| remedy.contains("HIPFILE")), "{amd:?}");
+    assert!(second.works && second.folders[0].verdict.works, "{second:?}");
     assert!(fact.works && fact.library.is_some() && fact.why.is_none(), "{fact:?}");
     assert_eq!((&*fact.device, fact.kind, fact.version.as_deref()), ("cuda:0", "cuFile", Some("1.14")));
     assert!(fact.kernel.contains("nvidia-fs"), "{fact:?}");

@@ -73,7 +73,7 @@ fn read_all(folder: &Path, len: usize, step_bytes: u64, mode: DirectMode) -> (Ve
     std::fs::write(&path, &bytes).unwrap();
     let device = device();
     let files: Arc<[OpenFile]> = Arc::from([OpenFile::open(&path).unwrap()]);
-    let library = Library::open(&*device, Compatibility::Refused).unwrap();
+    let library = Library::open(&device, Compatibility::Refused).unwrap();
     let file = Probe::new(&library, &device).unwrap().try_file(&files, 0).unwrap();
     let target = device.allocate_for_storage(len as u64).unwrap();
     let (direct, unregistered) =
@@ -88,6 +88,13 @@ fn read_all(folder: &Path, len: usize, step_bytes: u64, mode: DirectMode) -> (Ve
         failed: Mutex::default(),
     };
     assert_eq!(direct.name(), "hipfile");
+    let (runs, why) = direct.mode();
+    assert!(matches!(runs, DirectMode::Threads { .. }), "{runs:?}");
+    assert_eq!(
+        why.is_some(),
+        matches!(mode, DirectMode::Batch { .. }),
+        "AMD's batches are there and do nothing"
+    );
     let counts = direct.run(&reads, &reads);
     let failed = std::mem::take(&mut *reads.failed.lock().unwrap());
     if failed.is_empty() {
@@ -117,10 +124,8 @@ fn whole_pages_are_read_by_storage_and_the_rest_by_the_host() {
                 assert_eq!(happened.calls("storage_compatible_reads"), 0);
                 assert_eq!(counts.requests, len.div_ceil(64 << 10) as u64);
                 if config.is_empty() {
-                    let call =
-                        if let DirectMode::Batch { .. } = mode { "hipFileBatchRead" } else { "hipFileRead" };
-                    let tried = u64::from(call == "hipFileRead");
-                    assert_eq!(happened.calls(call), (len / 4096 * 4096).div_ceil(64 << 10) as u64 + tried);
+                    let calls = (len / 4096 * 4096).div_ceil(64 << 10) as u64;
+                    assert_eq!(happened.calls("hipFileRead"), calls + 1, "the file was tried with one");
                 }
                 sim.assert_clean("hipFile");
             }
@@ -130,6 +135,21 @@ fn whole_pages_are_read_by_storage_and_the_rest_by_the_host() {
     let (failed, _) = read_all(folder.path(), 100_000, 64 << 10, DirectMode::default());
     assert_eq!(failed, ["reading bytes 0..65536 failed: Invalid argument (os error 22)"]);
     sim.assert_clean("a read that fails");
+    drop(sim);
+    let sim = machine("fail=hipFileRead:2:719");
+    let (failed, _) = read_all(folder.path(), 100_000, 64 << 10, DirectMode::Threads { count: 1 });
+    assert!(failed[0].starts_with("reading bytes 0..65536 failed: rocm:0: "), "{failed:?}");
+    assert!(sim.report().violations.is_empty(), "its memory is lost with it, and nothing is done to that");
+    drop(sim);
+    let sim = machine("fail=hipFileRead:1:5008;fail=hipFileHandleRegister:2:5008");
+    let device = device();
+    let library = Library::open(&device, Compatibility::Refused).unwrap();
+    let files: Arc<[OpenFile]> = Arc::from([OpenFile::open(&folder.path().join("file")).unwrap()]);
+    let refusal = || Probe::new(&library, &device).unwrap().try_file(&files, 0).err().unwrap();
+    assert!(matches!(refusal(), Refusal::FirstRead { .. }));
+    assert!(matches!(refusal(), Refusal::Register(_)));
+    drop((library, device));
+    sim.assert_clean("a file that is refused");
     println!("probe: read");
 }
 
@@ -140,7 +160,7 @@ fn its_fallback_is_recognised_and_refused_unless_it_is_asked_for() {
     std::fs::write(&path, vec![7; 10_000]).unwrap();
     let sim = machine("direct=0");
     let device = device();
-    let refusal = Library::open(&*device, Compatibility::Refused).err().unwrap();
+    let refusal = Library::open(&device, Compatibility::Refused).err().unwrap();
     assert!(matches!(refusal, Refusal::Compatibility { .. }), "{refusal}");
     assert_eq!(
         refusal.to_string(),
@@ -150,7 +170,7 @@ fn its_fallback_is_recognised_and_refused_unless_it_is_asked_for() {
     assert_eq!(refusal.remedy().unwrap(), "start the process with HIPFILE_ALLOW_COMPAT_MODE=false");
     assert_eq!(sim.report().live["live.storage_opened"], 0);
 
-    let library = Library::open(&*device, Compatibility::Allowed).unwrap();
+    let library = Library::open(&device, Compatibility::Allowed).unwrap();
     let files: Arc<[OpenFile]> = Arc::from([OpenFile::open(&path).unwrap()]);
     let file = Probe::new(&library, &device).unwrap().try_file(&files, 0).unwrap();
     assert_eq!(sim.report().calls("storage_compatible_reads"), 1);
@@ -158,4 +178,22 @@ fn its_fallback_is_recognised_and_refused_unless_it_is_asked_for() {
     files[0].cached().read_exact_at(&mut byte, 0).unwrap();
     drop((file, library, device));
     sim.assert_clean("asked for");
+}
+
+#[test]
+fn a_filesystem_that_refuses_direct_reads_is_told_by_its_answer() {
+    // sysfs opens nothing with O_DIRECT, and says that its files are a page long.
+    let files: Arc<[OpenFile]> =
+        Arc::from([OpenFile::open(Path::new("/sys/kernel/mm/transparent_hugepage/enabled")).unwrap()]);
+    let sim = machine("");
+    let nvidia: Arc<dyn Device> = Arc::new(tensorhaul_cuda::open(0).unwrap());
+    for (device, call) in [(nvidia, "cuFileHandleRegister"), (device(), "hipFileHandleRegister")] {
+        let library = Library::open(&device, Compatibility::Allowed).unwrap();
+        let refusal = Probe::new(&library, &device).unwrap().try_file(&files, 0).err().unwrap();
+        assert!(matches!(refusal, Refusal::NoDirectReads { .. }), "{refusal}");
+        assert!(refusal.to_string().contains("Invalid argument"), "{refusal}");
+        assert!(refusal.remedy().unwrap().contains("ext4"));
+        assert_eq!(sim.report().calls(call), 0);
+    }
+    sim.assert_clean("sysfs");
 }

@@ -31,7 +31,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Once;
 
 use sim::Sim;
-use tensorhaul::{DeviceId, LoadOptions, Loaded, Model, Preference, Request};
+use tensorhaul::{DeviceId, LoadOptions, Loaded, Model, Preference, Request, Select};
 
 /// Sets a machine up whose libraries for direct storage are the simulator's.
 fn machine(config: &str) -> Sim {
@@ -104,6 +104,14 @@ fn options(direct_storage: Preference) -> LoadOptions {
     let mut request = Request::all();
     request.device = DeviceId::Cuda(0);
     LoadOptions::default().request(request).staging_bytes(1 << 20).direct_storage(direct_storage)
+}
+
+/// As [`options`], of long tensors alone, so that nothing is staged and no copy fails before a read does.
+fn options_of_long_ones(direct_storage: Preference) -> LoadOptions {
+    let mut request = Request::all();
+    request.device = DeviceId::Cuda(0);
+    request.select = Select::Globs(vec!["*.w".to_owned()]);
+    options(direct_storage).request(request)
 }
 
 /// Compares every tensor with the file's own bytes.

@@ -3,11 +3,11 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use tensorhaul::{DirectMode, Model, Preference};
+use tensorhaul::{DirectMode, ErrorKind, Model, Preference};
 use tensorhaul_direct::{CUFILE_LIBRARY_VARIABLE, HIPFILE_LIBRARY_VARIABLE};
 
 use crate::sim::library_path;
-use crate::{assert_same_bytes, checkpoint, folder, machine, options, reasons};
+use crate::{assert_same_bytes, checkpoint, folder, machine, options, options_of_long_ones, reasons};
 
 /// Runs an ignored test of this binary in a process of its own, and returns what it printed behind `probe: `.
 fn run(test: &str, variables: &[(&str, &Path)]) -> String {
@@ -81,6 +81,67 @@ fn hipfile_reads_where_the_environment_forbids_its_fallback() {
     let variables =
         [("HIPFILE_ALLOW_COMPAT_MODE", Path::new("false")), (HIPFILE_LIBRARY_VARIABLE, &*library)];
     assert_eq!(run(test, &variables), "read");
+}
+
+#[test]
+#[ignore = "run by the tests below, in a process of its own: what it leaves is left for good"]
+fn reads_that_never_end() {
+    let folder = folder();
+    for (fault, why) in [
+        ("fail=cuFileBatchIOGetStatus:1:5041;fail=cuFileBatchIOGetStatus:2:5041", "GetStatus returned 5041"),
+        ("fail=cuFileBatchIOSubmit:1:5035", "Submit returned 5035"),
+        ("fail=cuFileBatchRead:1:719", "cuda:0: "),
+    ] {
+        if std::env::var("FAULT").is_ok_and(|number| !fault.contains(&number)) {
+            continue;
+        }
+        let model = Model::open(checkpoint(folder.path())).unwrap();
+        let sim = machine(fault);
+        let batches =
+            options_of_long_ones(Preference::Required).direct_mode(DirectMode::Batch { entries: 2 });
+        let error = model.load(&batches).unwrap_err();
+        let line = error.one_line();
+        assert!(line.contains(why), "{fault}: {line}");
+        assert_eq!(error.kind() == ErrorKind::Device, fault.contains("719"), "{fault}: {line}");
+        println!("probe: {line}");
+        let last = folder.path().join("part-0.safetensors");
+        drop((error, model));
+        tensorhaul::release_devices();
+        let happened = sim.report();
+        assert!(happened.violations.is_empty(), "{fault}: {:?}", happened.violations);
+        for call in ["BatchIODestroy", "BufDeregister", "HandleDeregister", "DriverClose"] {
+            assert_eq!(happened.calls(&format!("cuFile{call}")), 0, "{fault}: {call}");
+        }
+        let live = |what: &str| happened.live[&format!("live.{what}")];
+        assert!(live("allocations") > 0 && live("storage_buffers") > 0 && live("contexts") == 1, "{fault}");
+        assert!(live("storage_batches") == 1 && live("storage_files") > 0, "{fault}");
+        assert!(is_open(&last), "{fault}: its descriptor is registered");
+
+        // Another load of the process uses what was kept, and works.
+        sim.fail("");
+        let model = Model::open(folder.path()).unwrap();
+        let loaded = model.load(&options(Preference::Required)).unwrap();
+        assert_same_bytes(&model, &loaded);
+        assert_eq!(sim.report().calls("cuFileDriverOpen"), 0, "{fault}");
+        return;
+    }
+}
+
+/// Tells whether this process has a file open for direct reads.
+fn is_open(path: &Path) -> bool {
+    let descriptors = std::fs::read_dir("/proc/self/fd").unwrap();
+    descriptors.flatten().any(|entry| std::fs::read_link(entry.path()).is_ok_and(|target| target == path))
+}
+
+#[test]
+fn what_reads_use_that_nobody_waits_for_is_kept_and_told() {
+    let told = |fault: &str| run("processes::reads_that_never_end", &[("FAULT", Path::new(fault))]);
+    for fault in ["cuFileBatchIOGetStatus", "cuFileBatchIOSubmit"] {
+        let line = told(fault);
+        let kept = "2 reads may still be under way, so their memory, files and library are kept until the process ends";
+        assert!(line.ends_with(kept), "{line}");
+    }
+    assert!(told("cuFileBatchRead").contains("part-"), "a lost device's error names the file");
 }
 
 /// Writes a copy of the simulator that lacks these functions: their names are overwritten, so that nobody finds them.

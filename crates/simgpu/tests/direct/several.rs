@@ -1,6 +1,6 @@
 //! Direct storage into several devices of one load.
 
-use tensorhaul::{DeviceId, DeviceMap, ErrorKind, LoadOptions, Model, Preference};
+use tensorhaul::{DeviceId, DeviceMap, ErrorKind, LoadOptions, Model, Preference, Request, Select};
 
 use crate::{checkpoint, folder, machine};
 
@@ -59,4 +59,39 @@ fn a_failed_read_into_one_device_fails_the_load_and_leaves_nothing() {
         assert!(model.load(&options).is_ok(), "the next load works");
         sim.assert_clean("a failed read");
     }
+}
+
+#[test]
+fn only_files_that_storage_reads_are_tried_and_only_on_the_devices_they_are_read_into() {
+    const FILES: usize = 40;
+    let folder = folder();
+    for file in 0..FILES {
+        let data: Vec<u8> = (0..256usize << 10).map(|at| (at * (file + 3)) as u8).collect();
+        let view =
+            safetensors::tensor::TensorView::new(safetensors::Dtype::U8, vec![data.len()], &data).unwrap();
+        let path = folder.path().join(format!("part-{file:02}.safetensors"));
+        safetensors::tensor::serialize_to_file([(format!("w{file:02}"), view)], None, &path).unwrap();
+        crate::evict(&path);
+    }
+    let model = Model::open(folder.path()).unwrap();
+    let sim = machine("devices=4");
+    // A tenth of the files for each of three devices and nothing for the fourth; the rest is not asked for.
+    let device = |ordinal| vec![DeviceId::Cuda(ordinal)];
+    let entries = ["w0*", "w1*", "w2*", ""].into_iter().map(str::to_owned).zip((0..4).map(device));
+    let mut request = Request::all();
+    request.select = Select::Globs(["w0[0-3]", "w1[0-3]", "w2[0-3]"].map(str::to_owned).to_vec());
+    let options = LoadOptions::default()
+        .request(request)
+        .device_map(DeviceMap::new(entries).unwrap())
+        .direct_storage(Preference::Required);
+    let loaded = model.load(&options).unwrap();
+    assert_eq!(loaded.tensors.len(), 12);
+    let happened = sim.report();
+    assert_eq!(happened.calls("cuFileHandleRegister"), 12, "the other files are left alone");
+    assert_eq!(happened.calls("cuFileRead"), 12 + 12, "one read to try, one to load");
+    for (name, tensor) in loaded.tensors.iter() {
+        assert!(tensor.to_host().unwrap() == model.tensor(name).unwrap().bytes().unwrap(), "{name}");
+    }
+    drop(loaded);
+    sim.assert_clean("a selection");
 }

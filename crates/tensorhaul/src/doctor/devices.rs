@@ -2,12 +2,17 @@
 
 use std::fmt;
 use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+use std::thread;
 
 use serde::Serialize;
+use tensorhaul_device::Device;
 use tensorhaul_device::gpu::topology;
 use tensorhaul_plan::DeviceId;
 
 use super::Advice;
+use super::place::PciPlace;
 use crate::devices as opened;
 use crate::error::Result;
 use crate::link::{CopySpeed, Link};
@@ -60,6 +65,9 @@ pub struct DeviceFact {
     /// Its PCI Express link, where it has one that the system tells of.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub link: Option<PciLink>,
+    /// Where it is on the PCI bus, where it is on one that the system tells of.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pci: Option<PciPlace>,
     /// Speed of copies from and to pinned memory, measured for some milliseconds.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub copies: Option<CopySpeed>,
@@ -144,6 +152,7 @@ fn devices_of(vendor: &Vendor) -> Vec<DeviceFact> {
                 total_bytes: Some(facts.total_bytes),
                 shares_memory: facts.integrated && facts.reads_pinned,
                 host_node: topology::near(&facts).node,
+                pci: PciPlace::of(Path::new("/sys"), &facts.pci_bus_id),
                 link: topology::link(&facts.pci_bus_id).as_ref().map(PciLink::of),
                 driver: Some(format!("{} ({})", driver.library(), driver.version())),
                 ..DeviceFact::new(name)
@@ -159,22 +168,36 @@ pub(super) fn drivers() -> Vec<DriverFact> {
     VENDORS.iter().map(DriverFact::of).collect()
 }
 
-/// Opens a device that works, measures its copies, and lets go of it again.
-pub(super) fn measure(fact: &mut DeviceFact) {
-    let Ok(id) = fact.name.parse::<DeviceId>() else { return };
-    if !fact.works || id == DeviceId::Host {
-        return; // What copies in host memory take is not a property of a device; `bench` measures it.
-    }
-    match speed(id) {
-        Ok(speed) => fact.copies = Some(speed),
-        Err(error) => (fact.works, fact.why) = (false, Some(error.one_line())),
-    }
+/// Opens the accelerators that work, beside each other, and measures their copies, one after another because they may share a link.
+/// Returns those that still work then; what copies in host memory take is not a property of a device, `bench` measures it.
+pub(super) fn open(facts: &mut [DeviceFact]) -> Vec<Arc<dyn Device>> {
+    let is_accelerator = |id: &DeviceId| *id != DeviceId::Host;
+    let working = facts.iter_mut().filter(|fact| fact.works);
+    let working = working.filter_map(|fact| Some((fact.name.parse().ok().filter(is_accelerator)?, fact)));
+    let working: Vec<(DeviceId, &mut DeviceFact)> = working.collect();
+    let devices: Vec<_> = thread::scope(|scope| {
+        let open = |id: DeviceId| scope.spawn(move || opened::find(id)?.open_apart());
+        let opening: Vec<_> = working.iter().map(|(id, _)| open(*id)).collect();
+        opening.into_iter().map(|thread| thread.join().expect("opening a device does not panic")).collect()
+    });
+    let measure = |(device, (_, fact)): (Result<Arc<dyn Device>>, (DeviceId, &mut DeviceFact))| match device
+        .and_then(|device| Ok((speed(&*device)?, device)))
+    {
+        Ok((speed, device)) => {
+            fact.copies = Some(speed);
+            Some(device)
+        }
+        Err(error) => {
+            (fact.works, fact.why) = (false, Some(error.one_line()));
+            None
+        }
+    };
+    devices.into_iter().zip(working).filter_map(measure).collect()
 }
 
-fn speed(id: DeviceId) -> Result<CopySpeed> {
-    let device = opened::find(id)?.open_apart()?;
+fn speed(device: &dyn Device) -> Result<CopySpeed> {
     let free_bytes = device.memory()?.free_bytes;
-    Link::new(&*device, COPY_LEN_BYTES.min(free_bytes.max(1) as usize))?.speed()
+    Link::new(device, COPY_LEN_BYTES.min(free_bytes.max(1) as usize))?.speed()
 }
 
 /// A slot or riser with fewer lanes than the device has is the commonest reason for slow copies.

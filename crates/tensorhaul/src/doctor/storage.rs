@@ -1,4 +1,4 @@
-//! Whether storage reads straight into devices: the library, the kernel's part, and each folder.
+//! Whether storage reads straight into each device: the library, the kernel's part, each folder.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -6,18 +6,15 @@ use std::sync::Arc;
 use serde::Serialize;
 use tensorhaul_device::Device;
 use tensorhaul_direct::{Compatibility, Kernel, Library, Probe, Refusal, Vendor};
-use tensorhaul_plan::DeviceId;
 
+use super::Feature;
 use super::folders::{Folder, sample};
-use super::{DeviceFact, Feature};
-use crate::devices as opened;
-use crate::error::Result;
 
-/// Direct storage into the devices of one vendor, tried with the first of them.
-#[derive(Clone, Debug, Serialize)]
+/// Direct storage into one device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct DirectStorageFact {
-    /// The device it was tried with.
+    /// The device.
     pub device: String,
     /// Whether the library opened, out of compatibility mode.
     pub works: bool,
@@ -42,7 +39,7 @@ pub struct DirectStorageFact {
 }
 
 /// Direct storage from one folder.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct DirectFolder {
     /// Its path.
@@ -55,22 +52,15 @@ pub struct DirectFolder {
     pub remedy: Option<String>,
 }
 
-/// Tries the first working device of each vendor. Nothing is opened where there is none.
-pub(super) fn examine(devices: &[DeviceFact], folders: &[Folder]) -> Vec<DirectStorageFact> {
-    let working = devices.iter().filter(|device| device.works).filter_map(|device| device.name.parse().ok());
-    let mut facts: Vec<DirectStorageFact> = Vec::new();
-    for id in working {
-        let Some(vendor) = Vendor::of(id) else { continue };
-        if facts.iter().all(|fact| fact.kind != vendor.library()) {
-            facts.push(examine_one(id, vendor, folders));
-        }
-    }
-    facts
+/// Tries every device that works. Nothing is opened where there is none.
+pub(super) fn examine(devices: &[Arc<dyn Device>], folders: &[Folder]) -> Vec<DirectStorageFact> {
+    let fact = |device| Some(examine_one(device, Vendor::of(Device::id(&**device))?, folders));
+    devices.iter().filter_map(fact).collect()
 }
 
-fn examine_one(id: DeviceId, vendor: Vendor, folders: &[Folder]) -> DirectStorageFact {
+fn examine_one(device: &Arc<dyn Device>, vendor: Vendor, folders: &[Folder]) -> DirectStorageFact {
     let mut fact = DirectStorageFact {
-        device: id.to_string(),
+        device: device.id().to_string(),
         works: false,
         kind: vendor.library(),
         library: None,
@@ -80,18 +70,10 @@ fn examine_one(id: DeviceId, vendor: Vendor, folders: &[Folder]) -> DirectStorag
         remedy: None,
         folders: Vec::new(),
     };
-    let open = || -> Result<Arc<dyn Device>> { opened::find(id)?.open_apart() };
-    let device = match open() {
-        Ok(device) => device,
-        Err(error) => {
-            fact.why = Some(error.one_line());
-            return fact;
-        }
-    };
-    match Library::open(&*device, Compatibility::Refused) {
+    match Library::open(device, Compatibility::Refused) {
         Ok(library) => {
             (fact.works, fact.library, fact.version) = (true, Some(library.path()), library.version());
-            fact.folders = folders.iter().map(|folder| try_folder(&device, &library, folder)).collect();
+            fact.folders = folders.iter().map(|folder| try_folder(device, &library, folder)).collect();
         }
         Err(refusal) => (fact.why, fact.remedy) = (Some(refusal.to_string()), refusal.remedy()),
     }

@@ -6,12 +6,17 @@
 #![allow(non_snake_case, reason = "the libraries' own names")]
 #![allow(clippy::missing_safety_doc, reason = "one promise for all of them, above")]
 
+mod batch;
+mod exports;
+
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::{c_int, c_uint, c_void};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::ptr;
 use std::sync::Arc;
+
+use batch::BatchEvent;
 
 use crate::core::{self, Machine};
 
@@ -25,7 +30,7 @@ pub(crate) struct Storage {
     descriptors: HashMap<i32, usize>,
     /// Start to length.
     buffers: BTreeMap<u64, u64>,
-    /// Reads that are done and not yet asked for.
+    /// Reads that are done and not yet asked for: for all that the caller knows, they are under way.
     batches: HashMap<usize, Vec<BatchEvent>>,
     reads: u64,
     /// Reads that went through the host.
@@ -61,6 +66,22 @@ impl Storage {
         }
         lines
     }
+
+    /// Notes who lets go of something while reads may be under way.
+    fn check_no_reads(&self, violations: &mut Vec<String>, name: &str) {
+        let count: usize = self.batches.values().map(Vec::len).sum();
+        if count > 0 {
+            violations.push(format!("{name} while {count} reads may be under way"));
+        }
+    }
+}
+
+/// Notes who lets go of something without its device, unless that is lost, or while reads may be under way.
+fn check_lets_go(machine: &mut Machine, name: &str) {
+    if machine.current() == 0 && machine.devices.iter().all(|device| device.lost.is_none()) {
+        machine.violations.push(format!("{name} without a device"));
+    }
+    machine.storage.check_no_reads(&mut machine.violations, name);
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -92,29 +113,6 @@ pub(crate) struct Properties {
     control_flags: c_uint,
 }
 
-#[repr(C)]
-pub(crate) struct BatchRead {
-    mode: c_int,
-    base: *mut c_void,
-    file_offset: i64,
-    base_offset: i64,
-    len: usize,
-    handle: *mut c_void,
-    operation: c_int,
-    cookie: *mut c_void,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub(crate) struct BatchEvent {
-    cookie: *mut c_void,
-    status: c_int,
-    result: isize,
-}
-
-// SAFETY: the cookie is the caller's, and never followed.
-unsafe impl Send for BatchEvent {}
-
 fn status(name: &'static str, act: impl FnOnce(&mut Machine) -> Result<(), i32>) -> Status {
     Status { code: core::call(name, act), driver_code: 0 }
 }
@@ -140,6 +138,7 @@ fn open(vendor: Vendor, name: &'static str) -> Status {
 
 fn close(name: &'static str) -> Status {
     status(name, |machine| {
+        check_lets_go(machine, name);
         let storage = &mut machine.storage;
         storage.opened = storage.opened.checked_sub(1).ok_or(NOT_INITIALIZED)?;
         if storage.opened == 0 && !(storage.files.is_empty() && storage.buffers.is_empty()) {
@@ -179,6 +178,7 @@ unsafe fn handle_register(name: &'static str, handle: *mut *mut c_void, file: *m
 
 fn handle_deregister(name: &'static str, handle: *mut c_void) {
     let _ = status(name, |machine| {
+        check_lets_go(machine, name);
         machine.storage.descriptors.retain(|_, number| *number != handle.addr());
         if machine.storage.files.remove(&handle.addr()).is_none() {
             machine.violations.push(format!("{name} of a file that is not registered"));
@@ -200,6 +200,7 @@ fn buffer_register(name: &'static str, base: *const c_void, len: usize) -> Statu
 
 fn buffer_deregister(name: &'static str, base: *const c_void) -> Status {
     status(name, |machine| {
+        check_lets_go(machine, name);
         let (base, len) = match machine.storage.buffers.remove_entry(&(base.addr() as u64)) {
             Some(buffer) => buffer,
             None => return Err(NOT_REGISTERED),
@@ -273,15 +274,23 @@ impl Read {
     }
 }
 
-/// Returns what a read returns for a code: the library's own as it is, the system's by `errno`.
+/// Returns what a read in a batch is told to have failed with: the library's code or the system's, negative.
 fn failed(code: i32) -> isize {
-    if code > 255 {
-        return -(code as isize);
+    match code {
+        code if core::LOST_CODES.contains(&code) => -(DEVICE_DRIVER_ERROR as isize),
+        code => -(code as isize),
+    }
+}
+
+/// Returns what a read returns: the system's codes by `errno`.
+fn by_errno(result: isize) -> isize {
+    if !(-255..0).contains(&result) {
+        return result;
     }
     // SAFETY: takes nothing.
     let errno = unsafe { libc::__errno_location() };
     // SAFETY: the thread's own error number.
-    unsafe { errno.write(code) };
+    unsafe { errno.write(-result as i32) };
     -1
 }
 
@@ -344,230 +353,9 @@ unsafe fn parameter(vendor: Vendor, name: &'static str, parameter: c_int, value:
     })
 }
 
-unsafe fn batch_set_up(name: &'static str, handle: *mut *mut c_void) -> Status {
-    status(name, |machine| {
-        let number = machine.new_handle();
-        machine.storage.batches.insert(number, Vec::new());
-        // SAFETY: the caller passes a pointer that may be written.
-        unsafe { handle.write(ptr::without_provenance_mut(number)) };
-        Ok(())
-    })
-}
-
-unsafe fn batch_submit(
-    vendor: Vendor,
-    names: [&'static str; 2],
-    handle: *mut c_void,
-    count: c_uint,
-    reads: *mut BatchRead,
-) -> Status {
-    let submitted = status(names[0], |machine| match machine.storage.batches.get(&handle.addr()) {
-        Some(_) => Ok(()),
-        None => Err(INVALID_VALUE),
-    });
-    if submitted.code != 0 {
-        return submitted;
-    }
-    for number in 0..count as usize {
-        // SAFETY: the caller passes that many.
-        let entry = unsafe { reads.add(number) };
-        // SAFETY: as above.
-        let entry = unsafe { entry.read() };
-        let offsets = [entry.file_offset, entry.base_offset];
-        let result = match (entry.mode, entry.operation) {
-            (1, 0) => read(vendor, names[1], entry.handle, entry.base, entry.len, offsets),
-            _ => failed(INVALID_VALUE),
-        };
-        let status = if result < 0 { BATCH_FAILED } else { BATCH_COMPLETE };
-        let event = BatchEvent { cookie: entry.cookie, status, result };
-        core::with(|machine| machine.storage.batches.entry(handle.addr()).or_default().push(event));
-    }
-    submitted
-}
-
-unsafe fn batch_status(
-    name: &'static str,
-    handle: *mut c_void,
-    least: c_uint,
-    count: *mut c_uint,
-    events: *mut BatchEvent,
-) -> Status {
-    status(name, |machine| {
-        let done = machine.storage.batches.get_mut(&handle.addr()).ok_or(INVALID_VALUE)?;
-        // SAFETY: the caller passes a pointer that may be read.
-        let room = unsafe { count.read() } as usize;
-        if done.len() < least as usize {
-            machine.violations.push(format!("{name} waits for reads that were not submitted"));
-            return Err(INVALID_VALUE);
-        }
-        // The latest first: nobody may count on an order.
-        let given = done.len().min(room);
-        for number in 0..given {
-            let event = done.pop().ok_or(INVALID_VALUE)?;
-            // SAFETY: the caller has room for that many.
-            let slot = unsafe { events.add(number) };
-            // SAFETY: as above.
-            unsafe { slot.write(event) };
-        }
-        // SAFETY: the caller passes a pointer that may be written.
-        unsafe { count.write(given as c_uint) };
-        Ok(())
-    })
-}
-
-fn batch_destroy(name: &'static str, handle: *mut c_void) {
-    let _ = status(name, |machine| {
-        machine.storage.batches.remove(&handle.addr());
-        Ok(())
-    });
-}
-
-/// Exports one vendor's functions.
-macro_rules! library {
-    (
-        $vendor:expr, $open:ident, $close:ident, $handle_register:ident, $handle_deregister:ident, $buffer_register:ident,
-        $buffer_deregister:ident, $read:ident, $properties:ident, $set_parameter:ident, $parameter:ident, $batch_set_up:ident,
-        $batch_submit:ident, $batch_read:ident, $batch_status:ident, $batch_cancel:ident, $batch_destroy:ident
-    ) => {
-        #[unsafe(no_mangle)]
-        pub(crate) extern "C" fn $open() -> Status {
-            open($vendor, stringify!($open))
-        }
-        #[unsafe(no_mangle)]
-        pub(crate) extern "C" fn $close() -> Status {
-            close(stringify!($close))
-        }
-        #[unsafe(no_mangle)]
-        pub(crate) unsafe extern "C" fn $handle_register(
-            handle: *mut *mut c_void,
-            file: *mut Descriptor,
-        ) -> Status {
-            // SAFETY: the caller's promise.
-            unsafe { handle_register(stringify!($handle_register), handle, file) }
-        }
-        #[unsafe(no_mangle)]
-        pub(crate) extern "C" fn $handle_deregister(handle: *mut c_void) {
-            handle_deregister(stringify!($handle_deregister), handle)
-        }
-        #[unsafe(no_mangle)]
-        pub(crate) extern "C" fn $buffer_register(base: *const c_void, len: usize, _flags: c_int) -> Status {
-            buffer_register(stringify!($buffer_register), base, len)
-        }
-        #[unsafe(no_mangle)]
-        pub(crate) extern "C" fn $buffer_deregister(base: *const c_void) -> Status {
-            buffer_deregister(stringify!($buffer_deregister), base)
-        }
-        #[unsafe(no_mangle)]
-        pub(crate) unsafe extern "C" fn $read(
-            handle: *mut c_void,
-            base: *mut c_void,
-            len: usize,
-            file_offset: i64,
-            base_offset: i64,
-        ) -> isize {
-            read($vendor, stringify!($read), handle, base, len, [file_offset, base_offset])
-        }
-        #[unsafe(no_mangle)]
-        pub(crate) unsafe extern "C" fn $properties(target: *mut Properties) -> Status {
-            // SAFETY: the caller's promise.
-            unsafe { properties($vendor, stringify!($properties), target) }
-        }
-        #[unsafe(no_mangle)]
-        pub(crate) extern "C" fn $set_parameter(parameter: c_int, value: bool) -> Status {
-            set_parameter($vendor, stringify!($set_parameter), parameter, value)
-        }
-        #[unsafe(no_mangle)]
-        pub(crate) unsafe extern "C" fn $parameter(name: c_int, value: *mut bool) -> Status {
-            // SAFETY: the caller's promise.
-            unsafe { parameter($vendor, stringify!($parameter), name, value) }
-        }
-        #[unsafe(no_mangle)]
-        pub(crate) unsafe extern "C" fn $batch_set_up(handle: *mut *mut c_void, _count: c_uint) -> Status {
-            // SAFETY: the caller's promise.
-            unsafe { batch_set_up(stringify!($batch_set_up), handle) }
-        }
-        #[unsafe(no_mangle)]
-        pub(crate) unsafe extern "C" fn $batch_submit(
-            handle: *mut c_void,
-            count: c_uint,
-            reads: *mut BatchRead,
-            _flags: c_uint,
-        ) -> Status {
-            let names = [stringify!($batch_submit), stringify!($batch_read)];
-            // SAFETY: the caller's promise.
-            unsafe { batch_submit($vendor, names, handle, count, reads) }
-        }
-        #[unsafe(no_mangle)]
-        pub(crate) unsafe extern "C" fn $batch_status(
-            handle: *mut c_void,
-            least: c_uint,
-            count: *mut c_uint,
-            events: *mut BatchEvent,
-            _time: *mut c_void,
-        ) -> Status {
-            // SAFETY: the caller's promise.
-            unsafe { batch_status(stringify!($batch_status), handle, least, count, events) }
-        }
-        #[unsafe(no_mangle)]
-        pub(crate) extern "C" fn $batch_cancel(_handle: *mut c_void) -> Status {
-            status(stringify!($batch_cancel), |_| Ok(()))
-        }
-        #[unsafe(no_mangle)]
-        pub(crate) extern "C" fn $batch_destroy(handle: *mut c_void) {
-            batch_destroy(stringify!($batch_destroy), handle)
-        }
-    };
-}
-
-library!(
-    Vendor::Nvidia,
-    cuFileDriverOpen,
-    cuFileDriverClose,
-    cuFileHandleRegister,
-    cuFileHandleDeregister,
-    cuFileBufRegister,
-    cuFileBufDeregister,
-    cuFileRead,
-    cuFileDriverGetProperties,
-    cuFileSetParameterBool,
-    cuFileGetParameterBool,
-    cuFileBatchIOSetUp,
-    cuFileBatchIOSubmit,
-    cuFileBatchRead,
-    cuFileBatchIOGetStatus,
-    cuFileBatchIOCancel,
-    cuFileBatchIODestroy
-);
-
-library!(
-    Vendor::Amd,
-    hipFileDriverOpen,
-    hipFileDriverClose,
-    hipFileHandleRegister,
-    hipFileHandleDeregister,
-    hipFileBufRegister,
-    hipFileBufDeregister,
-    hipFileRead,
-    hipFileDriverGetProperties,
-    hipFileSetParameterBool,
-    hipFileGetParameterBool,
-    hipFileBatchIOSetUp,
-    hipFileBatchIOSubmit,
-    hipFileBatchRead,
-    hipFileBatchIOGetStatus,
-    hipFileBatchIOCancel,
-    hipFileBatchIODestroy
-);
-
-#[unsafe(no_mangle)]
-pub(crate) unsafe extern "C" fn cuFileGetVersion(version: *mut c_int) -> Status {
-    // SAFETY: the caller passes a pointer that may be written.
-    unsafe { version.write(1140) };
-    Status { code: 0, driver_code: 0 }
-}
-
 const NOT_INITIALIZED: i32 = 5001;
 const IO_NOT_SUPPORTED: i32 = 5008;
+const DEVICE_DRIVER_ERROR: i32 = 5011;
 const INVALID_POINTER: i32 = 5012;
 const OUTSIDE_REGISTERED: i32 = 5016;
 const NOT_O_DIRECT: i32 = 5020;
@@ -581,6 +369,4 @@ const INTERNAL: i32 = 5030;
 const NO_CONTEXT: i32 = 5047;
 
 const ALLOW_COMPATIBILITY: c_int = 1;
-const BATCH_COMPLETE: c_int = 0x10;
-const BATCH_FAILED: c_int = 0x40;
 const CALL_LEN_MAX: usize = 0x7fff_f000;

@@ -1,0 +1,97 @@
+//! What `doctor` says of a machine with accelerators, over simulated drivers.
+
+use std::path::PathBuf;
+
+use crate::{Ran, command};
+
+/// Runs the command on a simulated machine, on which both vendors' libraries are the simulator.
+fn on_machine(machine: &str, args: &[&str]) -> Ran {
+    let mut command = command(args);
+    for variable in ["CUDA", "HIP", "CUFILE", "HIPFILE"] {
+        command.env(format!("TENSORHAUL_{variable}_LIBRARY"), simulator());
+    }
+    Ran::new(command.env("SIMGPU", machine).output().expect("the command starts"))
+}
+
+/// Cargo puts a package's dynamic library beside the tests that depend on it.
+fn simulator() -> PathBuf {
+    let test = std::env::current_exe().unwrap();
+    let path = test.parent().unwrap().join("libsimgpu.so");
+    assert!(path.exists(), "{}", path.display());
+    path
+}
+
+fn folder() -> tempfile::TempDir {
+    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
+}
+
+#[test]
+fn doctor_tells_which_devices_reach_each_other() {
+    let folder = folder();
+    let args = ["doctor", folder.path().to_str().unwrap()];
+    let text = on_machine("devices=3;no_peer=0:2;no_peer=2:0", &args).ok();
+    let rows = "\
+peers              from  cuda:0  cuda:1  cuda:2  rocm:0  rocm:1  rocm:2
+              to cuda:0  -       direct  ring    -       -       -
+              to cuda:1  direct  -       direct  -       -       -
+              to cuda:2  ring    direct  -       -       -       -
+              to rocm:0  -       -       -       -       direct  ring
+";
+    assert!(text.contains(rows), "{text}");
+    assert_eq!(text.matches("ring: the driver lets no copies through between the two").count(), 1, "{text}");
+
+    let alone = on_machine("devices=1", &args).ok();
+    assert!(!alone.contains("peers"), "{alone}");
+    let args = ["doctor", "--json", args[1]];
+    let value = on_machine("devices=2;no_peer=1:0", &args).json();
+    let [first, second] = [0, 1].map(|device| &value["peers"][device]);
+    assert_eq!((&first["device"], &first["from"][0]["device"]), (&"cuda:0".into(), &"cuda:1".into()));
+    assert_eq!(first["from"][0]["works"], true, "{value}");
+    assert_eq!(second["from"][0]["works"], false, "{value}");
+    assert!(second["from"][0]["why"].is_string(), "{value}");
+}
+
+#[test]
+fn doctor_tries_direct_storage_into_every_device() {
+    let folder = folder();
+    let path = folder.path().to_str().unwrap();
+    let value = on_machine("devices=2", &["doctor", "--json", path]).json();
+    let facts = value["direct_storage"].as_array().unwrap();
+    let devices: Vec<_> = facts.iter().map(|fact| fact["device"].as_str().unwrap()).collect();
+    assert_eq!(devices, ["cuda:0", "cuda:1", "rocm:0", "rocm:1"], "{value}");
+    for fact in &facts[..2] {
+        assert_eq!((&fact["works"], &fact["folders"][0]["works"]), (&true.into(), &true.into()), "{fact}");
+    }
+    assert_eq!(facts[2]["works"], false, "hipFile may fall back, and nothing forbids it: {value}");
+    let text = on_machine("devices=2", &["doctor", path]).ok();
+    assert!(text.contains("into cuda:0, cuda:1: cuFile 1.14 ("), "what is alike is told once: {text}");
+
+    // What stands in the way of one device alone is told of that one.
+    let text = on_machine("devices=2;fail=cuFileRead:2:5008", &["doctor", path]).ok();
+    assert!(text.contains("into cuda:0: cuFile") && text.contains("into cuda:1: cuFile"), "{text}");
+    assert_eq!(text.matches("cuFileRead returned 5008 (not supported on this file)").count(), 1, "{text}");
+}
+
+#[test]
+fn doctor_tells_of_memory_that_is_shared_with_the_host() {
+    let folder = folder();
+    let path = folder.path().to_str().unwrap();
+    assert!(on_machine("integrated=1", &["doctor", path]).ok().contains("memory shared with the host"));
+    let value = on_machine("integrated=1", &["doctor", "--json", path]).json();
+    assert_eq!(value["devices"][1]["shares_memory"], true, "{value}");
+    let value = on_machine("", &["doctor", "--json", path]).json();
+    assert_eq!(value["devices"][1]["shares_memory"], false, "{value}");
+}
+
+#[test]
+fn a_device_that_does_not_open_is_told_and_the_others_are_tried() {
+    let folder = folder();
+    let args = ["doctor", "--json", folder.path().to_str().unwrap()];
+    let value = on_machine("devices=2;fail=cuDevicePrimaryCtxRetain:1:46", &args).json();
+    let cuda = &value["devices"].as_array().unwrap()[1..3];
+    assert_eq!(cuda.iter().filter(|device| device["works"] == true).count(), 1, "{value}");
+    let refused = cuda.iter().find(|device| device["works"] == false).unwrap();
+    assert!(refused["why"].as_str().unwrap().contains("cuDevicePrimaryCtxRetain failed with 46"), "{value}");
+    let storage = value["direct_storage"].as_array().unwrap();
+    assert_eq!(storage.iter().filter(|fact| fact["kind"] == "cuFile").count(), 1, "{value}");
+}
