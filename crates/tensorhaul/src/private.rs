@@ -63,10 +63,10 @@ pub(crate) fn plan_of(
     };
     let peers = devices::peers(&opened);
     // A load that needs it to land in place tries it, and is planned as if it worked.
-    let is_counted_on = match (options.direct_storage, options.in_place) {
-        (Preference::Required, _) | (Preference::Preferred, Preference::Required) => true,
-        _ => false,
-    };
+    let is_counted_on = matches!(
+        (options.direct_storage, options.in_place),
+        (Preference::Required, _) | (Preference::Preferred, Preference::Required)
+    );
     let accelerators = ids.iter().filter(|id| is_counted_on && **id != DeviceId::Host);
     let routes = accelerators.map(|id| storage::route_for_all(*id)).collect();
     // They are described where that is allowed, because one may share the host's memory.
