@@ -116,25 +116,20 @@ impl Sharing {
     }
 
     /// Returns the ranks of a job of so many processes, in the launcher's order: those of all sizes given, tensor-parallel ones innermost.
-    /// Experts are shared by ranks of their own, or by the tensor-parallel ones.
+    /// Where their number is not given, they are as many as the job has for them.
     pub(crate) fn of_job(&self, size: u32, launcher: &str) -> Result<Vec<Ranks>, Failure> {
         let (pp_size, ep_size) = (self.pp_size.unwrap_or(1), self.ep_size.unwrap_or(1));
-        let of_others = pp_size * if self.tp_size == self.ep_size { 1 } else { ep_size };
+        let of_others = pp_size * if self.whole_experts { 1 } else { ep_size };
         let tp_size = self.tp_size.unwrap_or(size / of_others).max(1);
-        let complete = |ranks: Ranks| if self.whole_experts { ranks.whole_experts() } else { ranks };
-        if u64::from(tp_size) * u64::from(pp_size) * u64::from(ep_size) == u64::from(size) {
-            return Ok(Ranks::all(tp_size, pp_size, ep_size).map(complete).collect());
-        }
-        if u64::from(tp_size) * u64::from(pp_size) == u64::from(size) && ep_size == tp_size {
-            let with_experts = |ranks: Ranks| {
-                let rank = ranks.tp_rank;
-                complete(ranks.ep(rank, ep_size))
-            };
-            return Ok(Ranks::all(tp_size, pp_size, 1).map(with_experts).collect());
+        let group = self.rank().tp(0, tp_size).group();
+        let group = group.map_err(|error| Failure::of_request(&error.to_string()))?;
+        if group.len() == size as usize {
+            return Ok(group);
         }
         let what = format!(
-            "--share: tp {tp_size}, pp {pp_size} and ep {ep_size} do not make the {size} ranks that {launcher} has started; their \
-             product has to, or that of tp and pp where ep is as large as tp"
+            "--share: tp {tp_size}, pp {pp_size} and ep {ep_size}{} make {} ranks, and {launcher} has started {size}",
+            if self.whole_experts { " of whole experts" } else { "" },
+            group.len()
         );
         Err(Failure::of_request(&what))
     }
@@ -216,6 +211,8 @@ mod tests {
         for args in [&["--tp-size", "3"][..], &["--tp-size", "2", "--ep-size", "4"], &["--pp-size", "3"]] {
             assert!(of_job(args, 4).is_err(), "{args:?}");
         }
+        // Each would have one part of one half of the experts.
+        assert!(of_job(&["--tp-size", "2", "--ep-size", "2"], 2).is_err());
     }
 
     #[test]

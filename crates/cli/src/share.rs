@@ -79,7 +79,7 @@ pub(crate) fn load(
 pub(crate) fn print_plan(model: &Model, selection: &Selection, as_json: bool) -> Outcome {
     let ranks = match launched()? {
         Some(launched) => of_node(&selection.sharing, &launched)?,
-        None => selection.sharing.all_ranks(),
+        None => selection.sharing.all_ranks()?,
     };
     // Which device it is does not matter to the plan, and none is asked for it.
     let options = selection.options_on(model, true, DeviceId::Host)?;
