@@ -206,7 +206,7 @@ mod tests {
         let staged = of_job(&["--pp-size", "2"], 4).unwrap();
         assert_eq!(staged[2..], ["tp 0/2, pp 1/2, ep 0/1", "tp 1/2, pp 1/2, ep 0/1"]);
         let experts = of_job(&["--tp-size", "2", "--ep-size", "2", "--whole-experts"], 2).unwrap();
-        assert_eq!(experts[1], "tp 1/2, pp 0/1, ep 1/2");
+        assert_eq!(experts[1], "tp 1/2, pp 0/1, ep 1/2, whole experts");
         assert_eq!(of_job(&["--tp-size", "2", "--ep-size", "2"], 4).unwrap().len(), 4);
         for args in [&["--tp-size", "3"][..], &["--tp-size", "2", "--ep-size", "4"], &["--pp-size", "3"]] {
             assert!(of_job(args, 4).is_err(), "{args:?}");
