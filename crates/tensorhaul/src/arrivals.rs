@@ -7,7 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use tensorhaul_device::DeviceError;
-use tensorhaul_io::{Counts, Done, JobMemory, ReadCause, ReadError};
+use tensorhaul_io::{Counts, Done, JobMemory, ReadError};
 use tensorhaul_plan::Brought;
 use tensorhaul_stage::Filled;
 
@@ -339,24 +339,7 @@ impl<'a, 'e> Arrivals<'a, 'e> {
     }
 
     fn read_failed(&mut self, read: u32, error: ReadError) {
-        let Transfer { plan, model, .. } = self.transfer;
-        let read = &plan.reads()[read as usize];
-        let at_bytes = match error.cause {
-            ReadCause::End { at_bytes } => at_bytes,
-            _ => read.extent.offset_bytes,
-        };
-        // The first tensor of the read that the file's end, or the failed read, leaves incomplete.
-        let tensor = |brought: &Brought| match *brought {
-            Brought::Tensor(tensor) => &plan.tensors()[tensor as usize],
-            Brought::Operation(number) => &plan.tensors()[plan.operations()[number as usize].tensor as usize],
-        };
-        let mut brought = plan.brought(read).iter().map(tensor);
-        let incomplete = brought.find(|tensor| {
-            let stored = plan.checkpoint().tensor(tensor.id);
-            stored.file_offset_bytes + stored.info.len_bytes() > at_bytes
-        });
-        let tensor = incomplete.map(|tensor| plan.name(tensor));
-        self.fail(Error::read(error, &model.file_path(read.extent.file as usize), tensor));
+        self.fail(self.transfer.read_error(read, error));
     }
 
     /// Keeps the first error and stops the lanes.

@@ -87,10 +87,11 @@ impl Reading<'_> {
                 engines.push((engine, reads));
             }
         };
-        let near = &near[device].processors;
+        // A load of nothing has the host's work, whatever devices its map names.
+        let near = near.get(device).map_or(&[][..], |near| &near.processors);
         let pread = |threads: u32, reads: &[u32]| {
             let engine = Pread::new(Arc::clone(files), threads.min(reads.len() as u32));
-            Box::new(engine.near(near.clone()))
+            Box::new(engine.near(near.to_vec()))
         };
         match options.engine {
             EngineChoice::Mmap => {

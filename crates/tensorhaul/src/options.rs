@@ -96,8 +96,8 @@ impl LoadOptions {
     }
 
     /// The most host memory between storage and device, in bytes. Default: 256 MiB, enough to keep a
-    /// disk of 20 GB/s busy for 12 ms. Only what a load needs is taken; reads in place take none. Several devices share it equally.
-    /// The least is 4096 for each device.
+    /// disk of 20 GB/s busy for 12 ms. Only what a load needs is taken; reads in place take none. Several devices
+    /// share it by what is read for each. The least is 4096 for each device.
     pub fn staging_bytes(self, staging_bytes: u64) -> Self {
         LoadOptions { staging_bytes, ..self }
     }

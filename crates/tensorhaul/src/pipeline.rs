@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Instant;
 
-use tensorhaul_io::{Access, Counts, Done, Engine, ReadError, Sink};
-use tensorhaul_plan::Plan;
+use tensorhaul_io::{Access, Counts, Done, Engine, ReadCause, ReadError, Sink};
+use tensorhaul_plan::{Brought, Plan};
 use tensorhaul_stage::Ring;
 
 use crate::arrivals::Arrivals;
@@ -162,11 +162,17 @@ impl Transfer<'_> {
         if prepared.iter().any(|device| device.pinned.is_none() && self.rings[device.number].is_some()) {
             self.rings.iter().flatten().for_each(Ring::close);
             gate.close();
-            let mut counts = Counts::default();
+            let (mut counts, mut lost) = (Counts::default(), None);
             for message in messages {
-                if let Message::Ended(ended) = message {
-                    counts += ended; // What else comes holds a buffer, which goes back.
+                match message {
+                    Message::Ended(ended) => counts += ended,
+                    Message::Lost(read, error) => lost = lost.or(Some((read, error))),
+                    Message::Done(_) => {} // Its buffer goes back.
                 }
+            }
+            // Storage may write there for ever, so nothing is read there again.
+            if let Some((read, error)) = lost {
+                return Err(self.read_error(read, error));
             }
             let dropped = Dropped { bytes: lock(landed).ahead.bytes, counts };
             return Ok(Ended::Refused(prepared, dropped));
@@ -184,6 +190,27 @@ impl Transfer<'_> {
         };
         arrivals.result()?;
         Ok(Ended::Complete(transferred, prepared))
+    }
+
+    /// Tells what a failed read was of: the first tensor that the file's end, or the read, leaves incomplete.
+    pub(crate) fn read_error(&self, read: u32, error: ReadError) -> Error {
+        let Transfer { plan, model, .. } = self;
+        let read = &plan.reads()[read as usize];
+        let at_bytes = match error.cause {
+            ReadCause::End { at_bytes } => at_bytes,
+            _ => read.extent.offset_bytes,
+        };
+        let tensor = |brought: &Brought| match *brought {
+            Brought::Tensor(tensor) => &plan.tensors()[tensor as usize],
+            Brought::Operation(number) => &plan.tensors()[plan.operations()[number as usize].tensor as usize],
+        };
+        let mut brought = plan.brought(read).iter().map(tensor);
+        let incomplete = brought.find(|tensor| {
+            let stored = plan.checkpoint().tensor(tensor.id);
+            stored.file_offset_bytes + stored.info.len_bytes() > at_bytes
+        });
+        let tensor = incomplete.map(|tensor| plan.name(tensor));
+        Error::read(error, &model.file_path(read.extent.file as usize), tensor)
     }
 }
 

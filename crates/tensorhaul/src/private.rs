@@ -425,7 +425,7 @@ fn machine(
     let direct_align_bytes = storage::add_routes(&mut in_place, routes, probed.direct_align_bytes);
     Ok(Machine {
         buffer_len_bytes,
-        buffer_count: layout.buffer_count() * able.len() as u32,
+        buffer_count: layout.buffer_count().saturating_mul(able.len() as u32),
         direct_align_bytes,
         in_place,
         peers,

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use tensorhaul::save::{SaveOptions, SaveTensor, save};
 use tensorhaul::{
     Dequantization, DeviceId, DeviceMap, Dtype, EngineChoice, ErrorKind, ExternalMemory, LoadOptions, Loaded,
-    Model, Report,
+    Model, Report, Request, Select,
 };
 use tensorhaul_device::Device;
 
@@ -65,6 +65,21 @@ fn assert_mapped(model: &Model, map: &DeviceMap, loaded: &Loaded, what: &str) {
         }
     }
     assert_eq!(loaded.tensors.len(), count, "{what}");
+}
+
+#[test]
+fn a_map_for_nothing_loads_nothing() {
+    let (_folder, model) = model();
+    let map = map(&[("", &[id(0), id(1)])]);
+    for engine in [EngineChoice::Auto, EngineChoice::Pread, EngineChoice::IoUring, EngineChoice::Mmap] {
+        let sim = Sim::new("devices=2");
+        let nothing = Request::of(Select::predicate(|_| false));
+        let options = LoadOptions::default().request(nothing).device_map(map.clone()).engine(engine);
+        let loaded = model.load(&options).unwrap();
+        assert!(loaded.tensors.is_empty(), "{engine:?}");
+        drop(loaded);
+        sim.assert_clean("nothing");
+    }
 }
 
 #[test]
