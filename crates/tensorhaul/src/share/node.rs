@@ -48,7 +48,7 @@ impl FromStr for Carrier {
 /// Tells which rank this process is, by the variables that torchrun, Slurm and MPI's launchers set; `None` where nobody did.
 ///
 /// # Errors
-/// [`ErrorKind::BadRequest`] when they are set in part, or contradict each other.
+/// [`ErrorKind::BadRequest`](crate::ErrorKind::BadRequest) when they are set in part, or contradict each other.
 pub fn launched() -> Result<Option<Launched>> {
     let lookup = |name: &str| std::env::var_os(name).map(|value| value.to_string_lossy().into_owned());
     Ok(launch::launched(lookup)?)
@@ -57,8 +57,8 @@ pub fn launched() -> Result<Option<Launched>> {
 /// Connects this process, which loads onto `device`, to the other ranks of its node. Waits for all of them. Each has a device of its own.
 ///
 /// # Errors
-/// [`ErrorKind::Device`] when the device or the vendor's communication library cannot be used; [`ErrorKind::Io`] when others do not come in time, and
-/// [`ErrorKind::BadRequest`] when those of another job do.
+/// [`ErrorKind::Device`](crate::ErrorKind::Device) when the device or the vendor's communication library cannot be used; [`ErrorKind::Io`](crate::ErrorKind::Io) when others do not come in time, and
+/// [`ErrorKind::BadRequest`](crate::ErrorKind::BadRequest) when those of another job do.
 pub fn node_exchange(
     launched: &Launched,
     device: DeviceId,
