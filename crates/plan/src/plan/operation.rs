@@ -21,7 +21,7 @@ pub struct Operation {
     pub recipe: Recipe,
     /// Where they are.
     pub sources: Vec<Source>,
-    /// The tensor it makes, or makes a part of, by its place in [`Plan::tensors`], which says of which dtype.
+    /// The tensor it makes, or makes a part of, by its place in [`Plan::tensors`](crate::Plan::tensors), which says of which dtype.
     pub tensor: u32,
     /// Where the first byte it makes lands; the others follow without gaps.
     pub place: Place,

@@ -16,7 +16,7 @@ pub struct Read {
     pub stride: Option<Stride>,
     /// Where they land.
     pub target: Target,
-    /// Range of the plan's list of tensors brought; see [`Plan::brought`].
+    /// Range of the plan's list of tensors brought; see [`Plan::brought`](crate::Plan::brought).
     pub brought: Range<u32>,
     /// How many of its bytes are of tensors asked for, or of sources; the rest is alignment and bridged gaps.
     pub payload_bytes: u64,
@@ -39,7 +39,7 @@ pub enum Target {
     InPlace(Place),
     /// In a staging buffer, from which these copies of the plan take them.
     Staged {
-        /// Range of the plan's copies; see [`Plan::copies`].
+        /// Range of the plan's copies; see [`Plan::copies`](crate::Plan::copies).
         copies: Range<u32>,
     },
 }
@@ -92,8 +92,8 @@ impl Steps {
 /// What a read brings bytes of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Brought {
-    /// A tensor of the result, by its place in [`Plan::tensors`].
+    /// A tensor of the result, by its place in [`Plan::tensors`](crate::Plan::tensors).
     Tensor(u32),
-    /// The sources of an operation, by its place in [`Plan::operations`].
+    /// The sources of an operation, by its place in [`Plan::operations`](crate::Plan::operations).
     Operation(u32),
 }
