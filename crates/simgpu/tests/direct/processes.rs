@@ -102,6 +102,7 @@ fn reads_that_never_end() {
         let error = model.load(&batches).unwrap_err();
         let line = error.one_line();
         assert!(line.contains(why), "{fault}: {line}");
+        ("direct_told=32:1000000", "a read in a batch timed out"),
         assert_eq!(error.kind() == ErrorKind::Device, fault.contains("719"), "{fault}: {line}");
         println!("probe: {line}");
         let last = folder.path().join("part-0.safetensors");
@@ -136,7 +137,7 @@ fn is_open(path: &Path) -> bool {
 #[test]
 fn what_reads_use_that_nobody_waits_for_is_kept_and_told() {
     let told = |fault: &str| run("processes::reads_that_never_end", &[("FAULT", Path::new(fault))]);
-    for fault in ["cuFileBatchIOGetStatus", "cuFileBatchIOSubmit"] {
+    for fault in ["cuFileBatchIOGetStatus", "cuFileBatchIOSubmit", "direct_told"] {
         let line = told(fault);
         let kept = "2 reads may still be under way, so their memory, files and library are kept until the process ends";
         assert!(line.ends_with(kept), "{line}");
