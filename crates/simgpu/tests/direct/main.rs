@@ -9,6 +9,7 @@ mod doctor;
 mod faults;
 mod hipfile;
 mod load;
+mod opening;
 mod processes;
 mod quantized;
 mod several;
