@@ -10,7 +10,7 @@ use std::time::Duration;
 use tensorhaul_plan::DeviceId;
 use tensorhaul_stage::{HostMemory, StagingMemory};
 
-use crate::gpu::CallError;
+use crate::gpu::{CallError, Meaning};
 use crate::operation::{Location, Operation, OperationKind};
 
 /// One place that tensors can live in.
@@ -478,6 +478,15 @@ impl fmt::Display for DeviceError {
             DeviceError::OutOfHostMemory { needed_bytes, .. } => {
                 write!(f, "no {needed_bytes} bytes of host memory for staging")
             }
+
+    /// Tells whether the device itself is gone, or lost to this process, rather than that it refused one call.
+    pub fn is_lost(&self) -> bool {
+        match self {
+            DeviceError::Driver { error, .. } => error.meaning == Meaning::Lost,
+            DeviceError::Unavailable { .. } => true,
+            _ => false,
+        }
+    }
             DeviceError::Unavailable { device, why } => write!(f, "{device}: {why}"),
             DeviceError::NoKernels { device, architecture, known, why } => {
                 write!(

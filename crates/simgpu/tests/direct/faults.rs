@@ -28,6 +28,7 @@ const OBSTACLES: &[(&str, &str, usize)] = &[
         1,
     ),
     ("fail=cuMemAlloc_v2:1:2", "a first direct read: cuda:0: 4096 bytes do not fit", FILES),
+    ("fail=cuMemAlloc_v2:1:801", "a first direct read: cuda:0: cuMemAlloc failed with 801", FILES),
 ];
 
 #[test]
