@@ -119,7 +119,6 @@ fn a_batch_that_cannot_be_waited_for_fails_the_load_and_is_over_once_its_reads_a
 }
 
 #[test]
-#[test]
 fn a_read_in_a_batch_is_over_only_when_the_library_says_so() {
     let folder = folder();
     let model = Model::open(checkpoint(folder.path())).unwrap();
@@ -140,6 +139,7 @@ fn a_read_in_a_batch_is_over_only_when_the_library_says_so() {
     }
 }
 
+#[test]
 fn the_error_number_of_a_thread_says_nothing_of_a_read_in_a_batch() {
     let folder = folder();
     let model = Model::open(checkpoint(folder.path())).unwrap();
