@@ -38,15 +38,9 @@ use tensorhaul::{DeviceId, LoadOptions, Loaded, Model, Preference, Request, Sele
 fn machine(config: &str) -> Sim {
     static VARIABLES: Once = Once::new();
     VARIABLES.call_once(|| {
-        for variable in [
-            tensorhaul_direct::CUFILE_LIBRARY_VARIABLE,
-            tensorhaul_direct::HIPFILE_LIBRARY_VARIABLE,
-            tensorhaul_rocm::LIBRARY_VARIABLE,
-        ] {
-            if std::env::var_os(variable).is_none() {
-                // SAFETY: the first use in the process; tests take turns from here on.
-                unsafe { std::env::set_var(variable, sim::library_path()) };
-            }
+        if std::env::var_os(tensorhaul_rocm::LIBRARY_VARIABLE).is_none() {
+            // SAFETY: the first use in the process; tests take turns from here on.
+            unsafe { std::env::set_var(tensorhaul_rocm::LIBRARY_VARIABLE, sim::library_path()) };
         }
     });
     Sim::new(config)
@@ -94,6 +88,12 @@ fn evict(path: &Path) {
     assert_eq!(unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) }, 0);
 }
 
+fn evict_all(folder: &Path) {
+    for entry in std::fs::read_dir(folder).unwrap() {
+        evict(&entry.unwrap().path());
+    }
+}
+
 /// A device that loads go to: NVIDIA's, or AMD's in the process that runs the same tests for it.
 fn id(ordinal: u32) -> DeviceId {
     if is_amd() { DeviceId::Rocm(ordinal) } else { DeviceId::Cuda(ordinal) }
@@ -118,12 +118,6 @@ fn assert_direct_and_clean(sim: &Sim, when: &str) {
     assert!(happened.calls(&call("Read")) > 0, "{when}: {:?}", happened.calls);
     assert_eq!(happened.calls("storage_compatible_reads"), 0, "{when}");
     sim.assert_clean(when);
-}
-
-fn evict_all(folder: &Path) {
-    for entry in std::fs::read_dir(folder).unwrap() {
-        evict(&entry.unwrap().path());
-    }
 }
 
 /// Onto the device, by direct storage.
