@@ -236,6 +236,23 @@ pub struct Near {
     pub processors: Vec<u32>,
 }
 
+impl Near {
+    /// Allocates host memory near the device, if anybody knows where that is; nothing has touched it.
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfHostMemory`] with the bytes needed.
+    pub fn allocate(&self, len_bytes: usize) -> Result<HostMemory, DeviceError> {
+        let memory = HostMemory::allocate(len_bytes).map_err(|error| DeviceError::OutOfHostMemory {
+            needed_bytes: len_bytes as u64,
+            source: error.into(),
+        })?;
+        Ok(match self.node {
+            Some(node) => memory.near(node),
+            None => memory,
+        })
+    }
+}
+
 /// Memory of a device. Dropping the last handle frees it; whoever queued work on it keeps a handle until
 /// that work is done.
 ///
@@ -461,6 +478,15 @@ impl DeviceError {
             DeviceError::OutOfHostMemory { .. } => None,
         }
     }
+
+    /// Tells whether the device itself is gone, or lost to this process, rather than that it refused one call.
+    pub fn is_lost(&self) -> bool {
+        match self {
+            DeviceError::Driver { error, .. } => error.meaning == Meaning::Lost,
+            DeviceError::Unavailable { .. } => true,
+            _ => false,
+        }
+    }
 }
 
 impl fmt::Display for DeviceError {
@@ -478,15 +504,6 @@ impl fmt::Display for DeviceError {
             DeviceError::OutOfHostMemory { needed_bytes, .. } => {
                 write!(f, "no {needed_bytes} bytes of host memory for staging")
             }
-
-    /// Tells whether the device itself is gone, or lost to this process, rather than that it refused one call.
-    pub fn is_lost(&self) -> bool {
-        match self {
-            DeviceError::Driver { error, .. } => error.meaning == Meaning::Lost,
-            DeviceError::Unavailable { .. } => true,
-            _ => false,
-        }
-    }
             DeviceError::Unavailable { device, why } => write!(f, "{device}: {why}"),
             DeviceError::NoKernels { device, architecture, known, why } => {
                 write!(
