@@ -78,7 +78,7 @@ calls! {
     };
     fn hipDeviceGetPCIBusId(name: *mut c_char, len: c_int, device: c_int) |machine| {
         check_device(machine, device)?;
-        // A domain that no machine has: what is read of a device's place there would be a real one's.
+        // A domain that no machine has, so that nothing is read of a real device's place.
         text(name, len, &format!("ffff:{device:02x}:00.0"))
     };
     fn hipDeviceGetAttribute(value: *mut c_int, attribute: c_int, device: c_int) |machine| {
