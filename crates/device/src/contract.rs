@@ -10,7 +10,7 @@ use std::time::Duration;
 use tensorhaul_plan::DeviceId;
 use tensorhaul_stage::{HostMemory, StagingMemory};
 
-use crate::gpu::CallError;
+use crate::gpu::{CallError, Meaning};
 use crate::operation::{Location, Operation, OperationKind};
 
 /// One place that tensors can live in.
@@ -236,6 +236,23 @@ pub struct Near {
     pub processors: Vec<u32>,
 }
 
+impl Near {
+    /// Allocates host memory near the device, if anybody knows where that is; nothing has touched it.
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfHostMemory`] with the bytes needed.
+    pub fn allocate(&self, len_bytes: usize) -> Result<HostMemory, DeviceError> {
+        let memory = HostMemory::allocate(len_bytes).map_err(|error| DeviceError::OutOfHostMemory {
+            needed_bytes: len_bytes as u64,
+            source: error.into(),
+        })?;
+        Ok(match self.node {
+            Some(node) => memory.near(node),
+            None => memory,
+        })
+    }
+}
+
 /// Memory of a device. Dropping the last handle frees it; whoever queued work on it keeps a handle until
 /// that work is done.
 ///
@@ -459,6 +476,15 @@ impl DeviceError {
             | DeviceError::Query { device, .. }
             | DeviceError::Unreachable { device, .. } => Some(*device),
             DeviceError::OutOfHostMemory { .. } => None,
+        }
+    }
+
+    /// Tells whether the device itself is gone, or lost to this process, rather than that it refused one call.
+    pub fn is_lost(&self) -> bool {
+        match self {
+            DeviceError::Driver { error, .. } => error.meaning == Meaning::Lost,
+            DeviceError::Unavailable { .. } => true,
+            _ => false,
         }
     }
 }

@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::ffi::{c_int, c_uint, c_void};
 use std::mem;
 use std::ptr;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use tensorhaul_io::{Counts, Done, Feed, Job, Next, ReadCause, ReadError, Sink};
@@ -57,7 +58,11 @@ impl Run<'_> {
                 continue; // Everything gathered was answered at once.
             }
             match self.batch.wait(self.slots.len()) {
-                Ok(events) => events.into_iter().for_each(|event| self.take(event)),
+                Ok(events) => {
+                    if let Err(why) = self.take_all(events) {
+                        return self.lose(&why, feed);
+                    }
+                }
                 Err(why) => return self.lose(&why, feed),
             }
         }
@@ -135,15 +140,33 @@ impl Run<'_> {
         unsafe { self.batch.submit(&mut reads) }
     }
 
-    fn take(&mut self, event: BatchEvent) {
+    /// Takes what is told of reads; the error is a state that leaves open whether storage still writes.
+    fn take_all(&mut self, events: Vec<BatchEvent>) -> Result<(), String> {
+        let (mut is_any_over, mut result) = (false, Ok(()));
+        for event in events {
+            match state(event.status) {
+                State::UnderWay => {}
+                State::Over(why) => {
+                    is_any_over = true;
+                    self.take(event, why);
+                }
+                State::Unsure(why) => result = Err(why),
+            }
+        }
+        if !is_any_over {
+            thread::sleep(NOTHING_OVER); // A library that tells of what is under way does not wait for it.
+        }
+        result
+    }
+
+    /// Takes a read that is over, and why it is not complete.
+    fn take(&mut self, event: BatchEvent, why: Option<&str>) {
         let slot = event.cookie.addr().checked_sub(1).and_then(|slot| self.slots.get_mut(slot));
         let Some(mut active) = slot.and_then(Option::take) else { return };
         let at_bytes = active.job.extent.offset_bytes + active.have;
         let result = event.result as isize;
-        let read = match event.status {
-            status if status != sys::BATCH_COMPLETE && result >= 0 => {
-                Err(ReadCause::Library(format!("a read in a batch {}", ended(status)).into()))
-            }
+        let read = match why {
+            Some(why) if result >= 0 => Err(ReadCause::Library(format!("a read in a batch {why}").into())),
             _ => self.direct.library.event_result(result).map_err(cause),
         };
         let next = match read {
@@ -180,7 +203,8 @@ impl Run<'_> {
             && let Ok(events) = self.batch.wait_until(self.slots.len(), left)
             && !events.is_empty()
         {
-            events.into_iter().for_each(|event| self.take(event));
+            // What is not sure now is told of anew, or stays in its slot.
+            let _ = self.take_all(events);
         }
         for active in mem::take(&mut self.again) {
             self.answer(active.job, Err(self.direct.blame(ReadCause::Library(why.into()))));
@@ -221,10 +245,29 @@ impl Drop for Run<'_> {
     }
 }
 
-/// Says how a read ended that did not complete.
-fn ended(status: c_int) -> String {
-    let known = sys::BATCH_STATUSES.iter().find(|(number, _)| *number == status);
-    known.map_or_else(|| format!("ended with status {status:#x}"), |(_, words)| (*words).to_owned())
+/// What a library says of a read in a batch.
+enum State {
+    /// Storage may still write.
+    UnderWay,
+    /// Storage writes no more; why it is not complete, if it is not.
+    Over(Option<&'static str>),
+    /// Whether storage still writes, this does not say.
+    Unsure(String),
+}
+
+/// Only the states that NVIDIA documents as a read's end are one.
+///
+/// # Source
+/// NVIDIA, cuFile API reference, `CUfileStatus_t`.
+fn state(status: c_int) -> State {
+    let over = sys::BATCH_OVER.iter().find(|(number, _)| *number == status);
+    match (status, over) {
+        (sys::BATCH_COMPLETE, _) => State::Over(None),
+        (_, Some((_, why))) => State::Over(Some(why)),
+        _ if sys::BATCH_UNDER_WAY.contains(&status) => State::UnderWay,
+        (sys::BATCH_TIMEOUT, _) => State::Unsure("a read in a batch timed out".to_owned()),
+        _ => State::Unsure(format!("a read in a batch has the unknown status {status:#x}")),
+    }
 }
 
 /// A batch of the library's.
@@ -297,3 +340,6 @@ impl Drop for Batch<'_> {
 /// A cancelled read is over at once, one that storage has begun when its 16 MiB are there: some milliseconds from a disk, more from one that is
 /// busy with others.
 const LAST_EVENTS: Duration = Duration::from_secs(2);
+
+/// Far shorter than a read, and long enough not to keep a processor busy.
+const NOTHING_OVER: Duration = Duration::from_micros(200);

@@ -144,8 +144,10 @@ impl Direct {
     /// Asks the device, after a read that failed, whether it lives: where it does not, that is the cause, whatever the library called it.
     pub(crate) fn blame(&self, cause: ReadCause) -> ReadCause {
         match (cause, self.device.memory()) {
-            (cause @ ReadCause::End { .. }, _) | (cause, Ok(_)) => cause,
-            (_, Err(lost)) => ReadCause::Library(lost.into()),
+            (cause, Err(error)) if error.is_lost() && !matches!(cause, ReadCause::End { .. }) => {
+                ReadCause::Library(error.into())
+            }
+            (cause, _) => cause,
         }
     }
 

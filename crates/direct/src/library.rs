@@ -6,7 +6,7 @@ use std::ffi::{CStr, c_int, c_void};
 use std::io;
 use std::os::fd::RawFd;
 use std::ptr;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use tensorhaul_device::Device;
 use tensorhaul_device::gpu::table::TableError;
@@ -36,8 +36,8 @@ pub struct Library {
     device: Arc<dyn Device>,
     table: Arc<Table>,
     compatibility: Compatibility,
-    /// Whether this value opened it; a framework in the same process may have before.
-    closes: bool,
+    /// Where this value opened it, and is to close it; a framework in the same process may have opened it before.
+    opened: Option<Opened>,
     /// Libraries with threads and kernel state do not survive a fork.
     process: u32,
     /// Files that are registered, by their descriptors: the library takes each once, for whatever device.
@@ -49,6 +49,11 @@ static OPEN: [Mutex<Weak<Library>>; 2] = [const { Mutex::new(Weak::new()) }; 2];
 
 /// Libraries stay loaded for good: they leave threads behind.
 static LOADED: [OnceLock<Result<Arc<Table>, TableError>>; 2] = [const { OnceLock::new() }; 2];
+
+/// By vendor, the process that opened its library and has not closed it yet, and who waits for that.
+///
+/// Apart from [`OPEN`], which is held while some libraries are dropped: once the last handle of one is gone, nobody finds it there, though it is still to be closed.
+static CLOSING: [(Mutex<Option<u32>>, Condvar); 2] = [const { (Mutex::new(None), Condvar::new()) }; 2];
 
 impl Library {
     /// Opens the library of the device's vendor, or returns the one that is open. May take seconds.
@@ -75,6 +80,7 @@ impl Library {
             }
             return Ok(library);
         }
+        Opened::wait_until_closed(vendor)?;
         let table = load(vendor)?;
         let mut opened = None;
         let inside =
@@ -96,7 +102,7 @@ impl Library {
             device: Arc::clone(device),
             table: Arc::clone(table),
             compatibility,
-            closes: false,
+            opened: None,
             process: std::process::id(),
             files: Mutex::default(),
         };
@@ -109,7 +115,7 @@ impl Library {
         // SAFETY: takes nothing; the device is current.
         let status = unsafe { (library.table.driver_open)() };
         match library.check("DriverOpen", status) {
-            Ok(()) => library.closes = true,
+            Ok(()) => library.opened = Some(Opened::new(vendor)),
             Err(error) if error.code == sys::DRIVER_ALREADY_OPEN => {}
             Err(error) => {
                 return Err(Refusal::Open { vendor, error, kernel: Kernel::examine().tell(vendor) });
@@ -313,7 +319,7 @@ impl Library {
 
 impl Drop for Library {
     fn drop(&mut self) {
-        if !self.closes || !self.is_ours() {
+        if self.opened.is_none() || !self.is_ours() {
             return;
         }
         let close = self.table.driver_close_v2.unwrap_or(self.table.driver_close);
@@ -324,6 +330,44 @@ impl Drop for Library {
                 tracing::warn!(%error, "direct storage was not closed");
             }
         });
+    }
+}
+
+/// That a library is open, until it is closed: dropped with it, behind the call that closes.
+struct Opened(Vendor);
+
+impl Opened {
+    fn new(vendor: Vendor) -> Opened {
+        *Opened::process(vendor).0 = Some(std::process::id());
+        Opened(vendor)
+    }
+
+    /// Waits until a library that nobody has any more is closed: opened before that, it would be closed under its user's feet.
+    fn wait_until_closed(vendor: Vendor) -> Result<(), Refusal> {
+        let (mut process, closed) = Opened::process(vendor);
+        while let Some(opener) = *process {
+            if opener != std::process::id() {
+                return Err(Refusal::Forked); // The thread that closes it is the parent's.
+            }
+            process = closed.wait(process).unwrap_or_else(PoisonError::into_inner);
+        }
+        Ok(())
+    }
+
+    /// A panic elsewhere leaves a number, or none.
+    fn process(vendor: Vendor) -> (MutexGuard<'static, Option<u32>>, &'static Condvar) {
+        let (process, closed) = &CLOSING[vendor as usize];
+        (process.lock().unwrap_or_else(PoisonError::into_inner), closed)
+    }
+}
+
+impl Drop for Opened {
+    fn drop(&mut self) {
+        let (mut process, closed) = Opened::process(self.0);
+        if *process == Some(std::process::id()) {
+            *process = None;
+            closed.notify_all();
+        }
     }
 }
 

@@ -94,9 +94,9 @@ impl Probe {
         // SAFETY: the file is registered, the memory is the current device's, as long, and nobody else's.
         let read = unsafe { self.library.read(registered.handle(), base, 0, 0, len) };
         let read = read.map_err(|error| match self.device.memory() {
-            Ok(_) => first_read(error.to_string()),
             // Whatever the library calls it.
-            Err(lost) => Refusal::Device(lost),
+            Err(lost) if lost.is_lost() => Refusal::Device(lost),
+            _ => first_read(error.to_string()),
         })?;
         if read != len as u64 {
             return Err(first_read(format!("{read} of {len} bytes came")));

@@ -184,9 +184,13 @@ pub(crate) const BATCH_READ: c_int = 0;
 /// `CUFILE_COMPLETE`.
 pub(crate) const BATCH_COMPLETE: c_int = 0x10;
 
-/// What the other states of `CUfileStatus_t` mean of a read that is no longer under way, or never was.
-pub(crate) const BATCH_STATUSES: &[(c_int, &str)] =
-    &[(0x04, "was not accepted"), (0x08, "was cancelled"), (0x20, "timed out"), (0x40, "failed")];
+/// `CUFILE_WAITING`, `CUFILE_PENDING`: not begun yet, and under way.
+pub(crate) const BATCH_UNDER_WAY: [c_int; 2] = [0x01, 0x02];
+/// The states of `CUfileStatus_t` in which a read is over without being complete, or never began.
+pub(crate) const BATCH_OVER: &[(c_int, &str)] =
+    &[(0x04, "was not accepted"), (0x08, "was cancelled"), (0x40, "failed")];
+/// `CUFILE_TIMEOUT`: nobody waits any longer, which does not say that storage writes no more.
+pub(crate) const BATCH_TIMEOUT: c_int = 0x20;
 
 /// `CUFILE_PARAM_PROPERTIES_ALLOW_COMPAT_MODE`.
 pub(crate) const PARAMETER_ALLOW_COMPATIBILITY: c_int = 1;

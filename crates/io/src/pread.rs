@@ -20,9 +20,10 @@ impl Pread {
         Pread { files, thread_count: thread_count.max(1), processors: Vec::new() }
     }
 
-    /// Keeps the threads on these processors, those near the device that the bytes go to; empty means any.
+    /// Keeps the threads on these processors, those near the device that the bytes go to; empty means any. A caller that is bound to others
+    /// stays there.
     pub fn near(self, processors: Vec<u32>) -> Pread {
-        Pread { processors, ..self }
+        Pread { processors: threads::permitted(processors), ..self }
     }
 }
 

@@ -60,6 +60,19 @@ pub(crate) fn stay_on(processors: &[u32]) {
     }
 }
 
+/// Returns those of these processors that the calling thread may run on; none means that it stays where it is.
+///
+/// Whoever started the process may have bound it (taskset, numactl, a batch system): being near a device is no reason to leave that.
+pub(crate) fn permitted(processors: Vec<u32>) -> Vec<u32> {
+    // Where nobody can say, it stays as well.
+    let Ok(own) = rustix::thread::sched_getaffinity(None) else { return Vec::new() };
+    let is_own = |processor: &u32| {
+        let processor = *processor as usize;
+        processor < rustix::thread::CpuSet::MAX_CPU && own.is_set(processor)
+    };
+    processors.into_iter().filter(is_own).collect()
+}
+
 fn read(reader: &impl ReadAt, job: Job, counts: &mut Counts) -> Done {
     let Job { read, extent, stride, mut access, mut memory } = job;
     let direct_align = reader.direct_align_bytes(extent.file);
@@ -129,4 +142,94 @@ fn fill(
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a failed expectation is the test's own report")]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::engine::Engine;
+
+    /// Hands out nothing, and notes where it is asked.
+    #[derive(Default)]
+    struct Asked(Mutex<Vec<Vec<u32>>>);
+
+    impl Feed for Asked {
+        fn next(&self, _wait: bool) -> Next {
+            self.0.lock().unwrap().push(own());
+            Next::Done
+        }
+    }
+
+    impl Sink for Asked {
+        fn done(&self, _done: Done) {
+            unreachable!("nothing was handed out");
+        }
+
+        fn lost(&self, _read: u32, _error: ReadError) {
+            unreachable!("nothing was handed out");
+        }
+    }
+
+    /// Returns the processors that the calling thread may run on.
+    fn own() -> Vec<u32> {
+        let own = rustix::thread::sched_getaffinity(None).unwrap();
+        let all = 0..rustix::thread::CpuSet::MAX_CPU;
+        all.filter(|processor| own.is_set(*processor)).map(|processor| processor as u32).collect()
+    }
+
+    type Make = fn(Vec<u32>) -> Option<Box<dyn Engine>>;
+
+    fn pread(near: Vec<u32>) -> Option<Box<dyn Engine>> {
+        Some(Box::new(crate::pread::Pread::new(Arc::from([]), 2).near(near)))
+    }
+
+    #[cfg(all(target_os = "linux", feature = "io-uring"))]
+    fn uring(near: Vec<u32>) -> Option<Box<dyn Engine>> {
+        let uring = crate::uring::Uring::new(Arc::from([]), crate::engine::Depth::default(), None);
+        Some(Box::new(uring.ok()?.near(near)))
+    }
+
+    #[test]
+    fn readers_are_near_the_device_as_far_as_the_callers_own_binding_goes() {
+        let all = own();
+        let [first, .., last] = all[..] else {
+            println!("skipped: this process may use one processor");
+            return;
+        };
+        let makes = [
+            pread as Make,
+            #[cfg(all(target_os = "linux", feature = "io-uring"))]
+            uring,
+        ];
+        for (bound, near, expected) in [
+            (all.clone(), vec![last], vec![last]),
+            (all.clone(), Vec::new(), all.clone()),
+            (vec![first], all.clone(), vec![first]),
+            (vec![first], vec![last], vec![first]),
+            (vec![first], vec![5000], vec![first]),
+        ] {
+            for make in makes {
+                let in_a_thread_of_its_own = || {
+                    stay_on(&bound);
+                    let Some(engine) = make(near.clone()) else {
+                        println!("skipped: this system has no io_uring");
+                        return;
+                    };
+                    let asked = Asked::default();
+                    engine.run(&asked, &asked);
+                    let asked = asked.0.into_inner().unwrap();
+                    assert!(!asked.is_empty());
+                    let name = engine.name();
+                    assert!(
+                        asked.iter().all(|own| *own == expected),
+                        "{name}: {bound:?}, {near:?}: {asked:?}"
+                    );
+                };
+                thread::scope(|scope| scope.spawn(in_a_thread_of_its_own).join().unwrap());
+            }
+        }
+    }
 }

@@ -78,8 +78,10 @@ impl Uring {
     }
 
     /// Keeps the thread that submits and the kernel's workers, who copy what is in the page cache, on these processors, those near the device
-    /// that the bytes go to; empty means any. A kernel that refuses (before 5.14) lets its workers run anywhere, only slower.
+    /// that the bytes go to; empty means any. A caller that is bound to others stays there. A kernel that refuses (before 5.14) lets its workers run
+    /// anywhere, only slower.
     pub fn near(self, processors: Vec<u32>) -> Uring {
+        let processors = threads::permitted(processors);
         if !processors.is_empty() {
             let ring = self.ring.lock().unwrap_or_else(PoisonError::into_inner);
             let _ = ring.submitter().register_iowq_aff(&processor_set(&processors));

@@ -57,6 +57,9 @@ pub(crate) struct Config {
     pub(crate) direct_insists: bool,
     /// `direct_short=N`: every N-th direct read brings about half of what is asked for; 0 for none. Default: 0.
     pub(crate) direct_short: u64,
+    /// `direct_told=STATUS:N`: the first N times that reads in batches are asked for, the first of them is told with this status, though it
+    /// goes on. Default: what is told is over.
+    pub(crate) direct_told: (i32, u64),
     /// `forward=LIBRARY`: HIP's calls run on this CUDA driver, by its path or its name; nothing behind the `=` means
     /// `libcuda.so.1`. Default: they run on the machine.
     pub(crate) forward: Option<String>,
@@ -104,6 +107,7 @@ impl Default for Config {
             direct_parameters: true,
             direct_insists: false,
             direct_short: 0,
+            direct_told: (0, 0),
             forward: None,
         }
     }
@@ -134,6 +138,11 @@ impl Config {
                 "direct_parameters" => config.direct_parameters = number()? != 0,
                 "direct_insists" => config.direct_insists = number()? != 0,
                 "direct_short" => config.direct_short = number()?,
+                "direct_told" => {
+                    let (status, count) = value.split_once(':').ok_or_else(wrong)?;
+                    let status = status.parse().map_err(|_| wrong())?;
+                    config.direct_told = (status, count.parse().map_err(|_| wrong())?);
+                }
                 "capturing" => config.capturing = number()? != 0,
                 "meeting_ms" => config.meeting_ms = number()?,
                 "gfx" => config.gfx = value.to_owned(),

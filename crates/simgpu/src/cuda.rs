@@ -32,7 +32,8 @@ calls! {
         text(name, len, &format!("Simulated GPU {device}"))
     };
     fn cuDeviceGetPCIBusId(name: *mut c_char, len: c_int, device: c_int) |_machine| {
-        text(name, len, &format!("0000:{device:02x}:00.0"))
+        // A domain that no machine has, so that nothing is read of a real device's place.
+        text(name, len, &format!("ffff:{device:02x}:00.0"))
     };
     fn cuDeviceGetAttribute(value: *mut c_int, attribute: c_int, _device: c_int) |machine| {
         let unified = c_int::from(machine.config.unified);

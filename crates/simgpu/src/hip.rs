@@ -78,7 +78,8 @@ calls! {
     };
     fn hipDeviceGetPCIBusId(name: *mut c_char, len: c_int, device: c_int) |machine| {
         check_device(machine, device)?;
-        text(name, len, &format!("0000:{device:02x}:00.0"))
+        // A domain that no machine has, so that nothing is read of a real device's place.
+        text(name, len, &format!("ffff:{device:02x}:00.0"))
     };
     fn hipDeviceGetAttribute(value: *mut c_int, attribute: c_int, device: c_int) |machine| {
         check_device(machine, device)?;

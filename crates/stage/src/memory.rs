@@ -212,8 +212,21 @@ mod tests {
         text.lines().find_map(|line| line.strip_prefix(&start)).unwrap().to_owned()
     }
 
+    /// Tells whether this process may say where its memory lies; containers forbid it as a rule.
+    fn may_choose_nodes() -> bool {
+        let placement = HostMemory::allocate(4096).unwrap().near(0).placement();
+        let is_forbidden = matches!(placement, Placement::Refused { errno: libc::EPERM | libc::ENOSYS, .. });
+        if is_forbidden {
+            println!("skipped: mbind is forbidden here");
+        }
+        !is_forbidden
+    }
+
     #[test]
     fn pages_come_from_the_node_asked_for() {
+        if !may_choose_nodes() {
+            return;
+        }
         let nodes = std::fs::read_to_string("/sys/devices/system/node/has_memory").unwrap();
         // The last of `0` or `0-1,3`.
         let node: u32 = nodes.trim().rsplit([',', '-']).next().unwrap().parse().unwrap();
@@ -234,6 +247,9 @@ mod tests {
 
     #[test]
     fn a_node_that_is_not_there_leaves_memory_anywhere() {
+        if !may_choose_nodes() {
+            return;
+        }
         for node in [63, 64, 1023, 40_000] {
             let memory = HostMemory::allocate(8192).unwrap().near(node);
             let refused = Placement::Refused { node, errno: libc::EINVAL };

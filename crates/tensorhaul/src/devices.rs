@@ -1,7 +1,6 @@
 //! Devices that loads use, and the staging rings they leave for the next load.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io;
 use std::mem;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -10,7 +9,7 @@ use tensorhaul_device::gpu::{self, Driver, topology};
 use tensorhaul_device::host::Host;
 use tensorhaul_device::{Allocation, Capabilities, Device, DeviceError, Near, Stream};
 use tensorhaul_plan::DeviceId;
-use tensorhaul_stage::{HostMemory, Layout, Pinned, Placement, Ring};
+use tensorhaul_stage::{Layout, Pinned, Ring};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::report::Fallback;
@@ -232,15 +231,8 @@ pub(crate) fn ring(id: DeviceId, layout: Layout, near: &Near) -> Result<Ring> {
         ring.reset_peak();
         return Ok(ring);
     }
-    let memory = HostMemory::allocate(layout.len_bytes()).map_err(|error| DeviceError::OutOfHostMemory {
-        needed_bytes: layout.len_bytes() as u64,
-        source: error.into(),
-    })?;
-    // Before the first touch, which is a read's, or the driver's when it pins.
-    let memory = match near.node {
-        Some(node) => memory.near(node),
-        None => memory,
-    };
+    // Its first touch is a read's, or the driver's when it pins.
+    let memory = near.allocate(layout.len_bytes())?;
     memory.keep_from_children();
     Ok(Ring::unpinned(memory, layout))
 }
@@ -273,16 +265,9 @@ pub(crate) fn drivers_own_ring(device: &dyn Device, layout: Layout) -> Result<Ri
 
 /// Tells that a device's staging memory may lie far from it. On a machine with one node there is no far.
 pub(crate) fn placement_fallback(id: DeviceId, ring: &Ring) -> Option<Fallback> {
-    let Placement::Refused { node, errno } = ring.placement() else { return None };
-    topology::is_one_of_several(node).then(|| {
-        let error = io::Error::from_raw_os_error(errno);
-        let remedy = match error.kind() {
-            io::ErrorKind::PermissionDenied => "a container needs the capability SYS_NICE for it",
-            _ => "this process may have no memory of that node",
-        };
-        let what = format!("staging memory of {id} lies on any memory node, not on node {node}, its nearest");
-        Fallback::new(what, format!("mbind: {error}; {remedy}"))
-    })
+    let (node, why) = topology::refused(ring.placement())?;
+    let what = format!("staging memory of {id} lies on any memory node, not on node {node}, its nearest");
+    Some(Fallback::new(what, why))
 }
 
 /// Keeps a ring for the next load on its device, if it came back whole from one that went well.

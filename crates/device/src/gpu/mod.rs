@@ -133,7 +133,7 @@ impl<D: Driver> Device for Gpu<D> {
     }
 
     fn staging_memory(&self, len_bytes: usize) -> Result<Box<dyn StagingMemory>, DeviceError> {
-        staging::allocate(&self.shared, len_bytes)
+        Ok(staging::allocate(&self.shared, len_bytes)?.0)
     }
 
     fn pin(&self, memory: Arc<HostMemory>) -> Result<Option<Box<dyn StagingMemory>>, DeviceError> {
@@ -298,7 +298,7 @@ impl<D: Driver> Device for Gpu<D> {
     }
 
     fn near(&self) -> Near {
-        topology::near(&self.shared.facts)
+        self.shared.near.clone()
     }
 
     fn fallbacks(&self) -> Vec<(String, String)> {

@@ -8,8 +8,8 @@ use tensorhaul_plan::DeviceId;
 use super::driver::{CallError, CaptureMode, Context, DeviceFacts, Driver, EventHandle, StreamHandle};
 use super::kernels::Modules;
 use super::peers::Peers;
-use super::{FORKED, lock};
-use crate::contract::{DeviceError, Stream};
+use super::{FORKED, lock, topology};
+use crate::contract::{DeviceError, Near, Stream};
 
 pub(crate) struct Shared<D: Driver> {
     pub(super) driver: Arc<D>,
@@ -18,6 +18,8 @@ pub(crate) struct Shared<D: Driver> {
     pub(super) copy: StreamHandle,
     pub(super) compute: StreamHandle,
     pub(super) facts: DeviceFacts,
+    /// What of the host is nearest, which does not change.
+    pub(super) near: Near,
     /// Events that nobody waits for any more.
     pub(super) events: Mutex<Vec<EventHandle>>,
     /// Whether the driver has batched copies, as far as is known.
@@ -41,7 +43,7 @@ impl<D: Driver> Shared<D> {
         let failed = |error| DeviceError::Driver { device, error };
         let context = driver.open(ordinal).map_err(failed)?;
         // From here on dropping `shared` undoes what was done, whatever fails.
-        let scatters = AtomicBool::new(facts.reads_pinned);
+        let (scatters, near) = (AtomicBool::new(facts.reads_pinned), topology::near(&facts));
         let mut shared = Shared {
             driver,
             ordinal,
@@ -49,6 +51,7 @@ impl<D: Driver> Shared<D> {
             copy: StreamHandle(0),
             compute: StreamHandle(0),
             facts,
+            near,
             events: Mutex::default(),
             batches: AtomicBool::new(true),
             scatters,

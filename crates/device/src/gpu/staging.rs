@@ -6,11 +6,10 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use tensorhaul_stage::{HostMemory, StagingMemory};
+use tensorhaul_stage::{HostMemory, Placement, StagingMemory};
 
 use super::Shared;
 use super::driver::{Driver, Meaning};
-use super::topology;
 use crate::contract::DeviceError;
 
 /// Pins staging memory by the first way that works.
@@ -18,20 +17,16 @@ use crate::contract::DeviceError;
 /// Registering memory of one's own comes first: on 2 MiB pages there are 512 times fewer of them to pin,
 /// and io_uring can register the same memory. Containers and some filesystems refuse it; the driver's own
 /// allocation then serves, and the refusal is noted for the report and not provoked again.
+///
+/// Returns where the system was asked to put it, too.
 pub(super) fn allocate<D: Driver>(
     shared: &Arc<Shared<D>>,
     len_bytes: usize,
-) -> Result<Box<dyn StagingMemory>, DeviceError> {
-    let memory = HostMemory::allocate(len_bytes.max(1)).map_err(|error| DeviceError::OutOfHostMemory {
-        needed_bytes: len_bytes as u64,
-        source: error.into(),
-    })?;
-    let memory = match topology::near(&shared.facts).node {
-        Some(node) => memory.near(node),
-        None => memory,
-    };
+) -> Result<(Box<dyn StagingMemory>, Placement), DeviceError> {
+    let memory = shared.near.allocate(len_bytes.max(1))?;
+    let placement = memory.placement();
     if let Some(pinned) = register(shared, Arc::new(memory))? {
-        return Ok(pinned);
+        return Ok((pinned, placement));
     }
     let _bound = shared.bind()?;
     match shared.driver.host_allocate(len_bytes.max(1)) {
@@ -40,7 +35,7 @@ pub(super) fn allocate<D: Driver>(
             // Drivers do not promise zeroes, and staging memory is initialized.
             // SAFETY: the driver gave these bytes to us alone.
             unsafe { start.write_bytes(0, len_bytes) };
-            Ok(Box::new(Allocated { shared: Arc::clone(shared), start, len_bytes }))
+            Ok((Box::new(Allocated { shared: Arc::clone(shared), start, len_bytes }), Placement::Anywhere))
         }
         Err(error) if error.meaning == Meaning::Lost => Err(shared.failed(error)),
         Err(error) => {

@@ -1,6 +1,9 @@
 //! Where a device is: which processors are near, how wide its link is.
 
 use std::fs;
+use std::io;
+
+use tensorhaul_stage::Placement;
 
 use super::driver::DeviceFacts;
 use crate::contract::Near;
@@ -38,8 +41,21 @@ pub fn near(facts: &DeviceFacts) -> Near {
 ///
 /// # Source
 /// Linux, Documentation/ABI/stable/sysfs-devices-node: `has_memory`.
-pub fn is_one_of_several(node: u32) -> bool {
+fn is_one_of_several(node: u32) -> bool {
     system("node/has_memory").is_some_and(|nodes| parse_list(&nodes) != [node])
+}
+
+/// Returns the node that the system refused to take memory from, and why. On a machine with one node there is no far: `None`.
+pub fn refused(placement: Placement) -> Option<(u32, String)> {
+    let Placement::Refused { node, errno } = placement else { return None };
+    is_one_of_several(node).then(|| {
+        let error = io::Error::from_raw_os_error(errno);
+        let remedy = match error.kind() {
+            io::ErrorKind::PermissionDenied => "a container needs the capability SYS_NICE for it",
+            _ => "this process may have no memory of that node",
+        };
+        (node, format!("mbind: {error}; {remedy}"))
+    })
 }
 
 /// Returns what the system says of a device's link; `None` for a device that is not on PCI Express.

@@ -9,7 +9,7 @@ use tensorhaul_stage::StagingMemory;
 
 use super::driver::Driver;
 use super::memory::Consumers;
-use super::{Shared, staging};
+use super::{Shared, staging, topology};
 use crate::contract::{Allocation, Device, DeviceError};
 use crate::host::Host;
 
@@ -35,10 +35,15 @@ impl<D: Driver> Unified<D> {
             free_bytes: Host.memory().ok().map(|memory| memory.free_bytes).filter(|free| *free < len_bytes),
         };
         let len = usize::try_from(len_bytes).map_err(|_| out_of_memory())?;
-        let memory = staging::allocate(shared, len).map_err(|error| match error {
+        let (memory, placement) = staging::allocate(shared, len).map_err(|error| match error {
             DeviceError::OutOfHostMemory { .. } => out_of_memory(),
             error => error,
         })?;
+        if let Some((node, why)) = topology::refused(placement) {
+            let id = shared.id();
+            let what = format!("memory of {id} lies on any memory node, not on node {node}, its nearest");
+            shared.note(&what, why);
+        }
         let _bound = shared.bind()?;
         // SAFETY: staging memory is pinned, and not freed meanwhile.
         let address = unsafe { shared.driver.host_address(memory.as_ptr().as_ptr().cast()) };

@@ -21,7 +21,7 @@ macro_rules! library {
         }
         #[unsafe(no_mangle)]
         pub(crate) extern "C" fn $close() -> Status {
-            close(stringify!($close))
+            close($vendor, stringify!($close))
         }
         #[unsafe(no_mangle)]
         pub(crate) unsafe extern "C" fn $handle_register(
@@ -29,7 +29,7 @@ macro_rules! library {
             file: *mut Descriptor,
         ) -> Status {
             // SAFETY: the caller's promise.
-            unsafe { handle_register(stringify!($handle_register), handle, file) }
+            unsafe { handle_register($vendor, stringify!($handle_register), handle, file) }
         }
         #[unsafe(no_mangle)]
         pub(crate) extern "C" fn $handle_deregister(handle: *mut c_void) {

@@ -22,7 +22,8 @@ use crate::core::{self, Machine};
 
 /// What a library for direct storage keeps.
 pub(crate) struct Storage {
-    opened: u64,
+    /// By vendor.
+    opened: [bool; 2],
     /// Whether what cannot be read directly is read through the host.
     compatible: bool,
     files: HashMap<usize, Arc<File>>,
@@ -40,7 +41,7 @@ pub(crate) struct Storage {
 impl Default for Storage {
     fn default() -> Storage {
         Storage {
-            opened: 0,
+            opened: [false; 2],
             compatible: true,
             files: HashMap::new(),
             descriptors: HashMap::new(),
@@ -56,7 +57,7 @@ impl Storage {
     /// Returns what is not let go yet, and what was read how, as lines of the report.
     pub(crate) fn report(&self) -> Vec<String> {
         let mut lines = vec![
-            format!("live.storage_opened {}", self.opened),
+            format!("live.storage_opened {}", self.opened.iter().filter(|is_open| **is_open).count()),
             format!("live.storage_files {}", self.files.len()),
             format!("live.storage_buffers {}", self.buffers.len()),
             format!("live.storage_batches {}", self.batches.len()),
@@ -131,28 +132,37 @@ fn open(vendor: Vendor, name: &'static str) -> Status {
         if !machine.config.direct && !machine.storage.compatible {
             return Err(NOT_INITIALIZED);
         }
-        machine.storage.opened += 1;
+        if std::mem::replace(&mut machine.storage.opened[vendor as usize], true) {
+            return Err(ALREADY_OPEN);
+        }
         Ok(())
     })
 }
 
-fn close(name: &'static str) -> Status {
+fn close(vendor: Vendor, name: &'static str) -> Status {
     status(name, |machine| {
         check_lets_go(machine, name);
         let storage = &mut machine.storage;
-        storage.opened = storage.opened.checked_sub(1).ok_or(NOT_INITIALIZED)?;
-        if storage.opened == 0 && !(storage.files.is_empty() && storage.buffers.is_empty()) {
+        if !std::mem::replace(&mut storage.opened[vendor as usize], false) {
+            return Err(NOT_INITIALIZED);
+        }
+        if storage.opened == [false; 2] && !(storage.files.is_empty() && storage.buffers.is_empty()) {
             machine.violations.push(format!("{name} before everything was deregistered"));
         }
         Ok(())
     })
 }
 
-unsafe fn handle_register(name: &'static str, handle: *mut *mut c_void, file: *mut Descriptor) -> Status {
+unsafe fn handle_register(
+    vendor: Vendor,
+    name: &'static str,
+    handle: *mut *mut c_void,
+    file: *mut Descriptor,
+) -> Status {
     // SAFETY: the caller passes a descriptor.
     let Descriptor { kind, fd, fs_ops, .. } = unsafe { file.read() };
     status(name, |machine| {
-        if machine.storage.opened == 0 {
+        if !machine.storage.opened[vendor as usize] {
             return Err(NOT_INITIALIZED);
         }
         if kind != 1 || !fs_ops.is_null() {
@@ -334,7 +344,7 @@ fn has_parameters(machine: &Machine, vendor: Vendor) -> Result<(), i32> {
 fn set_parameter(vendor: Vendor, name: &'static str, parameter: c_int, value: bool) -> Status {
     status(name, |machine| {
         has_parameters(machine, vendor)?;
-        if machine.storage.opened > 0 {
+        if machine.storage.opened[vendor as usize] {
             return Err(ALREADY_OPEN);
         }
         if parameter == ALLOW_COMPATIBILITY && !machine.config.direct_insists {

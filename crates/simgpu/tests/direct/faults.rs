@@ -28,6 +28,7 @@ const OBSTACLES: &[(&str, &str, usize)] = &[
         1,
     ),
     ("fail=cuMemAlloc_v2:1:2", "a first direct read: cuda:0: 4096 bytes do not fit", FILES),
+    ("fail=cuMemAlloc_v2:1:801", "a first direct read: cuda:0: cuMemAlloc failed with 801", FILES),
 ];
 
 #[test]
@@ -114,6 +115,27 @@ fn a_batch_that_cannot_be_waited_for_fails_the_load_and_is_over_once_its_reads_a
         let line = model.load(&batches).unwrap_err().one_line();
         assert!(line.contains(why) && !line.contains("under way"), "{fault}: {line}");
         sim.assert_clean(fault);
+    }
+}
+
+#[test]
+fn a_read_in_a_batch_is_over_only_when_the_library_says_so() {
+    let folder = folder();
+    let model = Model::open(checkpoint(folder.path())).unwrap();
+    let batches = options(Preference::Required).direct_mode(DirectMode::Batch { entries: 4 });
+    for under_way in [0x01, 0x02] {
+        let sim = machine(&format!("direct_told={under_way}:9"));
+        let loaded = model.load(&batches).unwrap();
+        assert_same_bytes(&model, &loaded);
+        drop(loaded);
+        sim.assert_clean("waiting, pending");
+    }
+    // These say nothing of the end, which comes after.
+    for (status, why) in [(0x20, "a read in a batch timed out"), (0x80, "the unknown status 0x80")] {
+        let sim = machine(&format!("direct_told={status}:3"));
+        let line = model.load(&batches).unwrap_err().one_line();
+        assert!(line.contains(why) && !line.contains("under way"), "{line}");
+        sim.assert_clean(why);
     }
 }
 

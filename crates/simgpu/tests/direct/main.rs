@@ -9,6 +9,7 @@ mod doctor;
 mod faults;
 mod hipfile;
 mod load;
+mod opening;
 mod processes;
 mod quantized;
 mod several;
@@ -37,15 +38,9 @@ use tensorhaul::{DeviceId, LoadOptions, Loaded, Model, Preference, Request, Sele
 fn machine(config: &str) -> Sim {
     static VARIABLES: Once = Once::new();
     VARIABLES.call_once(|| {
-        for variable in [
-            tensorhaul_direct::CUFILE_LIBRARY_VARIABLE,
-            tensorhaul_direct::HIPFILE_LIBRARY_VARIABLE,
-            tensorhaul_rocm::LIBRARY_VARIABLE,
-        ] {
-            if std::env::var_os(variable).is_none() {
-                // SAFETY: the first use in the process; tests take turns from here on.
-                unsafe { std::env::set_var(variable, sim::library_path()) };
-            }
+        if std::env::var_os(tensorhaul_rocm::LIBRARY_VARIABLE).is_none() {
+            // SAFETY: the first use in the process; tests take turns from here on.
+            unsafe { std::env::set_var(tensorhaul_rocm::LIBRARY_VARIABLE, sim::library_path()) };
         }
     });
     Sim::new(config)
@@ -99,17 +94,43 @@ fn evict_all(folder: &Path) {
     }
 }
 
+/// A device that loads go to: NVIDIA's, or AMD's in the process that runs the same tests for it.
+fn id(ordinal: u32) -> DeviceId {
+    if is_amd() { DeviceId::Rocm(ordinal) } else { DeviceId::Cuda(ordinal) }
+}
+
+/// The name of a call of the library's of that device's vendor.
+fn call(name: &str) -> String {
+    let library = if is_amd() { "hipFile" } else { "cuFile" };
+    format!("{library}{name}")
+}
+
+fn is_amd() -> bool {
+    std::env::var_os(AMD_VARIABLE).is_some()
+}
+
+/// Set in the process that runs tests for AMD's devices.
+const AMD_VARIABLE: &str = "SIMGPU_DIRECT_AMD";
+
+/// Asserts that storage itself has read, and nobody through the host instead; and that nothing is left.
+fn assert_direct_and_clean(sim: &Sim, when: &str) {
+    let happened = sim.report();
+    assert!(happened.calls(&call("Read")) > 0, "{when}: {:?}", happened.calls);
+    assert_eq!(happened.calls("storage_compatible_reads"), 0, "{when}");
+    sim.assert_clean(when);
+}
+
 /// Onto the device, by direct storage.
 fn options(direct_storage: Preference) -> LoadOptions {
     let mut request = Request::all();
-    request.device = DeviceId::Cuda(0);
+    request.device = id(0);
     LoadOptions::default().request(request).staging_bytes(1 << 20).direct_storage(direct_storage)
 }
 
 /// As [`options`], of long tensors alone, so that nothing is staged and no copy fails before a read does.
 fn options_of_long_ones(direct_storage: Preference) -> LoadOptions {
     let mut request = Request::all();
-    request.device = DeviceId::Cuda(0);
+    request.device = id(0);
     request.select = Select::Globs(vec!["*.w".to_owned()]);
     options(direct_storage).request(request)
 }
@@ -118,7 +139,7 @@ fn options_of_long_ones(direct_storage: Preference) -> LoadOptions {
 fn assert_same_bytes(model: &Model, loaded: &Loaded) {
     assert_eq!(loaded.tensors.len(), model.checkpoint().len());
     for (name, tensor) in loaded.tensors.iter() {
-        assert_eq!(tensor.device(), DeviceId::Cuda(0));
+        assert_eq!(tensor.device(), id(0));
         assert!(tensor.to_host().unwrap() == model.tensor(name).unwrap().bytes().unwrap(), "{name}");
     }
 }

@@ -7,7 +7,9 @@ use tensorhaul::{DirectMode, ErrorKind, Model, Preference};
 use tensorhaul_direct::{CUFILE_LIBRARY_VARIABLE, HIPFILE_LIBRARY_VARIABLE};
 
 use crate::sim::library_path;
-use crate::{assert_same_bytes, checkpoint, folder, machine, options, options_of_long_ones, reasons};
+use crate::{
+    AMD_VARIABLE, assert_same_bytes, checkpoint, folder, machine, options, options_of_long_ones, reasons,
+};
 
 /// Runs an ignored test of this binary in a process of its own, and returns what it printed behind `probe: `.
 fn run(test: &str, variables: &[(&str, &Path)]) -> String {
@@ -84,12 +86,23 @@ fn hipfile_reads_where_the_environment_forbids_its_fallback() {
 }
 
 #[test]
+fn whole_loads_go_by_hipfile_as_they_go_by_cufile() {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["load::", "several::", "quantized::"]);
+    let output = command.env(AMD_VARIABLE, "1").env("HIPFILE_ALLOW_COMPAT_MODE", "false").output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
+    assert!(!text.contains(" 0 passed"), "{text}");
+}
+
+#[test]
 #[ignore = "run by the tests below, in a process of its own: what it leaves is left for good"]
 fn reads_that_never_end() {
     let folder = folder();
     for (fault, why) in [
         ("fail=cuFileBatchIOGetStatus:1:5041;fail=cuFileBatchIOGetStatus:2:5041", "GetStatus returned 5041"),
         ("fail=cuFileBatchIOSubmit:1:5035", "Submit returned 5035"),
+        ("direct_told=32:1000000", "a read in a batch timed out"),
         ("fail=cuFileBatchRead:1:719", "cuda:0: "),
     ] {
         if std::env::var("FAULT").is_ok_and(|number| !fault.contains(&number)) {
@@ -136,7 +149,7 @@ fn is_open(path: &Path) -> bool {
 #[test]
 fn what_reads_use_that_nobody_waits_for_is_kept_and_told() {
     let told = |fault: &str| run("processes::reads_that_never_end", &[("FAULT", Path::new(fault))]);
-    for fault in ["cuFileBatchIOGetStatus", "cuFileBatchIOSubmit"] {
+    for fault in ["cuFileBatchIOGetStatus", "cuFileBatchIOSubmit", "direct_told"] {
         let line = told(fault);
         let kept = "2 reads may still be under way, so their memory, files and library are kept until the process ends";
         assert!(line.ends_with(kept), "{line}");

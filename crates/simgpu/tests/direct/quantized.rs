@@ -2,7 +2,7 @@
 
 use tensorhaul::{Dequantization, DirectMode, Dtype, Model, Preference, Request};
 
-use crate::{evict_all, folder, machine, options};
+use crate::{assert_direct_and_clean, evict_all, folder, machine, options};
 
 #[test]
 fn packed_tensors_arrive_by_storage_and_become_the_hosts_numbers() {
@@ -33,7 +33,7 @@ fn packed_tensors_arrive_by_storage_and_become_the_hosts_numbers() {
                     );
                 }
                 drop(loaded);
-                sim.assert_clean(config);
+                assert_direct_and_clean(&sim, config);
             }
         }
     }

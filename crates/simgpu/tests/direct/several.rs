@@ -1,11 +1,11 @@
 //! Direct storage into several devices of one load.
 
-use tensorhaul::{DeviceId, DeviceMap, ErrorKind, LoadOptions, Model, Preference, Request, Select};
+use tensorhaul::{DeviceMap, ErrorKind, LoadOptions, Model, Preference, Request, Select};
 
-use crate::{checkpoint, folder, machine};
+use crate::{assert_direct_and_clean, call, checkpoint, folder, id, machine};
 
 fn halves() -> DeviceMap {
-    let (first, second) = (DeviceId::Cuda(0), DeviceId::Cuda(1));
+    let (first, second) = (id(0), id(1));
     let entries = [
         ("*.layers.0.*".to_owned(), vec![first]),
         ("*.layers.1.*".to_owned(), vec![second]),
@@ -39,8 +39,8 @@ fn every_device_is_read_into_and_a_file_is_registered_once() {
         drop(loaded);
     }
     let files = model.checkpoint().files().len() as u64;
-    assert_eq!(sim.report().calls("cuFileHandleRegister"), 2 * files, "once a load, for both devices");
-    sim.assert_clean("two devices");
+    assert_eq!(sim.report().calls(&call("HandleRegister")), 2 * files, "once a load, for both devices");
+    assert_direct_and_clean(&sim, "two devices");
 }
 
 #[test]
@@ -51,7 +51,7 @@ fn a_failed_read_into_one_device_fails_the_load_and_leaves_nothing() {
     // Behind the probe's reads, one for each file and device.
     let probes = 2 * model.checkpoint().files().len();
     for nth in [1, 2, 3] {
-        let sim = machine(&format!("devices=2;fail=cuFileRead:{}:5", probes + nth));
+        let sim = machine(&format!("devices=2;fail={}:{}:5", call("Read"), probes + nth));
         let options = LoadOptions::default().device_map(halves()).direct_storage(Preference::Required);
         let error = model.load(&options).unwrap_err();
         assert_ne!(error.kind(), ErrorKind::Cancelled, "{error}");
@@ -76,7 +76,7 @@ fn only_files_that_storage_reads_are_tried_and_only_on_the_devices_they_are_read
     let model = Model::open(folder.path()).unwrap();
     let sim = machine("devices=4");
     // A tenth of the files for each of three devices and nothing for the fourth; the rest is not asked for.
-    let device = |ordinal| vec![DeviceId::Cuda(ordinal)];
+    let device = |ordinal| vec![id(ordinal)];
     let entries = ["w0*", "w1*", "w2*", ""].into_iter().map(str::to_owned).zip((0..4).map(device));
     let mut request = Request::all();
     request.select = Select::Globs(["w0[0-3]", "w1[0-3]", "w2[0-3]"].map(str::to_owned).to_vec());
@@ -87,11 +87,11 @@ fn only_files_that_storage_reads_are_tried_and_only_on_the_devices_they_are_read
     let loaded = model.load(&options).unwrap();
     assert_eq!(loaded.tensors.len(), 12);
     let happened = sim.report();
-    assert_eq!(happened.calls("cuFileHandleRegister"), 12, "the other files are left alone");
-    assert_eq!(happened.calls("cuFileRead"), 12 + 12, "one read to try, one to load");
+    assert_eq!(happened.calls(&call("HandleRegister")), 12, "the other files are left alone");
+    assert_eq!(happened.calls(&call("Read")), 12 + 12, "one read to try, one to load");
     for (name, tensor) in loaded.tensors.iter() {
         assert!(tensor.to_host().unwrap() == model.tensor(name).unwrap().bytes().unwrap(), "{name}");
     }
     drop(loaded);
-    sim.assert_clean("a selection");
+    assert_direct_and_clean(&sim, "a selection");
 }

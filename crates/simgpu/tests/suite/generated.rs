@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 use std::env;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 
@@ -14,7 +15,8 @@ use proptest::sample::{select, subsequence};
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 use tensorhaul::save::{SaveOptions, SaveTensor, save};
 use tensorhaul::{
-    Dequantization, DeviceId, DeviceMap, Dtype, EngineChoice, LoadOptions, Loaded, Model, Plan, Preference,
+    Compatibility, Dequantization, DeviceId, DeviceMap, Dtype, EngineChoice, LoadOptions, Loaded, Model,
+    Plan, Preference,
 };
 
 use crate::suite::sim::Sim;
@@ -91,7 +93,7 @@ fn case() -> impl Strategy<Value = Case> {
     let ways = (
         engine,
         select(vec![Preference::Preferred, Preference::Off]),
-        select(vec![Preference::Off, Preference::Preferred]),
+        select(vec![Preference::Off, Preference::Preferred, Preference::Required]),
     );
     let dequantized = select(vec![None, Some(Dtype::Bf16), Some(Dtype::F32)]);
     let spare = select(vec![16_384u64, 70_000, 1 << 20]);
@@ -180,6 +182,17 @@ impl Case {
         }
     }
 
+    /// Nothing can be required of a machine whose devices take reads as the host's memory does, or of a load onto the host.
+    fn direct_storage(&self, map: &DeviceMap) -> Preference {
+        let has_devices = map.devices().iter().any(|device| *device != DeviceId::Host);
+        match self.direct_storage {
+            Preference::Required if !has_devices || self.machine.settings.contains("integrated=1") => {
+                Preference::Preferred
+            }
+            preference => preference,
+        }
+    }
+
     fn options(&self, map: &DeviceMap) -> LoadOptions {
         let longest =
             self.layers.iter().flat_map(|layer| &layer.packed).max().map_or(0, |rows| rows * COLUMNS);
@@ -188,16 +201,20 @@ impl Case {
             .staging_bytes(self.staging_bytes * map.devices().len() as u64)
             .engine(self.engine)
             .in_place(self.in_place)
-            .direct_storage(self.direct_storage)
+            .direct_storage(self.direct_storage(map))
+            // AMD's library is asked for it, since it cannot be told otherwise.
+            .direct_compatibility(Compatibility::Allowed)
             // Little more than the longest, so that places are taken again.
             .transient_bytes(longest + self.transient_spare_bytes)
             .checksums(true)
     }
 
-    fn check(&self) {
+    /// Returns how much came by direct storage.
+    fn check(&self) -> u64 {
         if self.is_empty() {
-            return;
+            return 0;
         }
+        let mut by_storage_bytes = 0;
         let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
         let model = self.write(folder.path());
         let expected = model.load(&self.dequantize(LoadOptions::default())).unwrap();
@@ -209,6 +226,7 @@ impl Case {
         for round in 0..2 {
             let loaded = model.load(&options).unwrap_or_else(|error| panic!("{}", error.one_line()));
             assert_same(&expected, &loaded, &map);
+            by_storage_bytes += loaded.report.bytes_direct_storage;
             assert_promised(&loaded, self.staging_bytes * map.devices().len() as u64);
             drop(loaded);
             if round == 1 {
@@ -216,6 +234,7 @@ impl Case {
             }
         }
         sim.assert_clean("after the loads");
+        by_storage_bytes
     }
 }
 
@@ -288,6 +307,7 @@ fn whatever_is_asked_for_every_byte_arrives_on_every_device() {
     let config =
         Config { cases: cases as u32, max_shrink_iters: 200, failure_persistence: None, ..Config::default() };
     let mut runner = TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &bytes));
+    let by_storage_bytes = AtomicU64::new(0);
     let checked = runner.run(&case(), |case| {
         let (over, is_over) = mpsc::channel::<()>();
         let told = format!("seed {seed}: hangs: {case:#?}");
@@ -300,12 +320,14 @@ fn whatever_is_asked_for_every_byte_arrives_on_every_device() {
                 }
             });
             let over = over; // Dropped when the case has ended, however it does.
-            case.check();
+            by_storage_bytes.fetch_add(case.check(), Ordering::Relaxed);
             drop(over);
         });
         Ok(())
     });
     checked.unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+    // A few cases may all happen to ask for none.
+    assert!(cases < 16 || by_storage_bytes.into_inner() > 0, "nothing came by direct storage");
 }
 
 /// The planner's: a gap that is cheaper read than skipped.

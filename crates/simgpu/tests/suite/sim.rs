@@ -7,6 +7,8 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use libloading::{Library, Symbol};
 use tensorhaul::exchange::{NCCL_LIBRARY_VARIABLE, RCCL_LIBRARY_VARIABLE};
+use tensorhaul_direct::{CUFILE_LIBRARY_VARIABLE, HIPFILE_LIBRARY_VARIABLE};
+use tensorhaul_stage::{HostMemory, Placement};
 
 use crate::vendor;
 
@@ -81,6 +83,13 @@ fn library() -> &'static Library {
             // SAFETY: as above.
             unsafe { std::env::set_var(variable, &path) };
         }
+        for variable in [CUFILE_LIBRARY_VARIABLE, HIPFILE_LIBRARY_VARIABLE] {
+            // A process of its own may have been given another.
+            if std::env::var_os(variable).is_none() {
+                // SAFETY: as above.
+                unsafe { std::env::set_var(variable, &path) };
+            }
+        }
         // SAFETY: the project's own library; it has no initializers.
         unsafe { Library::new(&path) }.unwrap_or_else(|error| panic!("{}: {error}", path.display()))
     })
@@ -96,6 +105,16 @@ pub(crate) fn library_path() -> PathBuf {
     let deps = test.parent().unwrap();
     let names = [deps.join("libsimgpu.so"), deps.parent().unwrap().join("libsimgpu.so")];
     names.into_iter().find(|path| path.exists()).expect("cargo test builds libsimgpu.so first")
+}
+
+/// Tells, and prints, whether this process may not say where its memory lies; containers forbid it as a rule.
+pub(crate) fn may_not_choose_nodes() -> bool {
+    let placement = HostMemory::allocate(4096).unwrap().near(0).placement();
+    let is_forbidden = matches!(placement, Placement::Refused { errno: libc::EPERM | libc::ENOSYS, .. });
+    if is_forbidden {
+        println!("skipped: mbind is forbidden here");
+    }
+    is_forbidden
 }
 
 /// Returns a function that the library exports, for tests of what the backend does not call.

@@ -78,6 +78,21 @@ fn reads_land_in_the_devices_memory_and_nothing_is_copied() {
 }
 
 #[test]
+fn memory_far_from_its_device_is_told_of() {
+    let (_folder, model) = model();
+    // A node that no machine has.
+    let sim = Sim::new("integrated=1;host_node=1023");
+    let loaded = model.load(&long()).unwrap();
+    let told: Vec<_> = loaded.report.fallbacks.iter().map(|told| told.what.clone()).collect();
+    let id = vendor::id(0);
+    let far = format!("memory of {id} lies on any memory node, not on node 1023, its nearest");
+    assert_eq!(told, [far], "once for all arenas");
+    assert_shared(&model, &loaded);
+    drop(loaded);
+    sim.assert_clean("far");
+}
+
+#[test]
 fn what_cannot_land_is_staged_and_the_plan_says_so_before() {
     let (_folder, model) = model();
     let sim = Sim::new("integrated=1;delay_us=300;batches=0");

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
-use tensorhaul_device::{Device, DeviceError};
+use tensorhaul_device::Device;
 use tensorhaul_direct::{DirectFile, Library, Probe, Refusal};
 use tensorhaul_io::{OpenFile, Residency};
 use tensorhaul_plan::{DeviceId, Place, Plan, Route, plan::Target};
@@ -69,7 +69,7 @@ impl<'h> Hope<'h> {
                 storage.library = Some(Arc::clone(&library));
                 Trial { library: &library, device: self.device, opened, files: &files }.run(probe)
             }
-            Err(Refusal::Device(error)) if is_lost(&error) => return Err(error.into()),
+            Err(Refusal::Device(error)) if error.is_lost() => return Err(error.into()),
             Err(refusal) => {
                 let why = refusal.to_string();
                 storage.refused.extend(files.into_iter().map(|file| (file, why.clone())));
@@ -81,7 +81,7 @@ impl<'h> Hope<'h> {
         for (file, verdict) in tried {
             match verdict {
                 Ok(direct) => taken[file as usize] = Some(direct),
-                Err(Refusal::Device(error)) if is_lost(&error) => {
+                Err(Refusal::Device(error)) if error.is_lost() => {
                     return Err(Error::from(error).in_file(self.model.file_path(file as usize)));
                 }
                 Err(refusal) => storage.refused.push((file, refusal.to_string())),
@@ -186,12 +186,6 @@ fn files_for(plan: &Plan, device: DeviceId, by_storage: bool) -> BTreeSet<u32> {
         _ => !by_storage && plan.copies(read).iter().any(|copy| is_own(copy.target)),
     };
     plan.reads().iter().filter(is_for_it).map(|read| read.extent.file).collect()
-}
-
-/// Tells whether a device has failed, rather than that its memory does not suffice.
-fn is_lost(error: &DeviceError) -> bool {
-    error.device().is_some()
-        && !matches!(error, DeviceError::OutOfMemory { .. } | DeviceError::TooSmall { .. })
 }
 
 /// Copying what is there takes a fifth of the time that reading past it takes.
