@@ -2,6 +2,7 @@
 
 use std::cmp::Reverse;
 use std::collections::HashMap;
+use std::fmt;
 use std::fs;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -15,6 +16,7 @@ use tensorhaul_plan::{Dequantize, Dtype, Layout, Operation, Select, TensorId};
 use crate::error::{Error, ErrorKind, Result};
 use crate::locate::read_limited;
 use crate::model::{Inner, Source};
+use crate::parallel::RANKS;
 use crate::report::Fallback;
 
 /// Which quantized tensors arrive as numbers, and of which kind: FP8, GPTQ, AWQ and their relatives become F32, F16 or BF16 where they are
@@ -70,7 +72,7 @@ pub(crate) fn dequantize(model: &Inner, options: &Dequantization, select: &Selec
     }
     let quantization = model.quantization()?;
     if let Some(refusal) = refusal(model, &quantization, only.as_deref(), select) {
-        return Err(quant_error(refusal.clone(), &model.folder));
+        return Err(refused(model, refusal.clone()));
     }
     Ok(Dequantize { groups: quantization.shared_groups(), globs: only, dtype, layout, fold })
 }
@@ -246,6 +248,46 @@ impl Inner {
             }
         }
         Ok(bytes)
+    }
+}
+
+/// Says why a tensor cannot be dequantized. What does not fit together in a rank's part is no fault of its files.
+fn refused(model: &Inner, error: QuantError) -> Error {
+    use QuantError::{Contradiction, WrongShape, WrongValue};
+    let tensor = error.tensor().and_then(|name| model.checkpoint.find(name));
+    let file = tensor.map(|tensor| &model.checkpoint.files()[tensor.file as usize]);
+    let ranks = file.and_then(|file| file.header().metadata().get(RANKS));
+    match (ranks, &error) {
+        (Some(ranks), WrongShape { .. } | WrongValue { .. } | Contradiction { .. }) => {
+            let name = error.tensor().unwrap_or_default().to_owned();
+            let cause = RankPart { ranks: ranks.clone(), error };
+            Error::new(ErrorKind::BadRequest, cause).in_file(&model.folder).about_tensor(&name)
+        }
+        _ => quant_error(error, &model.folder),
+    }
+}
+
+/// A rank's packed part that says of itself what holds for the whole.
+#[derive(Debug)]
+struct RankPart {
+    ranks: String,
+    error: QuantError,
+}
+
+impl fmt::Display for RankPart {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "is one rank's packed part ({}), which cannot be dequantized by itself; dequantize the whole model while it is cut \
+             (convert --dequantize with the same ranks, or load it so)",
+            self.ranks
+        )
+    }
+}
+
+impl std::error::Error for RankPart {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(&self.error)
     }
 }
 
