@@ -1,5 +1,8 @@
 //! Quantized tensors of a model: what is known of them, and which a load makes numbers of.
 
+use std::cmp::Reverse;
+use std::collections::HashMap;
+use std::fmt;
 use std::fs;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -13,6 +16,7 @@ use tensorhaul_plan::{Dequantize, Dtype, Layout, Operation, Select, TensorId};
 use crate::error::{Error, ErrorKind, Result};
 use crate::locate::read_limited;
 use crate::model::{Inner, Source};
+use crate::parallel::RANKS;
 use crate::report::Fallback;
 
 /// Which quantized tensors arrive as numbers, and of which kind: FP8, GPTQ, AWQ and their relatives become F32, F16 or BF16 where they are
@@ -68,7 +72,7 @@ pub(crate) fn dequantize(model: &Inner, options: &Dequantization, select: &Selec
     }
     let quantization = model.quantization()?;
     if let Some(refusal) = refusal(model, &quantization, only.as_deref(), select) {
-        return Err(quant_error(refusal.clone(), &model.folder));
+        return Err(refused(model, refusal.clone()));
     }
     Ok(Dequantize { groups: quantization.shared_groups(), globs: only, dtype, layout, fold })
 }
@@ -113,7 +117,8 @@ fn refusal<'q>(
 }
 
 /// Checks that the columns of every tensor with a group index name groups that it has. Kernels do not look, and a scale of another group
-/// would give wrong numbers. Reads 4 bytes a column, a thousandth of what is quantized so.
+/// would give wrong numbers; so would an index that was never filled, which names one group for all columns. Reads 4 bytes a column, a
+/// thousandth of what is quantized so.
 pub(crate) fn check_group_indices<'o>(
     model: &Inner,
     operations: impl IntoIterator<Item = &'o Operation>,
@@ -126,17 +131,32 @@ pub(crate) fn check_group_indices<'o>(
             let bytes = model.read(stored.file, stored.file_offset_bytes, stored.info.len_bytes())?;
             let groups = bytes.as_chunks().0.iter().map(|bytes| i32::from_le_bytes(*bytes));
             let is_outside = |group: i32| u32::try_from(group).map_or(true, |group| group >= group_count);
-            if let Some((column, group)) = groups.enumerate().find(|(_, group)| is_outside(*group)) {
-                let error = QuantError::WrongValue {
-                    tensor: stored.info.name.to_owned(),
-                    found: format!("group {group} for column {column}"),
-                    expected: format!("a group from 0 to {}", group_count.saturating_sub(1)),
-                };
-                return Err(quant_error(error, &model.folder));
+            let wrong = |found: String, expected: String| {
+                let tensor = stored.info.name.to_owned();
+                quant_error(QuantError::WrongValue { tensor, found, expected }, &model.folder)
+            };
+            let mut col_counts = HashMap::new();
+            for (column, group) in groups.enumerate() {
+                if is_outside(group) {
+                    let expected = format!("a group from 0 to {}", group_count.saturating_sub(1));
+                    return Err(wrong(format!("group {group} for column {column}"), expected));
+                }
+                *col_counts.entry(group).or_insert(0) += 1;
+            }
+            let Some(col_count_max) = col_count_max(bytes.len() as u64 / 4, group_count) else { continue };
+            let fullest = col_counts.into_iter().max_by_key(|(group, count)| (*count, Reverse(*group)));
+            if let Some((group, count)) = fullest.filter(|(_, count)| *count > col_count_max) {
+                let expected = format!("at most {col_count_max} columns of one of {group_count} groups");
+                return Err(wrong(format!("group {group} for {count} columns"), expected));
             }
         }
     }
     Ok(())
+}
+
+/// Returns the most columns that one of so many groups can have, whatever their size: all groups but the last are full.
+fn col_count_max(cols: u64, group_count: u32) -> Option<u64> {
+    cols.checked_sub(1)?.checked_div(u64::from(group_count).checked_sub(1)?)
 }
 
 impl Inner {
@@ -228,6 +248,46 @@ impl Inner {
             }
         }
         Ok(bytes)
+    }
+}
+
+/// Says why a tensor cannot be dequantized. What does not fit together in a rank's part is no fault of its files.
+fn refused(model: &Inner, error: QuantError) -> Error {
+    use QuantError::{Contradiction, WrongShape, WrongValue};
+    let tensor = error.tensor().and_then(|name| model.checkpoint.find(name));
+    let file = tensor.map(|tensor| &model.checkpoint.files()[tensor.file as usize]);
+    let ranks = file.and_then(|file| file.header().metadata().get(RANKS));
+    match (ranks, &error) {
+        (Some(ranks), WrongShape { .. } | WrongValue { .. } | Contradiction { .. }) => {
+            let name = error.tensor().unwrap_or_default().to_owned();
+            let cause = RankPart { ranks: ranks.clone(), error };
+            Error::new(ErrorKind::BadRequest, cause).in_file(&model.folder).about_tensor(&name)
+        }
+        _ => quant_error(error, &model.folder),
+    }
+}
+
+/// A rank's packed part that says of itself what holds for the whole.
+#[derive(Debug)]
+struct RankPart {
+    ranks: String,
+    error: QuantError,
+}
+
+impl fmt::Display for RankPart {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "is one rank's packed part ({}), which cannot be dequantized by itself; dequantize the whole model while it is cut \
+             (convert --dequantize with the same ranks, or load it so)",
+            self.ranks
+        )
+    }
+}
+
+impl std::error::Error for RankPart {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(&self.error)
     }
 }
 

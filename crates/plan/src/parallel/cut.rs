@@ -192,7 +192,7 @@ impl Partition<'_> {
                             let size = tp.size;
                             let uneven =
                                 |works| ParallelError::Uneven { tensor: tensor(), what, count, size, works };
-                            tp.even(count).ok_or_else(|| uneven(divisors(count)))?
+                            tp.even(count).ok_or_else(|| uneven(self.works(count)))?
                         }
                     };
                     keep(section * count + own.start..section * count + own.end);
@@ -224,7 +224,7 @@ impl Partition<'_> {
                         what: count.word(),
                         count: *number,
                         size: tp.size,
-                        works: self.works(*count, *number),
+                        works: self.works_for(*count, *number),
                     })?;
                     keep((before + own.start) * unit..(before + own.end) * unit);
                     before += number;
@@ -241,11 +241,11 @@ impl Partition<'_> {
         let of_section = |sections: &Sections| {
             let len = *self.shape(entry).get(cut.dim)?;
             match sections {
-                Sections::Equal(1) => Some((len, 1, divisors(len))),
+                Sections::Equal(1) => Some((len, 1, self.works(len))),
                 Sections::Counted(counts) => {
                     let [count] = counts[..] else { return None };
                     let number = self.config.count(count).ok()?;
-                    Some((number, len / number, self.works(count, number)))
+                    Some((number, len / number, self.works_for(count, number)))
                 }
                 Sections::Equal(_) => None,
             }
@@ -273,14 +273,35 @@ impl Partition<'_> {
         split.packed_block.filter(|_| self.is_in_blocks)
     }
 
-    /// Returns the sizes that share a number of heads, and all other heads too.
-    fn works(&self, count: Count, number: u64) -> Vec<u64> {
-        let (heads, kv_heads) = match count {
-            Count::Intermediate => return divisors(number),
-            Count::Heads | Count::KvHeads => (self.config.heads.unwrap_or(number), self.config.kv_heads),
+    /// Returns the sizes that share a number evenly, and all that the model's rules count as well.
+    fn works(&self, number: u64) -> Vec<u64> {
+        let counted = self.counted();
+        let fits = |size: &u64| {
+            let part = Part { rank: 0, size: u32::try_from(*size).unwrap_or(u32::MAX) };
+            counted.iter().all(|(count, number)| part.of_counted(*count, *number).is_some())
         };
-        let fits = |size: &u64| kv_heads.is_none_or(|kv| kv.is_multiple_of(*size) || size.is_multiple_of(kv));
-        divisors(heads).into_iter().filter(fits).collect()
+        divisors(number).into_iter().filter(fits).collect()
+    }
+
+    /// As [`works`](Partition::works), of what the configuration counts. More ranks than there are KV heads share the heads.
+    fn works_for(&self, count: Count, number: u64) -> Vec<u64> {
+        match count {
+            Count::Intermediate => self.works(number),
+            Count::Heads | Count::KvHeads => self.works(self.config.heads.unwrap_or(number)),
+        }
+    }
+
+    /// Returns what rules of the model's tensors count and share evenly, where the configuration has the number.
+    fn counted(&self) -> Vec<(Count, u64)> {
+        let mut counted = Vec::new();
+        for split in self.entries.iter().filter_map(|entry| self.rule_of(entry).split()) {
+            let Sections::Counted(counts) = &split.sections else { continue };
+            for count in counts.iter().filter(|_| self.block_of(split).is_none()) {
+                let known = self.config.count(*count).ok().map(|number| (*count, number));
+                counted.extend(known.filter(|known| !counted.contains(known)));
+            }
+        }
+        counted
     }
 }
 

@@ -129,6 +129,11 @@ impl Ranks {
         Ok(stages.into_iter().flat_map(of_stage).collect())
     }
 
+    /// Tells whether there is one rank alone, which has everything.
+    pub fn is_alone(&self) -> bool {
+        self.tp_size == 1 && self.ep_size == 1 && matches!(self.layers, Layers::Stage { size: 1, .. })
+    }
+
     /// Checks that each rank is one of its group.
     ///
     /// # Errors

@@ -43,7 +43,7 @@ pub use error::QuantError;
 pub use quantization::{Part, Pass, Quantization, Refusal};
 pub use recipe::{Codes, Element, Global, Grid, Number, Recipe, Role, Scale, ZeroOffset, ZeroPoint};
 pub use survey::Survey;
-pub use values::{NEED_LEN_BYTES_MAX, Need, Values};
+pub use values::{INDEX_LEN_BYTES_MAX, NEED_LEN_BYTES_MAX, Need, Values};
 
 use std::fmt;
 

@@ -9,12 +9,17 @@ use crate::checkpoint::TensorId;
 pub struct Need {
     /// The tensor.
     pub tensor: TensorId,
-    /// How many bytes from its first one: never more than the tensor has, nor than [`NEED_LEN_BYTES_MAX`].
+    /// How many bytes from its first one: never more than the tensor has, nor than [`NEED_LEN_BYTES_MAX`], or of a group index
+    /// [`INDEX_LEN_BYTES_MAX`].
     pub len_bytes: u64,
 }
 
 /// The most bytes that are asked for of one tensor: a description in JSON takes a few hundred, samples this much.
 pub const NEED_LEN_BYTES_MAX: u64 = 4096;
+
+/// The most bytes that are asked for of a group index, 4 a column: more columns than any layer has, of one index for each rule of a
+/// configuration.
+pub const INDEX_LEN_BYTES_MAX: u64 = 256 << 10;
 
 /// What was read for [`Need`]s.
 #[derive(Clone, Debug, Default)]

@@ -50,12 +50,12 @@ fn sizes_that_share_nothing_evenly_name_those_that_would() {
     let narrow = models::llama("LlamaForCausalLM", &Sizes { intermediate: 20, ..TINY });
     assert_eq!(
         refused(&narrow, tp(8)),
-        "tensor \"model.layers.0.mlp.gate_proj.weight\": 8 ranks cannot share 20 rows evenly; 1, 2, 4, 5, 10, 20 can"
+        "tensor \"model.layers.0.mlp.gate_proj.weight\": 8 ranks cannot share 20 rows evenly; 1, 2, 4 can"
     );
     let by_columns = narrow.without("gate_proj").without("up_proj");
     assert_eq!(
         refused(&by_columns, tp(8)),
-        "tensor \"model.layers.0.mlp.down_proj.weight\": 8 ranks cannot share 20 columns evenly; 1, 2, 4, 5, 10, 20 can"
+        "tensor \"model.layers.0.mlp.down_proj.weight\": 8 ranks cannot share 20 columns evenly; 1, 2, 4 can"
     );
     let experts = models::qwen_moe("Qwen3MoeForCausalLM", &TINY);
     assert_eq!(
@@ -708,7 +708,7 @@ fn hostile_sizes_are_refused_before_they_take_memory_or_time() {
         &[(1 << 62) + 1, 0],
     );
     let text = refused(&long, Ranks::alone().tp(1, 2));
-    assert!(text.contains("2 ranks cannot share 4611686018427387905 rows evenly; 1, 5 can"), "{text}");
+    assert!(text.contains("2 ranks cannot share 4611686018427387905 rows evenly; 1 can"), "{text}");
     let longer = with(llama().without("lm_head"), "lm_head.weight", Dtype::Bf16, &[u64::MAX, 0]);
     let shared = share(&longer, Ranks::alone().tp(1, 2), Fuse::No).unwrap();
     let head = shared.assembly.tensors.iter().find(|tensor| tensor.name == "lm_head.weight").unwrap();

@@ -9,3 +9,4 @@ mod huggingface;
 mod models;
 mod plans;
 mod property;
+mod tables;

@@ -141,6 +141,8 @@ pub(crate) fn llama(architecture: &str, sizes: &Sizes) -> Model {
         building.mlp(&format!("{at}.mlp"), ["gate_proj", "up_proj", "down_proj"], sizes.intermediate);
         if architecture.starts_with("Gemma") {
             building.norm(&format!("{at}.pre_feedforward_layernorm"), sizes.hidden);
+        }
+        if architecture.starts_with("Gemma") || architecture.starts_with("Olmo") {
             building.norm(&format!("{at}.post_feedforward_layernorm"), sizes.hidden);
         }
     }
@@ -195,8 +197,14 @@ pub(crate) fn qwen_vision(sizes: &Sizes) -> [Model; 2] {
     ]
 }
 
-/// Llama 4: layers with stacked experts, `[experts, in, out]`, gate before up, in turns with dense ones.
+/// Llama 4 that sees.
 pub(crate) fn llama4(sizes: &Sizes) -> Model {
+    let others = ["vision_model.model.layers.0.mlp.fc1.weight", "multi_modal_projector.linear_1.weight"];
+    seeing("Llama4ForConditionalGeneration", llama4_language(sizes), ["", "language_model."], &others)
+}
+
+/// Llama 4: layers with stacked experts, `[experts, in, out]`, gate before up, in turns with dense ones.
+pub(crate) fn llama4_language(sizes: &Sizes) -> Model {
     let Sizes { hidden, moe_intermediate, experts, .. } = *sizes;
     let mut building = Building::new("Llama4ForCausalLM", sizes);
     building.outside();
@@ -217,10 +225,7 @@ pub(crate) fn llama4(sizes: &Sizes) -> Model {
         );
         building.push(format!("{at}.experts.down_proj"), Dtype::Bf16, &[experts, moe_intermediate, hidden]);
     }
-    let others = ["vision_model.model.layers.0.mlp.fc1.weight", "multi_modal_projector.linear_1.weight"];
-    let language =
-        building.finish(&[("intermediate_size", moe_intermediate), ("num_local_experts", experts)]);
-    seeing("Llama4ForConditionalGeneration", language, ["", "language_model."], &others)
+    building.finish(&[("intermediate_size", moe_intermediate), ("num_local_experts", experts)])
 }
 
 pub(crate) fn phi3(sizes: &Sizes) -> Model {
@@ -293,7 +298,7 @@ pub(crate) fn qwen_moe(architecture: &str, sizes: &Sizes) -> Model {
     building.finish(&[("intermediate_size", sizes.intermediate), ("num_experts", sizes.experts)])
 }
 
-/// DeepSeek V2, V3 and V3.2, with a layer that predicts a further token; FP8 with scales in blocks where `block` is not 0.
+/// DeepSeek V2, V3 and V3.2, and GLM with their attention, with a layer that predicts a further token; FP8 with scales in blocks where `block` is not 0.
 pub(crate) fn deepseek(architecture: &str, sizes: &Sizes) -> Model {
     let Sizes { hidden, heads, q_lora, kv_lora, nope, rope, head_dim, .. } = *sizes;
     let mut building = Building::new(architecture, sizes);
@@ -309,7 +314,7 @@ pub(crate) fn deepseek(architecture: &str, sizes: &Sizes) -> Model {
         building.norm(&format!("{attention}.kv_a_layernorm"), kv_lora);
         building.scaled(&format!("{attention}.kv_b_proj"), heads * (nope + head_dim), kv_lora);
         building.scaled(&format!("{attention}.o_proj"), hidden, heads * head_dim);
-        if architecture == "DeepseekV32ForCausalLM" {
+        if matches!(architecture, "DeepseekV32ForCausalLM" | "GlmMoeDsaForCausalLM") {
             building.scaled(&format!("{attention}.indexer.wq_b"), heads * head_dim, q_lora);
             building.norm(&format!("{attention}.indexer.k_norm"), head_dim);
         }
@@ -534,6 +539,10 @@ impl<'s> Building<'s> {
         if self.architecture.starts_with("Qwen3") || self.architecture.starts_with("Gemma3") {
             self.norm(&format!("{at}.self_attn.q_norm"), head_dim);
             self.norm(&format!("{at}.self_attn.k_norm"), head_dim);
+        }
+        if self.architecture.starts_with("Olmo") {
+            self.norm(&format!("{at}.self_attn.q_norm"), heads * head_dim);
+            self.norm(&format!("{at}.self_attn.k_norm"), kv_heads * head_dim);
         }
     }
 

@@ -87,6 +87,38 @@ fn gptq_indices_that_were_never_filled_are_not_read() {
 }
 
 #[test]
+fn gptq_indices_are_judged_by_a_module_with_several_groups() {
+    let module = |name: &str, cols: u64, group_size: u64| {
+        let leaf = |leaf: &str| format!("{name}.{leaf}");
+        [
+            (leaf("g_idx"), I32, vec![cols]),
+            (leaf("qweight"), I32, vec![cols / 8, 64]),
+            (leaf("qzeros"), I32, vec![cols / group_size, 8]),
+            (leaf("scales"), F16, vec![cols / group_size, 64]),
+        ]
+    };
+    let is_indexed = |modules: &[(u64, u64)], group_size: u64| {
+        let named = modules.iter().zip(["a", "b"]);
+        let tensors = named.flat_map(|((cols, size), name)| module(name, *cols, *size)).collect();
+        let config = format!(r#"{{"quant_method":"gptq","bits":4,"group_size":{group_size},"sym":true}}"#);
+        let found = Model { tensors, ..Model::default() }.config(&config).recognize();
+        let groups = found.quantization.groups().iter();
+        groups.map(|group| group.recipe.group_index.is_some()).collect::<Vec<_>>()
+    };
+    // None of them was ever filled.
+    assert_eq!(is_indexed(&[(32, 32), (256, 32)], 32), [false, false]);
+    assert_eq!(is_indexed(&[(2048, 1024)], 1024), [false]);
+    // 65536 entries are read: more than one group's here, and no more than that there.
+    assert_eq!(is_indexed(&[(1 << 17, 1 << 15)], 1 << 15), [false]);
+    let huge = Model { tensors: module("a", 1 << 17, 1 << 16).into(), ..Model::default() };
+    let error = huge.config(r#"{"quant_method":"gptq","bits":4,"group_size":65536,"sym":true}"#).error();
+    assert_eq!(
+        error,
+        "tensor \"a.g_idx\": may be an index that was never filled, or one whose first 65536 columns are of one group; the rest of it, which is not read, would decide"
+    );
+}
+
+#[test]
 fn gptq_with_a_short_last_group_takes_its_size_from_the_configuration() {
     let tensors =
         Model::new(&[("a.qweight", I32, &[36, 64]), ("a.qzeros", I32, &[3, 8]), ("a.scales", F16, &[3, 64])]);

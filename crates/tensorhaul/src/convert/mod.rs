@@ -139,11 +139,14 @@ pub fn convert(model: &Model, out_dir: &Path, options: &ConvertOptions) -> Resul
     let (mut metadata, mut left_out) = metadata::joined(model);
     let load = load_options(options);
     if let Some(parallel) = &options.parallel {
-        if parallel.one_rank().is_none() {
+        let Some(ranks) = parallel.one_rank() else {
             let what = "a copy is of one rank's part; convert for each rank by itself";
             return Err(Error::bad_request(what));
+        };
+        // A whole model whose tensors are fused is no part of one.
+        if !ranks.is_alone() {
+            metadata.insert(RANKS.to_owned(), ranks.to_string());
         }
-        metadata.insert(RANKS.to_owned(), parallel.to_string());
     }
     // Once for the whole copy: matching the tensors of a large model with their rules takes longer than reading a batch of them.
     let request = private::request(&model.inner, &load)?;

@@ -53,6 +53,15 @@ fn a_column_of_a_group_that_is_not_there_is_refused() {
 }
 
 #[test]
+fn an_index_that_names_one_group_for_all_columns_is_refused() {
+    let mut case = gptq();
+    let name = format!("{MODULE}.g_idx");
+    let indices = case.tensors.iter_mut().find(|tensor| tensor.name == name).unwrap();
+    indices.bytes.chunks_mut(4).for_each(|index| index.copy_from_slice(&1i32.to_le_bytes()));
+    assert_refused(&case, "gptq, all columns of group 1");
+}
+
+#[test]
 fn scales_of_another_shape_are_refused() {
     for (part, dtype, shape) in [
         ("scales", Dtype::F16, vec![2, 39]),

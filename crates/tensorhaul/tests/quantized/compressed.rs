@@ -160,7 +160,7 @@ impl Default for Packed {
 }
 
 impl Packed {
-    fn case(self) -> Case {
+    pub(crate) fn case(self) -> Case {
         let symmetric = self.zeros == Zeros::None;
         let strategy = if self.group_size.is_some() { "group" } else { "channel" };
         let mut config = config("pack-quantized", self.bits, symmetric, strategy, json!(self.group_size));

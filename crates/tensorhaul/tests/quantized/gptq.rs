@@ -167,6 +167,18 @@ fn auto_round_writes_gptq_too() {
     check(&case);
 }
 
+#[test]
+fn an_index_that_was_never_filled_is_known_whatever_the_group_size() {
+    let gptq = Gptq { order: Order::AllZero, group_size: Some(1024), ..Gptq::default() };
+    for first_cols in [4096, 1024] {
+        let mut case = gptq.no_layers();
+        // Of a module with one group an index says nothing.
+        gptq.layer(&mut case, "model.layers.0.mlp.down_proj", [32, first_cols]);
+        gptq.layer(&mut case, "model.layers.1.mlp.down_proj", [32, 4096]);
+        check(&case);
+    }
+}
+
 /// Checks every order of columns with groups that fit, that do not, and that are one.
 fn check_all(gptq: Gptq) {
     for order in [Order::Unsaid, Order::Trivial, Order::AllZero] {
@@ -245,6 +257,17 @@ impl Default for Gptq {
 
 impl Gptq {
     pub(crate) fn case(self) -> Case {
+        let mut case = self.no_layers();
+        self.layer(&mut case, "model.layers.0.self_attn.q_proj", [64, 256]);
+        case.keep("model.layers.0.self_attn.q_proj.bias", Dtype::F16, &[64]);
+        // Words of zero-points that are not full, and a last group that is short.
+        let rows = if self.zeros.are_planar() { 96 } else { 44 };
+        self.layer(&mut case, "model.layers.1.mlp.down_proj", [rows, 288]);
+        case
+    }
+
+    /// The configuration, and what is not quantized.
+    fn no_layers(self) -> Case {
         let Gptq { bits, group_size, zeros, order, scale_dtype } = self;
         let format = match zeros {
             Zeros::SymmetricV2 | Zeros::V2 => "gptq_v2",
@@ -271,11 +294,6 @@ impl Gptq {
         let name = format!("gptq, {bits} bits, {zeros:?}, {order:?}, {group_size:?}, {scale_dtype}");
         let mut case = Case::new(name, config);
         case.keep_the_usual();
-        self.layer(&mut case, "model.layers.0.self_attn.q_proj", [64, 256]);
-        case.keep("model.layers.0.self_attn.q_proj.bias", Dtype::F16, &[64]);
-        // Words of zero-points that are not full, and a last group that is short.
-        let rows = if zeros.are_planar() { 96 } else { 44 };
-        self.layer(&mut case, "model.layers.1.mlp.down_proj", [rows, 288]);
         case
     }
 

@@ -2,12 +2,13 @@
 
 use serde_json::json;
 use tensorhaul::convert::{ConvertOptions, convert};
-use tensorhaul::parallel::{Parallel, Ranks, Rules};
-use tensorhaul::{Dequantization, Dtype, Model};
+use tensorhaul::parallel::{Parallel, Ranks, Rules, Unmatched};
+use tensorhaul::{Dequantization, Dtype, ErrorKind, Model};
 
 use crate::case::{Case, Expected};
 use crate::check::dequantized;
 use crate::common::Folder;
+use crate::compressed::Packed;
 use crate::gptq::{Gptq, Order, Zeros};
 
 const ROW: &str = "model.layers.0.mlp.down_proj";
@@ -39,9 +40,13 @@ fn parallel(rank: u32, size: u32) -> Parallel {
 
 /// Writes a rank's part, packed as it is.
 fn copy(case: &Case, rank: u32, size: u32) -> Folder {
+    copy_of(case, parallel(rank, size))
+}
+
+fn copy_of(case: &Case, parallel: Parallel) -> Folder {
     let (whole, out) = (Folder::on_disk(), Folder::on_disk());
     case.write(whole.path());
-    let options = ConvertOptions::default().parallel(parallel(rank, size));
+    let options = ConvertOptions::default().parallel(parallel);
     convert(&Model::open(whole.path()).unwrap(), &out.path().join("rank"), &options).unwrap();
     out
 }
@@ -65,9 +70,7 @@ fn an_index_in_order_does_not_make_a_rank_carry_the_scales_of_others() {
     {
         for zeros in [Zeros::SymmetricV1, Zeros::V1, Zeros::V2] {
             let case = case(gptq(zeros, order), desc_act);
-            // An index that was never filled is known as such by more columns than a group has.
-            let last = if order == Order::AllZero { (1, 2) } else { (7, 8) };
-            for (rank, size) in [(0, 2), (1, 2), (3, 4), last] {
+            for (rank, size) in [(0, 2), (1, 2), (3, 4), (7, 8)] {
                 let context = format!("{}, rank {rank} of {size}", case.name);
                 let folder = copy(&case, rank, size);
                 let path = folder.path().join("rank");
@@ -102,4 +105,28 @@ fn an_index_of_an_act_order_keeps_the_scales_of_all_groups() {
     let stored = case.tensors.iter().find(|stored| stored.name == format!("{ROW}.g_idx")).unwrap();
     let whole: Vec<i32> = stored.bytes.as_chunks().0.iter().map(|bytes| i32::from_le_bytes(*bytes)).collect();
     assert_eq!(indices, whole[128..]);
+}
+
+#[test]
+fn a_part_that_says_what_holds_for_the_whole_is_refused_as_a_part() {
+    let act_order = copy(&case(gptq(Zeros::V2, Order::ByActivation), true), 1, 2);
+    // `weight_shape` stays that of the whole.
+    let rules = Rules::parse(r#"{"rules":{"model.layers.0.self_attn.q_proj":"row"}}"#).unwrap();
+    let rank = Parallel::rank(Ranks::alone().tp(1, 2)).rules(rules).unmatched(Unmatched::Replicate);
+    let shaped = copy_of(&Packed::default().case(), rank);
+    for folder in [act_order, shaped] {
+        let error = dequantized(&folder.path().join("rank"), Dequantization::to(Dtype::F32)).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::BadRequest);
+        let text = error.one_line();
+        assert!(text.contains("is one rank's packed part (tp 1/2, pp 0/1, ep 0/1)"), "{text}");
+        assert!(text.contains("convert --dequantize with the same ranks"), "{text}");
+    }
+}
+
+#[test]
+fn a_copy_for_a_rank_alone_is_no_part() {
+    let whole = copy(&case(gptq(Zeros::V2, Order::Trivial), false), 0, 1);
+    let model = Model::open(whole.path().join("rank")).unwrap();
+    let mut files = model.checkpoint().files().iter();
+    assert!(files.all(|file| file.header().metadata().get("tensorhaul.ranks").is_none()));
 }

@@ -1,6 +1,7 @@
 //! GPTQ: `qweight`, `qzeros`, `scales` and `g_idx`.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 
 use crate::checkpoint::{Checkpoint, TensorId, TensorRef};
 use crate::dtype::Dtype;
@@ -9,11 +10,11 @@ use crate::quant::scene::{
     Scene, ambiguous, check_dtype, check_shape, float_number, grid, group_size, members, missing, module,
     split, two_dims, unsupported, wrong_shape,
 };
-use crate::quant::values::{NEED_LEN_BYTES_MAX, Need, Values};
+use crate::quant::values::{INDEX_LEN_BYTES_MAX, NEED_LEN_BYTES_MAX, Need, Values};
 use crate::quant::{Codes, Element, Family, Group, QuantError, Recipe, Role, Scale, ZeroOffset, ZeroPoint};
 
-/// For each rule of the configuration one module whose zero-points and indices stand for all: what writers get wrong, they get wrong
-/// everywhere.
+/// For each rule of the configuration the zero-points and the indices of one module, which stand for all: what writers get wrong, they get
+/// wrong everywhere.
 #[derive(Debug, Default)]
 pub(in crate::quant) struct Samples {
     by_rule: HashMap<usize, Sample>,
@@ -21,12 +22,14 @@ pub(in crate::quant) struct Samples {
 
 #[derive(Debug, Default)]
 struct Sample {
+    /// Of the first module.
     zeros: Option<TensorId>,
+    /// Of the first module with more than one group: only there does an index say something.
     group_index: Option<TensorId>,
 }
 
 impl Samples {
-    /// Takes the module of this tensor as the sample of its rule, unless there is one, and asks for its bytes.
+    /// Takes what the sample of its rule lacks from the module of this tensor, and asks for its bytes.
     pub(in crate::quant) fn add(
         &mut self,
         checkpoint: &Checkpoint,
@@ -35,19 +38,25 @@ impl Samples {
         needs: &mut Vec<Need>,
     ) {
         let (base, _) = split(payload.info.name);
-        let rule = rule_index(config, module(base));
-        if self.by_rule.contains_key(&rule) {
-            return;
-        }
-        let mut ask = |leaf: &str, len_bytes_max: u64| {
-            let tensor = checkpoint.find(&[base, leaf].concat())?;
+        let find = |leaf: &str| checkpoint.find(&[base, leaf].concat());
+        let mut ask = |tensor: TensorRef<'_>, len_bytes_max: u64| {
             let len_bytes = tensor.info.len_bytes().min(len_bytes_max);
             needs.push(Need { tensor: tensor.id, len_bytes });
-            Some(tensor.id)
+            tensor.id
         };
-        let zeros = ask("qzeros", NEED_LEN_BYTES_MAX);
-        let group_index = ask("g_idx", NEED_LEN_BYTES_MAX);
-        self.by_rule.insert(rule, Sample { zeros, group_index });
+        let sample = match self.by_rule.entry(rule_index(config, module(base))) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(first) => {
+                let zeros = find("qzeros").map(|zeros| ask(zeros, NEED_LEN_BYTES_MAX));
+                first.insert(Sample { zeros, group_index: None })
+            }
+        };
+        if sample.group_index.is_none()
+            && let Some(index) = find("g_idx")
+            && find("scales").is_some_and(|scales| scales.info.shape.first() > Some(&1))
+        {
+            sample.group_index = Some(ask(index, INDEX_LEN_BYTES_MAX));
+        }
     }
 }
 
@@ -90,7 +99,15 @@ pub(in crate::quant) fn recognize(scene: &Scene<'_>, payload: &TensorRef<'_>) ->
     let cols = cols(payload, indices.as_ref(), words, bits)?;
     let per_group = columns_per_group(scene, &scales, &rule, cols, groups, indices.is_some())?;
     let sample = Sampled::read(scene, rule_number, &rule, bits, rows, per_group);
-    let is_indexed = indices.is_some() && groups > 1 && !sample.is_index_unfilled;
+    let is_indexed = match indices.as_ref().filter(|_| groups > 1) {
+        None => false,
+        Some(indices) => sample.is_index_filled.ok_or_else(|| {
+            let cols = INDEX_LEN_BYTES_MAX / 4;
+            let readings =
+                format!("an index that was never filled, or one whose first {cols} columns are of one group");
+            ambiguous(indices, readings, "the rest of it, which is not read,")
+        })?,
+    };
     let zero_point = zero_point(scene, payload, &rule, zeros.as_ref(), &sample, bits, rows, groups)?;
     let is_zeros_read = matches!(zero_point, ZeroPoint::Packed { .. });
     let role = |is_read, role| if is_read { role } else { Role::Description };
@@ -211,7 +228,8 @@ struct Sampled {
     middles: usize,
     below: usize,
     others: usize,
-    is_index_unfilled: bool,
+    /// Nothing where what was read of an index does not tell.
+    is_index_filled: Option<bool>,
 }
 
 impl Sampled {
@@ -228,7 +246,7 @@ impl Sampled {
         let zeros = sample.and_then(|sample| sample.zeros).filter(|_| is_stream(rule, bits));
         let zeros = bytes(zeros);
         let middle = 1u32 << (bits - 1);
-        let mut sampled = Sampled { middles: 0, below: 0, others: 0, is_index_unfilled: false };
+        let mut sampled = Sampled { middles: 0, below: 0, others: 0, is_index_filled: None };
         // Only fields of the first row: behind it the last word is padded.
         for field in fields(zeros, bits).take(usize::try_from(rows).unwrap_or(usize::MAX)) {
             match field {
@@ -237,10 +255,16 @@ impl Sampled {
                 _ => sampled.others += 1,
             }
         }
-        let indices = bytes(sample.and_then(|sample| sample.group_index));
-        // A group has at most `per_group` columns, so more zeros than that are no indices.
-        sampled.is_index_unfilled =
-            (indices.len() / 4) as u64 > per_group && indices.iter().all(|byte| *byte == 0);
+        let index = sample.and_then(|sample| sample.group_index);
+        let indices = bytes(index);
+        let is_whole = |id| scene.checkpoint.tensor(id).info.len_bytes() == indices.len() as u64;
+        sampled.is_index_filled = match indices.is_empty() || indices.iter().any(|byte| *byte != 0) {
+            // What nobody read is what it claims to be.
+            true => Some(true),
+            // One group has neither all columns of several groups, nor more than `per_group`.
+            false if index.is_some_and(is_whole) || (indices.len() / 4) as u64 > per_group => Some(false),
+            false => None,
+        };
         sampled
     }
 
