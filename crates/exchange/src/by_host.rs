@@ -41,6 +41,11 @@ impl Stop {
         Ok(Stop { source: side(source)?, target: side(target)? })
     }
 
+    /// Says why bytes stop.
+    pub(crate) fn why(&self) -> String {
+        format!("{} does not reach the memory of {}", self.target.0.id(), self.source.0.id())
+    }
+
     /// Carries bytes over, behind what is queued on both devices' streams, and waits until they are there.
     ///
     /// # Errors

@@ -5,10 +5,12 @@
 use std::fs;
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
+use std::net::Shutdown;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -88,6 +90,9 @@ pub struct Control {
     rendezvous: Rendezvous,
     /// Of rank 0: to the others, in their order. Of another: to rank 0.
     peers: Mutex<Vec<UnixStream>>,
+    /// The same once more, for words that cannot wait until somebody has read.
+    words: Vec<UnixStream>,
+    is_aborted: AtomicBool,
     /// The rank whose end was noticed first.
     lost: OnceLock<u32>,
 }
@@ -96,7 +101,7 @@ impl Control {
     /// Meets the other ranks of the node. Rank 0 listens until all have come, and then removes the socket.
     ///
     /// # Errors
-    /// [`ExchangeError::TimedOut`] when not all come, [`ExchangeError::Stranger`] when somebody of another job does or listens there,
+    /// [`ExchangeError::NotMet`] when not all come, [`ExchangeError::Stranger`] when somebody of another job does or listens there,
     /// [`ExchangeError::Socket`] when the system refuses.
     pub fn meet(launched: &Launched, rendezvous: Rendezvous) -> Result<Control, ExchangeError> {
         let Launched { local_rank: rank, local_size: size, .. } = *launched;
@@ -107,7 +112,14 @@ impl Control {
             (0, _) => receive_all(&rendezvous, size, nonce, until)?,
             _ => vec![go_to_first(&rendezvous, rank, size, nonce, until)?],
         };
-        Ok(Control { rank, size, rendezvous, peers: Mutex::new(peers), lost: OnceLock::new() })
+        let words = peers.iter().map(UnixStream::try_clone).collect::<io::Result<_>>();
+        let words = words.map_err(|source| ExchangeError::Socket {
+            path: rendezvous.path.clone(),
+            doing: "keeping the connections",
+            source,
+        })?;
+        let (peers, is_aborted, lost) = (Mutex::new(peers), AtomicBool::new(false), OnceLock::new());
+        Ok(Control { rank, size, rendezvous, peers, words, is_aborted, lost })
     }
 
     /// Returns this rank's place on the node.
@@ -247,7 +259,9 @@ impl Control {
 
     /// Notes that a rank is gone. The first that is noticed is why others end.
     pub(crate) fn gone(&self, peer: u32) -> ExchangeError {
-        let _ = self.lost.set(peer);
+        if !self.is_aborted.load(Ordering::Acquire) {
+            let _ = self.lost.set(peer);
+        } // Else this rank itself has closed the connection.
         self.lost()
     }
 
@@ -256,14 +270,20 @@ impl Control {
         ExchangeError::PeerLost { peer: self.lost.get().copied() }
     }
 
-    /// Tells the peers that this rank has failed, or which other it knows to have.
+    /// Tells the peers that this rank has failed, or which other it knows to have. Whoever waits for them on another thread is let go.
     pub fn abort(&self) {
+        if self.is_aborted.swap(true, Ordering::AcqRel) {
+            return;
+        }
         self.leave(Tag::Aborted);
+        for stream in &self.words {
+            let _ = stream.shutdown(Shutdown::Both); // Who is gone already needs no end.
+        }
     }
 
     fn leave(&self, tag: Tag) {
         let who = self.lost.get().copied().unwrap_or(self.rank);
-        for stream in self.lock().iter_mut() {
+        for mut stream in &self.words {
             // Who is gone already needs no word.
             let _ = stream.write_all(&frame(tag, who.into()));
         }
@@ -308,8 +328,13 @@ impl Control {
 }
 
 impl Drop for Control {
+    /// Says that this rank is done; not where a panic drops it, whose peers would wait for what it still had to do.
     fn drop(&mut self) {
-        self.leave(Tag::Done);
+        if thread::panicking() {
+            self.abort();
+        } else if !self.is_aborted.load(Ordering::Acquire) {
+            self.leave(Tag::Done);
+        }
     }
 }
 
@@ -418,7 +443,7 @@ fn go_to_first(
         Ok((Tag::Welcome, other)) if other == nonce => Ok(stream),
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
             let (after, missing) = (rendezvous.timeout, Vec::new());
-            Err(ExchangeError::TimedOut { doing: "meeting", after, missing })
+            Err(ExchangeError::NotMet { path: path.clone(), after, missing })
         }
         _ => Err(ExchangeError::PeerLost { peer: Some(0) }),
     }
@@ -426,7 +451,8 @@ fn go_to_first(
 
 fn wait(rendezvous: &Rendezvous, until: Instant, missing: Vec<u32>) -> Result<(), ExchangeError> {
     if Instant::now() >= until {
-        return Err(ExchangeError::TimedOut { doing: "meeting", after: rendezvous.timeout, missing });
+        let (path, after) = (rendezvous.path.clone(), rendezvous.timeout);
+        return Err(ExchangeError::NotMet { path, after, missing });
     }
     thread::sleep(MEETING_POLL);
     Ok(())

@@ -58,6 +58,22 @@ pub enum ExchangeError {
         /// The ranks that were waited for, where that is known.
         missing: Vec<u32>,
     },
+    /// Others did not come to the ranks' socket in time.
+    NotMet {
+        /// Where this rank waited.
+        path: PathBuf,
+        /// How long.
+        after: Duration,
+        /// The ranks that were waited for, where that is known.
+        missing: Vec<u32>,
+    },
+    /// The system starts no thread.
+    Thread {
+        /// What it is needed for.
+        doing: &'static str,
+        /// The system's answer.
+        source: io::Error,
+    },
     /// The ranks' socket cannot be used.
     Socket {
         /// Where it is.
@@ -107,18 +123,16 @@ impl fmt::Display for ExchangeError {
                     "rank {peer} of the node loads something else than rank 0: give all ranks the same files, tensors and options"
                 )
             }
-            ExchangeError::TimedOut { doing, after, missing } => {
-                let after = after.as_secs_f64();
-                match missing.as_slice() {
-                    [] => write!(f, "{doing}: not all ranks of the node came within {after} s"),
-                    [one] => write!(f, "{doing}: rank {one} of the node did not come within {after} s"),
-                    [first, others @ ..] => {
-                        write!(f, "{doing}: ranks {first}")?;
-                        others.iter().try_for_each(|rank| write!(f, ", {rank}"))?;
-                        write!(f, " of the node did not come within {after} s")
-                    }
-                }
+            ExchangeError::TimedOut { doing, after, missing } => not_come(f, doing, *after, missing),
+            ExchangeError::NotMet { path, after, missing } => {
+                not_come(f, "meeting", *after, missing)?;
+                write!(
+                    f,
+                    " to {}; all need the same path, which TENSORHAUL_RENDEZVOUS sets, and else TMPDIR and the job",
+                    path.display()
+                )
             }
+            ExchangeError::Thread { doing, .. } => write!(f, "{doing}: no thread could be started for it"),
             ExchangeError::Device(error) => error.fmt(f),
             ExchangeError::Socket { path, doing, .. } => write!(f, "{}: {doing} failed", path.display()),
             ExchangeError::Stranger { path, what } => {
@@ -132,11 +146,24 @@ impl fmt::Display for ExchangeError {
     }
 }
 
+fn not_come(f: &mut fmt::Formatter<'_>, doing: &str, after: Duration, missing: &[u32]) -> fmt::Result {
+    let after = after.as_secs_f64();
+    match missing {
+        [] => write!(f, "{doing}: not all ranks of the node came within {after} s"),
+        [one] => write!(f, "{doing}: rank {one} of the node did not come within {after} s"),
+        [first, others @ ..] => {
+            write!(f, "{doing}: ranks {first}")?;
+            others.iter().try_for_each(|rank| write!(f, ", {rank}"))?;
+            write!(f, " of the node did not come within {after} s")
+        }
+    }
+}
+
 impl std::error::Error for ExchangeError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
             ExchangeError::Library { source, .. } => Some(source),
-            ExchangeError::Socket { source, .. } => Some(source),
+            ExchangeError::Socket { source, .. } | ExchangeError::Thread { source, .. } => Some(source),
             ExchangeError::Device(error) => error.source(),
             _ => None,
         }

@@ -1,7 +1,8 @@
 //! Ranks that are threads of one process, each with a device of its own.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use tensorhaul_device::{Allocation, Device, DeviceError, Event, Location, Stream};
@@ -31,8 +32,8 @@ struct Node {
 struct State {
     /// Sent and not yet taken, by sender and receiver.
     posted: HashMap<(u32, u32), VecDeque<Posted>>,
-    /// By sender: messages that nobody has queued the copy of.
-    open: HashMap<u32, u64>,
+    /// By sender and receiver: messages that nobody has queued the copy of.
+    open: HashMap<(u32, u32), u64>,
     /// By sender: behind these nobody reads any more what it sent.
     read: HashMap<u32, Vec<Arc<Event>>>,
     /// What the ranks of an agreement brought, and what came of the last.
@@ -41,6 +42,8 @@ struct State {
     disagrees: Option<u32>,
     /// The rank that ended the exchange.
     aborted: Option<u32>,
+    /// The ranks whose ends are dropped; nothing more comes of them.
+    left: BTreeSet<u32>,
 }
 
 /// A message that waits for its receiver.
@@ -74,7 +77,8 @@ impl InProcess {
         (0..size).map(end).collect()
     }
 
-    /// Waits until `take` gives something, the exchange is aborted, or time is up. `missing` tells then who has not come.
+    /// Waits until `take` gives something, the exchange is aborted, one that is waited for has left, or time is up. `missing` tells who is
+    /// waited for.
     fn wait<T>(
         &self,
         doing: &'static str,
@@ -88,6 +92,12 @@ impl InProcess {
                 return Ok(taken);
             }
             if let Some(peer) = state.aborted {
+                return Err(ExchangeError::PeerLost { peer: Some(peer) });
+            }
+            let gone = |rank: &u32| state.left.contains(rank);
+            if !state.left.is_empty()
+                && let Some(peer) = missing(&state).into_iter().find(gone)
+            {
                 return Err(ExchangeError::PeerLost { peer: Some(peer) });
             }
             let Some(left) = until.checked_duration_since(Instant::now()).filter(|left| !left.is_zero())
@@ -120,23 +130,26 @@ impl InProcess {
                 ready: Arc::clone(&ready),
             };
             state.posted.entry((self.rank, *peer)).or_default().push_back(posted);
-            *state.open.entry(self.rank).or_default() += 1;
+            *state.open.entry((self.rank, *peer)).or_default() += 1;
         }
         self.node.changed.notify_all();
         Ok(())
     }
 
-    /// Queues the copy of one message.
+    /// Queues the copy of one message, which is among the received before anything reads it.
     fn receive(
         &self,
         device: &Arc<dyn Device>,
         stream: Stream,
         receive: &Message<'_>,
-    ) -> Result<Posted, ExchangeError> {
+        received: &mut Vec<(u32, Posted)>,
+    ) -> Result<(), ExchangeError> {
         let key = (receive.peer, self.rank);
         let take = |state: &mut State| state.posted.get_mut(&key)?.pop_front();
         let posted = self.wait("receiving", take, |_| vec![receive.peer])?;
         assert_eq!(posted.len_bytes, receive.len_bytes, "both sides of a message agree");
+        received.push((receive.peer, posted));
+        let (_, posted) = received.last().expect("one was just pushed");
         let source = Location { allocation: &posted.allocation, offset_bytes: posted.offset_bytes };
         let peer = posted.device.id();
         if device.can_reach(peer) {
@@ -144,7 +157,7 @@ impl InProcess {
             // SAFETY: the sender keeps its bytes as they are until the event that `hand_back` records behind this, and the allocation
             // is kept until then; the target is the caller's promise. Different ranks' memory does not overlap.
             unsafe { device.copy_from_peer(peer, source, receive.start, receive.len_bytes, stream)? };
-            return Ok(posted);
+            return Ok(());
         }
         let mut stops = self.stops.lock().unwrap_or_else(PoisonError::into_inner);
         let stop = match stops.entry(receive.peer) {
@@ -155,37 +168,59 @@ impl InProcess {
         };
         // SAFETY: as above; it is over when this returns. The sender's stream is behind what fills its bytes.
         unsafe { stop.carry(source, receive.start, receive.len_bytes, stream)? };
-        Ok(posted)
+        Ok(())
     }
 
-    /// Tells senders behind what their messages are read, and keeps their memory until then.
-    fn hand_back(
+    /// Keeps what was received from until the copies are over, whether or not the senders do; returns behind what that is.
+    fn keep(
         &self,
         device: &Arc<dyn Device>,
         stream: Stream,
-        received: Vec<(u32, Posted)>,
-    ) -> Result<(), ExchangeError> {
-        if received.is_empty() {
-            return Ok(());
+        received: &[(u32, Posted)],
+    ) -> Result<Arc<Event>, DeviceError> {
+        let memory: Vec<_> = received.iter().map(|(_, posted)| Arc::clone(&posted.allocation)).collect();
+        match device.record(stream).map(Arc::new) {
+            Ok(until) => {
+                let (device, until_here) = (Arc::clone(device), Arc::clone(&until));
+                let mut borrowed = self.borrowed.lock().unwrap_or_else(PoisonError::into_inner);
+                borrowed.retain(|borrowed| !matches!(borrowed.device.is_complete(&borrowed.until), Ok(true)));
+                borrowed.push(Borrowed { device, until: until_here, memory });
+                Ok(until)
+            }
+            Err(error) => {
+                std::mem::forget(memory); // Nobody can tell when the copies are over.
+                Err(error)
+            }
         }
-        let until = Arc::new(device.record(stream)?);
+    }
+
+    /// Tells senders behind what their messages are read.
+    fn hand_back(
+        &self,
+        device: &Arc<dyn Device>,
+        until: &Arc<Event>,
+        received: &[(u32, Posted)],
+    ) -> Result<(), ExchangeError> {
         if received.iter().any(|(_, posted)| !posted.device.can_reach(device.id())) {
-            device.wait(&until)?; // A sender that does not reach this device could not wait for it.
+            device.wait(until)?; // A sender that does not reach this device could not wait for it.
         }
         let mut state = self.lock();
-        for (sender, posted) in &received {
-            *state.open.entry(*sender).or_default() -= 1;
+        for (sender, posted) in received {
+            *state.open.entry((*sender, self.rank)).or_default() -= 1;
             if posted.device.can_reach(device.id()) {
-                state.read.entry(*sender).or_default().push(Arc::clone(&until));
+                state.read.entry(*sender).or_default().push(Arc::clone(until));
             }
         }
         self.node.changed.notify_all();
-        drop(state);
-        let memory = received.into_iter().map(|(_, posted)| posted.allocation).collect();
-        let mut borrowed = self.borrowed.lock().unwrap_or_else(PoisonError::into_inner);
-        borrowed.retain(|borrowed| !matches!(borrowed.device.is_complete(&borrowed.until), Ok(true)));
-        borrowed.push(Borrowed { device: Arc::clone(device), until, memory });
         Ok(())
+    }
+
+    /// Takes back what this rank sent and nobody has taken.
+    fn leave(&self, note: impl FnOnce(&mut State)) {
+        let mut state = self.lock();
+        note(&mut state);
+        state.posted.retain(|(sender, _), _| *sender != self.rank);
+        self.node.changed.notify_all();
     }
 
     /// A panic elsewhere cannot leave the state half changed: every change is one or two plain writes.
@@ -205,6 +240,14 @@ impl Exchange for InProcess {
 
     fn name(&self) -> String {
         "in process".to_owned()
+    }
+
+    fn fallbacks(&self) -> Vec<(String, String)> {
+        let stops = self.stops.lock().unwrap_or_else(PoisonError::into_inner);
+        let told = |(peer, stop): (&u32, &Stop)| {
+            (format!("what rank {peer} sends is copied through the host"), stop.why())
+        };
+        stops.iter().map(told).collect()
     }
 
     fn timeout(&self) -> Duration {
@@ -242,20 +285,25 @@ impl Exchange for InProcess {
     ) -> Result<(), ExchangeError> {
         self.post(device, stream, sends)?;
         // All have posted before any waits, so nobody waits in a circle.
-        let received =
-            receives.iter().map(|message| Ok((message.peer, self.receive(device, stream, message)?)));
-        let received = received.collect::<Result<Vec<_>, ExchangeError>>()?;
-        self.hand_back(device, stream, received)?;
+        let mut received = Vec::new();
+        let queued =
+            receives.iter().try_for_each(|message| self.receive(device, stream, message, &mut received));
+        if !received.is_empty() {
+            // Also after a failure: the copies before it are queued.
+            let kept = self.keep(device, stream, &received);
+            queued?;
+            self.hand_back(device, &kept?, &received)?;
+        } else {
+            queued?;
+        }
         if sends.is_empty() {
             return Ok(());
         }
-        let is_sent =
-            |state: &mut State| state.open.get(&self.rank).is_none_or(|open| *open == 0).then_some(());
-        let waits_for = |state: &State| {
-            let of_mine =
-                state.posted.iter().filter(|((sender, _), left)| *sender == self.rank && !left.is_empty());
-            of_mine.map(|((_, receiver), _)| *receiver).collect()
+        let waits_for = |state: &State| -> Vec<u32> {
+            let open = state.open.iter().filter(|((sender, _), open)| *sender == self.rank && **open > 0);
+            open.map(|((_, receiver), _)| *receiver).collect()
         };
+        let is_sent = |state: &mut State| waits_for(state).is_empty().then_some(());
         self.wait("sending", is_sent, waits_for)?;
         let read = self.lock().read.remove(&self.rank).unwrap_or_default();
         read.iter().try_for_each(|event| device.order(stream, event))?;
@@ -268,16 +316,22 @@ impl Exchange for InProcess {
     }
 
     fn abort(&self) {
-        let mut state = self.lock();
-        state.aborted.get_or_insert(self.rank);
-        state.posted.retain(|(sender, _), _| *sender != self.rank);
-        self.node.changed.notify_all();
+        self.leave(|state| {
+            state.aborted.get_or_insert(self.rank);
+        });
     }
 }
 
 impl Drop for InProcess {
-    /// Waits for what reads others' memory; where that cannot be waited for, the memory is nobody's any more.
+    /// Tells who still waits for this rank, and waits for what reads others' memory; where that cannot be waited for, the memory is
+    /// nobody's any more.
     fn drop(&mut self) {
+        self.leave(|state| {
+            state.left.insert(self.rank);
+            if thread::panicking() {
+                state.aborted.get_or_insert(self.rank);
+            }
+        });
         let borrowed = self.borrowed.get_mut().unwrap_or_else(PoisonError::into_inner);
         for Borrowed { device, until, memory } in borrowed.drain(..) {
             if device.wait(&until).is_err() {

@@ -3,7 +3,8 @@
 //! # Source
 //! PyTorch, "torchrun (Elastic Launch)", environment variables; Slurm, srun(1), output environment variables; Open MPI,
 //! mpirun(1), environment variables; Intel MPI Developer Reference, `MPI_LOCALRANKID` and `MPI_LOCALNRANKS` beside MPICH's `PMI_RANK` and
-//! `PMI_SIZE`.
+//! `PMI_SIZE`; MPICH, Hydra's proxy, which sets them, and `PMI_PORT` with `PMI_ID` where it listens at a port; Linux, proc(5), `environ`
+//! and `stat`.
 
 use std::fmt;
 
@@ -98,8 +99,30 @@ fn mpich(variables: &Variables<'_>) -> Result<Option<Launched>, LaunchError> {
         return Ok(None);
     }
     let [rank, size, local_rank, local_size] = variables.numbers("MPI", NAMES)?;
-    let job = variables.joined("mpi", &["PMI_ID", "PMI_PORT", "HYDRA_JOB_ID"]);
+    // PMI_ID is the process's own rank. PMI_PORT is a port of the node's proxy, where it listens at one; else it is told by its process.
+    let job = match variables.has("PMI_PORT") {
+        true => variables.joined("mpi", &["PMI_PORT"]),
+        false => format!("mpi-of-process-{}", proxy(NAMES[2])),
+    };
     Ok(Some(Launched { rank, size, local_rank, local_size, job, launcher: "MPI" }))
+}
+
+/// Returns the process that launched the ranks of this node: the nearest above this one that was started without a rank's variable. What
+/// lies between are shells and other wrappers, which differ from rank to rank. Where the system does not tell, this process's parent.
+fn proxy(variable: &str) -> u32 {
+    let parent = std::os::unix::process::parent_id();
+    let has_rank = |process: &u32| {
+        let environment = std::fs::read(format!("/proc/{process}/environ")).unwrap_or_default();
+        let is_it =
+            |entry: &[u8]| entry.strip_prefix(variable.as_bytes()).is_some_and(|rest| rest.starts_with(b"="));
+        environment.split(|byte| *byte == 0).any(is_it)
+    };
+    let above = |process: &u32| {
+        // Behind the name, which is in parentheses and may hold any: the state, then the parent.
+        let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
+        stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok().filter(|above| *above > 0)
+    };
+    std::iter::successors(Some(parent), above).find(|process| !has_rank(process)).unwrap_or(parent)
 }
 
 /// Returns the tasks on a node, from a list such as `8(x2),4`: 8 on the first two, 4 on the third.
@@ -267,7 +290,37 @@ mod tests {
         assert_eq!(places(&open_mpi), (3, 4, 3, 4, "openmpi-prterun-1".to_owned()));
         let mpich =
             [("PMI_RANK", "0"), ("PMI_SIZE", "2"), ("MPI_LOCALRANKID", "0"), ("MPI_LOCALNRANKS", "2")];
-        assert_eq!(places(&mpich), (0, 2, 0, 2, "mpi".to_owned()));
+        let parent = format!("mpi-of-process-{}", std::os::unix::process::parent_id());
+        assert_eq!(places(&mpich), (0, 2, 0, 2, parent));
+    }
+
+    #[test]
+    fn ranks_of_an_mpi_job_know_it_by_one_name_and_other_jobs_by_others() {
+        let of_port = |rank: &str, port: &str| {
+            let own = [("PMI_RANK", rank), ("PMI_ID", rank), ("MPI_LOCALRANKID", rank)];
+            let common = [("PMI_SIZE", "2"), ("MPI_LOCALNRANKS", "2"), ("PMI_PORT", port)];
+            places(&[own, common].concat()).4
+        };
+        assert_eq!(of_port("0", "node0:4711"), of_port("1", "node0:4711"));
+        assert_ne!(of_port("0", "node0:4711"), of_port("0", "node0:4712"));
+    }
+
+    #[test]
+    fn the_proxy_of_a_rank_is_above_its_wrappers() {
+        // A shell with a rank's variable, and in it another process, which asks.
+        if let Some(expected) = std::env::var_os("TENSORHAUL_TEST_PROXY") {
+            assert_eq!(proxy("MPI_LOCALRANKID").to_string(), expected.to_string_lossy());
+            return;
+        }
+        let test = std::env::current_exe().unwrap();
+        let status = std::process::Command::new("sh")
+            .args(["-c", "\"$0\" --exact launch::tests::the_proxy_of_a_rank_is_above_its_wrappers; exit $?"])
+            .arg(test)
+            .env("MPI_LOCALRANKID", "1")
+            .env("TENSORHAUL_TEST_PROXY", std::process::id().to_string())
+            .stdout(std::process::Stdio::null())
+            .status();
+        assert!(status.unwrap().success());
     }
 
     #[test]

@@ -14,6 +14,7 @@ mod error;
 mod in_process;
 pub mod launch;
 mod nccl;
+mod nccl_init;
 mod nccl_sys;
 mod sockets;
 
@@ -42,6 +43,9 @@ pub trait Exchange: Send + Sync {
 
     /// Returns what moves the bytes, as reports name it.
     fn name(&self) -> String;
+
+    /// Returns what could not be done as preferred so far: what was done instead, and why.
+    fn fallbacks(&self) -> Vec<(String, String)>;
 
     /// Returns how long a rank waits for others before it takes them for lost.
     fn timeout(&self) -> Duration;

@@ -13,7 +13,8 @@ use tensorhaul_device::gpu::table::{TableError, held};
 use tensorhaul_device::{Device, Stream};
 
 use crate::control::Control;
-use crate::nccl_sys::{Comm, IN_PROGRESS, Table, UINT8, UNIQUE_ID_BYTES, UniqueId, VERSION_MIN};
+use crate::nccl_init;
+use crate::nccl_sys::{Comm, CommHandle, IN_PROGRESS, Table, UINT8, VERSION_MIN};
 use crate::{Exchange, ExchangeError, Message};
 
 /// Whose library.
@@ -75,7 +76,7 @@ pub struct Nccl {
 
 /// What the rank's own thread and the one that watches the peers both use.
 struct Shared {
-    table: Table,
+    table: Arc<Table>,
     control: Control,
     state: Mutex<State>,
     is_over: AtomicBool,
@@ -88,43 +89,34 @@ struct State {
     is_aborted: bool,
 }
 
-#[derive(Clone, Copy)]
-struct CommHandle(Comm);
-
-// SAFETY: a communicator may be used by any thread, one at a time; but for `ncclCommAbort`, which NCCL allows beside a call of another.
-unsafe impl Send for CommHandle {}
-
 impl Nccl {
-    /// Connects the ranks that have met, each with the device that is current on its thread. Waits for all of them.
+    /// Connects the ranks that have met, each with its device. Waits for all of them.
     ///
     /// # Errors
     /// [`ExchangeError::Library`] and [`ExchangeError::TooOld`] when the library cannot be used, [`ExchangeError::Call`] when a call of it
-    /// failed; and those of [`Control::agree`].
-    pub fn connect(vendor: Vendor, control: Control) -> Result<Nccl, ExchangeError> {
-        let loaded = vendor.load().and_then(|table| Ok((version(&table)?, table)));
-        let (version, table) = match loaded {
-            Ok(loaded) => loaded,
-            Err(error) => {
-                control.abort();
-                return Err(error);
-            }
-        };
-        let connected = connect(&table, &control, version);
-        let comm = match connected {
-            Ok(comm) => comm,
-            Err(error) => {
-                control.abort();
-                return Err(error);
-            }
-        };
-        let state = State { comm: CommHandle(comm), began: None, is_aborted: false };
+    /// failed, [`ExchangeError::TimedOut`] when a rank does not call this, and those of [`Control::agree`].
+    pub fn connect(
+        vendor: Vendor,
+        device: &Arc<dyn Device>,
+        control: Control,
+    ) -> Result<Nccl, ExchangeError> {
+        let connected = vendor.load().and_then(|table| {
+            let (version, table) = (version(&table)?, Arc::new(table));
+            let comm = nccl_init::connect(&table, device, &control, version)?;
+            Ok((version, table, comm))
+        });
+        let (version, table, comm) = connected.inspect_err(|_| control.abort())?;
+        let state = State { comm, began: None, is_aborted: false };
         let shared =
             Arc::new(Shared { table, control, state: Mutex::new(state), is_over: AtomicBool::new(false) });
         let watched = Arc::clone(&shared);
-        // Without the thread a call that hangs because a peer is gone would hang for ever; the exchange works all the same.
-        let watch =
-            thread::Builder::new().name("tensorhaul-peers".to_owned()).spawn(move || watched.watch()).ok();
-        Ok(Nccl { vendor, version, shared, watch })
+        let watch = thread::Builder::new().name("tensorhaul-peers".to_owned()).spawn(move || watched.watch());
+        // Without it a call that hangs because a peer is gone would hang for ever.
+        let watch = watch.map_err(|source| {
+            shared.abort();
+            ExchangeError::Thread { doing: "watching the other ranks", source }
+        })?;
+        Ok(Nccl { vendor, version, shared, watch: Some(watch) })
     }
 }
 
@@ -138,24 +130,24 @@ fn version(table: &Table) -> Result<c_int, ExchangeError> {
     }
 }
 
-fn connect(table: &Table, control: &Control, version: c_int) -> Result<Comm, ExchangeError> {
-    // Libraries of different versions do not understand each other.
-    control.agree(version as u64)?;
-    let mut id = UniqueId { internal: [0; UNIQUE_ID_BYTES] };
-    if control.rank() == 0 {
-        // SAFETY: writes one identifier.
-        table.check("ncclGetUniqueId", None, unsafe { (table.ncclGetUniqueId)(&raw mut id) })?;
+impl CommHandle {
+    /// Ends a communicator that nobody uses after this; NCCL lets a call that waits for peers end.
+    pub(crate) fn abort(self, table: &Table) {
+        // SAFETY: the communicator lives, and no call of it begins after this.
+        let code = unsafe { (table.ncclCommAbort)(self.0) };
+        if let Err(error) = table.check("ncclCommAbort", None, code) {
+            tracing::warn!(%error, "a communicator could not be aborted");
+        }
     }
-    control.spread(&mut id.internal)?;
-    let (mut comm, rank, size) = (ptr::null_mut(), control.rank() as c_int, control.size() as c_int);
-    // SAFETY: writes one handle; the identifier is the one that rank 0 made, and every rank calls this once.
-    let code = unsafe { (table.ncclCommInitRank)(&raw mut comm, size, id, rank) };
-    table.check("ncclCommInitRank", None, code)?;
-    Ok(comm)
 }
 
 impl Table {
-    fn check(&self, call: &'static str, comm: Option<Comm>, code: c_int) -> Result<(), ExchangeError> {
+    pub(crate) fn check(
+        &self,
+        call: &'static str,
+        comm: Option<Comm>,
+        code: c_int,
+    ) -> Result<(), ExchangeError> {
         if code == 0 || code == IN_PROGRESS {
             return Ok(());
         }
@@ -203,11 +195,7 @@ impl Shared {
         }
         state.is_aborted = true;
         self.control.abort();
-        // SAFETY: the communicator lives, and no call of it begins after this; NCCL lets one that waits for peers end.
-        let code = unsafe { (self.table.ncclCommAbort)(state.comm.0) };
-        if let Err(error) = self.table.check("ncclCommAbort", None, code) {
-            tracing::warn!(%error, "a communicator could not be aborted");
-        }
+        state.comm.abort(&self.table);
         true
     }
 
@@ -241,8 +229,34 @@ impl Shared {
         });
         // Also after a failure: a group that was begun is ended.
         // SAFETY: takes nothing.
-        let ended = table.check("ncclGroupEnd", Some(comm), unsafe { (table.ncclGroupEnd)() });
+        let code = unsafe { (table.ncclGroupEnd)() };
+        let ended = table.check("ncclGroupEnd", Some(comm), code);
+        let ended = ended.and_then(|()| if code == IN_PROGRESS { self.settle() } else { Ok(()) });
         queued.and(ended)
+    }
+
+    /// Waits until a group is on its stream: what is recorded before would not be behind it, and the next call would be refused. `watch`
+    /// ends it when a peer is gone or time is up.
+    fn settle(&self) -> Result<(), ExchangeError> {
+        while self.async_state("ncclGroupEnd")? == IN_PROGRESS {
+            thread::sleep(SETTLE_POLL);
+        }
+        Ok(())
+    }
+
+    /// Asks what became of calls that do not wait for it: their status, in progress or success. The `call` is what a failure is told of.
+    fn async_state(&self, call: &'static str) -> Result<c_int, ExchangeError> {
+        let state = self.lock();
+        if state.is_aborted {
+            return Err(self.control.lost());
+        }
+        let Some(ask) = self.table.ncclCommGetAsyncError else { return Ok(0) };
+        let mut found = 0;
+        // SAFETY: the communicator lives while the lock is held and it is not aborted; writes one integer.
+        let code = unsafe { ask(state.comm.0, &raw mut found) };
+        self.table.check("ncclCommGetAsyncError", Some(state.comm.0), code)?;
+        self.table.check(call, Some(state.comm.0), found)?;
+        Ok(found)
     }
 
     /// A panic elsewhere cannot leave the state half changed: every change is one plain write.
@@ -264,6 +278,10 @@ impl Exchange for Nccl {
         let (Vendor::Nccl | Vendor::Rccl) = self.vendor;
         let file = Path::file_name(&self.shared.table.path).unwrap_or_default().to_string_lossy();
         format!("{} {} ({file})", self.vendor.name(), self.version)
+    }
+
+    fn fallbacks(&self) -> Vec<(String, String)> {
+        Vec::new()
     }
 
     fn timeout(&self) -> Duration {
@@ -307,17 +325,8 @@ impl Exchange for Nccl {
     }
 
     fn check(&self) -> Result<(), ExchangeError> {
-        let state = self.shared.lock();
-        if state.is_aborted {
-            return Err(self.shared.control.lost());
-        }
         self.shared.control.check()?;
-        let Some(ask) = self.shared.table.ncclCommGetAsyncError else { return Ok(()) };
-        let mut failed = 0;
-        // SAFETY: the communicator lives while the lock is held and it is not aborted; writes one integer.
-        let code = unsafe { ask(state.comm.0, &raw mut failed) };
-        self.shared.table.check("ncclCommGetAsyncError", Some(state.comm.0), code)?;
-        self.shared.table.check("a transfer", Some(state.comm.0), failed)
+        self.shared.async_state("a transfer").map(drop)
     }
 
     fn abort(&self) {
@@ -333,6 +342,9 @@ impl Drop for Nccl {
         self.shared.is_over.store(true, Ordering::Release);
         if let Some(watch) = self.watch.take() {
             let _ = watch.join(); // It does not panic; and if it did, there would be nothing to do.
+        }
+        if thread::panicking() {
+            self.shared.abort(); // Its exchanges may not be complete, which a destroyed one would wait for.
         }
         let state = self.shared.lock();
         if !state.is_aborted {
@@ -350,6 +362,9 @@ const CALL_GRACE: Duration = Duration::from_secs(1);
 
 /// How long a peer may be gone before a call that waits for it is ended.
 const WATCH_POLL: Duration = Duration::from_millis(20);
+
+/// How often it is asked whether a group is on its stream, which takes microseconds once all ranks are connected.
+const SETTLE_POLL: Duration = Duration::from_micros(20);
 
 /// Names another library instead of `libnccl.so.2`, for tests and for those in folders that the loader does not search.
 pub const NCCL_LIBRARY_VARIABLE: &str = "TENSORHAUL_NCCL_LIBRARY";

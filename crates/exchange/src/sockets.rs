@@ -1,7 +1,8 @@
 //! Ranks that are processes, connected by the host's sockets.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io::{self, Read, Write};
+use std::net::Shutdown;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,7 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use tensorhaul_device::{Device, Stream};
+use tensorhaul_device::{Allocation, Device, Stream};
 
 use crate::by_host::{Pinned, settle};
 use crate::control::Control;
@@ -48,29 +49,30 @@ impl Sockets {
         (sends, receives): (&[Message<'_>], &[Message<'_>]),
         pinned: &mut Pinned,
     ) -> Result<(), ExchangeError> {
-        let sent_bytes = sends.iter().map(|send| send.len_bytes as usize).sum();
-        let (mut rest, _) = pinned.bytes().split_at_mut(sent_bytes);
-        for send in sends {
-            let bytes =
-                rest.split_off_mut(..send.len_bytes as usize).expect("there is room for all that is sent");
-            let (allocation, offset_bytes) = (send.start.allocation, send.start.offset_bytes);
+        let ranges = Ranges::of(sends);
+        let mut rest = pinned.bytes();
+        for (allocation, offset_bytes, len) in &ranges.distinct {
+            let bytes = rest.split_off_mut(..*len).expect("there is room for all that is sent");
             // SAFETY: the source is the caller's promise; the host's bytes are this exchange's alone until `settle` has waited.
-            unsafe { device.copy_back(allocation, offset_bytes, bytes, stream)? };
+            unsafe { device.copy_back(allocation, *offset_bytes, bytes, stream)? };
         }
         settle(device, pinned, stream)?;
 
         let mut ways = Ways::default();
-        let mut rest = pinned.bytes();
-        for (messages, way) in [(sends, Way::Out), (receives, Way::In)] {
-            for message in messages {
-                let bytes =
-                    rest.split_off_mut(..message.len_bytes as usize).expect("there is room for all messages");
-                ways.0.entry((message.peer, way)).or_default().push_back(bytes);
-            }
+        let (sent, mut rest) = pinned.bytes().split_at_mut(ranges.len);
+        for (send, begin) in sends.iter().zip(&ranges.begins) {
+            let bytes = &sent[*begin..][..send.len_bytes as usize];
+            ways.0.entry((send.peer, Way::Out)).or_default().push_back(Part::Out(bytes));
+        }
+        for receive in receives {
+            let bytes = rest
+                .split_off_mut(..receive.len_bytes as usize)
+                .expect("there is room for all that is received");
+            ways.0.entry((receive.peer, Way::In)).or_default().push_back(Part::In(bytes));
         }
         self.transfer(ways)?;
 
-        let mut received = &pinned.bytes()[sent_bytes..];
+        let mut received = &pinned.bytes()[ranges.len..];
         for receive in receives {
             let bytes = received
                 .split_off(..receive.len_bytes as usize)
@@ -86,8 +88,8 @@ impl Sockets {
     fn transfer(&self, mut ways: Ways<'_>) -> Result<(), ExchangeError> {
         let mut moved_at = Instant::now();
         loop {
-            for ((peer, way), parts) in &mut ways.0 {
-                match way.go_on(self.peer(*peer), parts) {
+            for ((peer, _), parts) in &mut ways.0 {
+                match Way::go_on(self.peer(*peer), parts) {
                     Ok(0) => {}
                     Ok(_) => moved_at = Instant::now(),
                     Err(_) => return Err(self.lost(*peer)),
@@ -142,6 +144,10 @@ impl Exchange for Sockets {
         "sockets".to_owned()
     }
 
+    fn fallbacks(&self) -> Vec<(String, String)> {
+        Vec::new()
+    }
+
     fn timeout(&self) -> Duration {
         self.control.timeout()
     }
@@ -181,14 +187,74 @@ impl Exchange for Sockets {
 
     fn abort(&self) {
         if !self.is_aborted.swap(true, Ordering::AcqRel) {
-            self.control.abort();
+            self.control.abort(); // First, so that peers who see an end here know why.
+            for peer in self.peers.iter().flatten() {
+                let _ = peer.shutdown(Shutdown::Both); // Who is gone already needs no end.
+            }
         }
     }
 }
 
 /// What is left of a round's messages, for each peer and way in their order.
 #[derive(Default)]
-struct Ways<'m>(BTreeMap<(u32, Way), VecDeque<&'m mut [u8]>>);
+struct Ways<'m>(BTreeMap<(u32, Way), VecDeque<Part<'m>>>);
+
+/// What is left of a message in the host's memory. What goes to several peers is there once.
+enum Part<'m> {
+    In(&'m mut [u8]),
+    Out(&'m [u8]),
+}
+
+impl Part<'_> {
+    /// Moves as much as goes at once; returns how many bytes that were.
+    fn go_on(&mut self, mut peer: &UnixStream) -> io::Result<usize> {
+        match self {
+            Part::In(bytes) => {
+                let len = peer.read(bytes)?;
+                *bytes = &mut std::mem::take(bytes)[len..];
+                Ok(len)
+            }
+            Part::Out(bytes) => {
+                let len = peer.write(bytes)?;
+                *bytes = &bytes[len..];
+                Ok(len)
+            }
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        match self {
+            Part::In(bytes) => bytes.is_empty(),
+            Part::Out(bytes) => bytes.is_empty(),
+        }
+    }
+}
+
+/// What is copied from the device for a round's messages: each range once, however many peers it goes to.
+struct Ranges<'m> {
+    distinct: Vec<(&'m Arc<dyn Allocation>, u64, usize)>,
+    /// By message: where its bytes begin among those.
+    begins: Vec<usize>,
+    /// Bytes of all together.
+    len: usize,
+}
+
+impl<'m> Ranges<'m> {
+    fn of(sends: &[Message<'m>]) -> Ranges<'m> {
+        let mut ranges = Ranges { distinct: Vec::new(), begins: Vec::new(), len: 0 };
+        let mut known = HashMap::new();
+        for Message { start, len_bytes, .. } in sends {
+            let place = (start.range(*len_bytes), *len_bytes);
+            let begin = *known.entry(place).or_insert_with(|| {
+                ranges.distinct.push((start.allocation, start.offset_bytes, *len_bytes as usize));
+                ranges.len += *len_bytes as usize;
+                ranges.len - *len_bytes as usize
+            });
+            ranges.begins.push(begin);
+        }
+        ranges
+    }
+}
 
 /// Which way a message goes.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -205,20 +271,13 @@ impl Way {
         }
     }
 
-    /// Moves as much as goes without waiting; returns how many bytes that were.
-    fn go_on(self, mut peer: &UnixStream, parts: &mut VecDeque<&mut [u8]>) -> io::Result<usize> {
+    /// Moves as much of the parts as goes without waiting; returns how many bytes that were.
+    fn go_on(peer: &UnixStream, parts: &mut VecDeque<Part<'_>>) -> io::Result<usize> {
         let mut moved = 0;
         while let Some(part) = parts.front_mut() {
-            let len = match self {
-                Way::In => peer.read(part),
-                Way::Out => peer.write(part),
-            };
-            match len {
+            match part.go_on(peer) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(len) => {
-                    moved += len;
-                    *part = &mut std::mem::take(part)[len..];
-                }
+                Ok(len) => moved += len,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(moved),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),

@@ -66,12 +66,15 @@ fn one_that_differs_is_named_to_all() {
 #[test]
 fn a_rank_that_fails_or_vanishes_is_noticed_and_one_that_is_done_is_not() {
     let folder = tempfile::tempdir().unwrap();
-    for (how, is_lost) in [("done", false), ("aborts", true)] {
+    for (how, is_lost) in [("done", false), ("aborts", true), ("panics", true)] {
         let noticed = on_all(2, |rank| {
             let control = Control::meet(&launched(rank, 2, "job"), at(folder.path())).unwrap();
             if rank == 1 {
                 if how == "aborts" {
                     control.abort();
+                }
+                if how == "panics" {
+                    panicking_with(control);
                 }
                 return None;
             }
@@ -86,6 +89,15 @@ fn a_rank_that_fails_or_vanishes_is_noticed_and_one_that_is_done_is_not() {
         assert_eq!(lost.is_some(), is_lost, "{how}: {lost:?}");
         assert!(lost.is_none_or(|lost| lost.starts_with("rank 1 of the node failed")));
     }
+}
+
+/// Drops it as a panic does that passes it.
+fn panicking_with<T>(held: T) {
+    let panics = move || {
+        let _held = held;
+        std::panic::resume_unwind(Box::new("as a rank's own code may"));
+    };
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(panics)).unwrap_err();
 }
 
 #[test]
@@ -160,7 +172,7 @@ fn a_library_that_is_missing_is_an_error_that_says_how_to_name_one() {
     {
         // SAFETY: this test alone reads or sets it.
         unsafe { std::env::set_var(variable, "/nowhere/lib.so") };
-        let error = Nccl::connect(vendor, alone()).map(drop).unwrap_err();
+        let error = Nccl::connect(vendor, &host(), alone()).map(drop).unwrap_err();
         assert!(error.to_string().contains(variable), "{error}");
         let source = std::error::Error::source(&error).unwrap().to_string();
         assert!(source.contains("/nowhere/lib.so"), "{source}");
@@ -294,6 +306,64 @@ fn a_rank_that_ends_without_a_word_is_named_to_all() {
 }
 
 #[test]
+fn abort_lets_go_whoever_waits_for_a_rank_that_has_not_come() {
+    for kind in [Kind::InProcess, Kind::Sockets] {
+        for waiting in [0, 1] {
+            let ends = ends(kind, 3, Duration::from_secs(20));
+            let end = &ends[waiting];
+            let (sender, receiver) = std::sync::mpsc::channel();
+            let error = thread::scope(|scope| {
+                let waits = scope.spawn(move || {
+                    sender.send(()).unwrap();
+                    end.agree(1).unwrap_err()
+                });
+                receiver.recv().unwrap();
+                thread::sleep(Duration::from_millis(20)); // It most likely waits by now; if not, it need not wait at all.
+                end.abort();
+                waits.join().unwrap()
+            });
+            assert!(matches!(error, ExchangeError::PeerLost { .. }), "{kind:?}, rank {waiting}: {error}");
+            assert!(end.check().is_err());
+            if waiting == 0 {
+                let other = ends[2].agree(1).unwrap_err().to_string();
+                assert!(other.contains("rank 0 of the node failed"), "{kind:?}: {other}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_thread_that_leaves_is_named_to_those_that_wait_for_it() {
+    for panics in [false, true] {
+        let target = || [(2, memory(&[0; 8]))];
+        let mut ends = ends(Kind::InProcess, 4, Duration::from_secs(20));
+        let last = ends.remove(2);
+        let (agreeing, receiving, sending) = (&ends[0], &ends[1], &ends[2]);
+        let errors = thread::scope(|scope| {
+            let agrees = scope.spawn(|| agreeing.agree(1));
+            let receives = scope.spawn(|| {
+                // SAFETY: the memory lives until the call is over, and is this thread's alone.
+                unsafe { receiving.exchange(&host(), Stream::Compute, &[], &messages(&target())) }
+            });
+            let sends = scope.spawn(|| {
+                // SAFETY: as above.
+                unsafe { sending.exchange(&host(), Stream::Compute, &messages(&target()), &[]) }
+            });
+            if panics {
+                panicking_with(last)
+            } else {
+                drop(last)
+            }
+            [agrees, receives, sends].map(|thread| thread.join().unwrap().unwrap_err())
+        });
+        for error in errors {
+            assert!(matches!(error, ExchangeError::PeerLost { peer: Some(2) }), "{error}");
+        }
+        assert_eq!(agreeing.check().is_err(), panics, "who waits for nothing of it need not end");
+    }
+}
+
+#[test]
 fn a_rank_that_goes_before_all_are_connected_is_named() {
     let folder = tempfile::tempdir().unwrap();
     for _ in 0..20 {
@@ -317,9 +387,13 @@ fn ranks_that_do_not_come_are_named() {
     let soon = || Rendezvous { timeout: Duration::from_millis(300), ..at(folder.path()) };
     let errors =
         on_all(2, |rank| Control::meet(&launched(rank, 4, "job"), soon()).map(drop).unwrap_err().to_string());
-    assert_eq!(errors[0], "meeting: ranks 2, 3 of the node did not come within 0.3 s");
+    let where_to = format!(
+        "to {}; all need the same path, which TENSORHAUL_RENDEZVOUS sets, and else TMPDIR and the job",
+        soon().path.display()
+    );
+    assert_eq!(errors[0], format!("meeting: ranks 2, 3 of the node did not come within 0.3 s {where_to}"));
     let error = Control::meet(&launched(1, 2, "job"), soon()).map(drop).unwrap_err().to_string();
-    assert_eq!(error, "meeting: rank 0 of the node did not come within 0.3 s");
+    assert_eq!(error, format!("meeting: rank 0 of the node did not come within 0.3 s {where_to}"));
     let end = &ends(Kind::InProcess, 3, Duration::from_millis(50))[1];
     let error = end.agree(1).unwrap_err().to_string();
     assert_eq!(error, "agreeing: ranks 0, 2 of the node did not come within 0.05 s");

@@ -44,8 +44,8 @@ pub(crate) struct Config {
     /// `capturing=1`: somebody in this process captures a stream. Calls that would end the capture, from threads whose
     /// capture mode is not relaxed, are violations. Default: 0.
     pub(crate) capturing: bool,
-    /// `meeting_ms`: how long the ranks of a communicator wait for each other before that is an error. Default: 10000.
-    pub(crate) meeting_ms: u64,
+    /// `nccl`: the version that the communication library says it is. Default: 22703.
+    pub(crate) nccl: u32,
     /// `gfx`: the architecture that HIP names, with its features as HIP writes them. Default: `gfx942:sramecc+:xnack-`.
     pub(crate) gfx: String,
     /// `direct=0`: storage cannot write into devices, as without a kernel that lets it; libraries for it fall back where they may.
@@ -101,7 +101,7 @@ impl Default for Config {
             peers: true,
             no_peers: Vec::new(),
             capturing: false,
-            meeting_ms: 10_000,
+            nccl: 22_703,
             gfx: "gfx942:sramecc+:xnack-".to_owned(),
             direct: true,
             direct_parameters: true,
@@ -144,7 +144,7 @@ impl Config {
                     config.direct_told = (status, count.parse().map_err(|_| wrong())?);
                 }
                 "capturing" => config.capturing = number()? != 0,
-                "meeting_ms" => config.meeting_ms = number()?,
+                "nccl" => config.nccl = number()? as u32,
                 "gfx" => config.gfx = value.to_owned(),
                 "forward" => {
                     let library = if value.is_empty() { CUDA_LIBRARY } else { value };

@@ -1,7 +1,8 @@
 //! The functions of NCCL and RCCL, over the simulated machine: ranks are threads of one process, each with a device.
 //!
 //! A group's messages are queued on its streams. A receive waits on its stream for the peer's message, copies, and lets the peer's
-//! stream go on. As with the real ones, a rank that never comes is waited for until somebody aborts.
+//! stream go on. As with the real ones, a rank that never comes is waited for until somebody aborts, and by the call that waits inside it
+//! for ever; tests let that one go with `simgpu_fail`.
 //!
 //! # Safety
 //! Each function asks of its caller what NCCL's documentation asks: pointers that may be written, handles that live.
@@ -13,10 +14,10 @@ use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
 use std::ffi::{c_char, c_int, c_void};
 use std::ptr;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::core;
 use crate::stream::{Event, Work};
@@ -25,6 +26,15 @@ use crate::stream::{Event, Work};
 #[repr(C)]
 pub(crate) struct UniqueId {
     internal: [u8; 128],
+}
+
+/// `ncclConfig_t`, the fields that all versions have.
+#[repr(C)]
+pub(crate) struct InitConfig {
+    size: usize,
+    magic: u32,
+    version: u32,
+    blocking: c_int,
 }
 
 /// Everything that communicators share.
@@ -46,6 +56,8 @@ struct Comm {
     size: c_int,
     device: usize,
     is_aborted: AtomicBool,
+    /// How often its status is still in progress when it is asked for, where calls do not wait.
+    busy: Option<AtomicU32>,
     /// What its streams wait for; ended by an abort.
     unfinished: Mutex<Vec<(Arc<Event>, u64)>>,
     /// Held while a peer copies from it.
@@ -108,7 +120,7 @@ fn count(name: &'static str) -> c_int {
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn ncclGetVersion(version: *mut c_int) -> c_int {
     // SAFETY: the caller passes a pointer that may be written.
-    unsafe { version.write(22_703) };
+    unsafe { version.write(core::with(|machine| machine.config.nccl) as c_int) };
     count("ncclGetVersion")
 }
 
@@ -136,43 +148,93 @@ pub(crate) unsafe extern "C" fn ncclCommInitRank(
     if code != 0 {
         return code;
     }
-    let Some(number) = id.internal.first_chunk() else { return INVALID_ARGUMENT };
-    let id = u64::from_le_bytes(*number);
-    let (device, timeout) =
-        core::with(|machine| (machine.current(), Duration::from_millis(machine.config.meeting_ms)));
-    let (Some(device), true) = (device.checked_sub(1), (0..size).contains(&rank)) else {
-        return INVALID_ARGUMENT;
+    let made = match come(&id, rank, size, None) {
+        Ok(made) => made,
+        Err(code) => return code,
     };
-    let until = Instant::now() + timeout;
+    let pace = || core::with(|machine| machine.pace);
+    let began = pace();
     let mut guard = lock();
-    let node = guard.get_or_insert_with(Node::default);
-    let meeting = node.meetings.entry(id).or_default();
-    if meeting.values().any(|other| *other == device) || meeting.insert(rank, device).is_some() {
-        return INVALID_USAGE; // Two ranks on one device.
-    }
-    CHANGED.notify_all();
-    while guard.as_ref().is_some_and(|node| node.meetings[&id].len() < size as usize) {
-        let left = until.saturating_duration_since(Instant::now());
-        if left.is_zero() {
+    while !guard.get_or_insert_with(Node::default).is_met(&made) {
+        guard = CHANGED.wait_timeout(guard, POLL).unwrap_or_else(PoisonError::into_inner).0;
+        drop(guard);
+        if pace() != began {
+            with(|node| node.leave(&made));
             return SYSTEM_ERROR;
         }
-        guard = CHANGED.wait_timeout(guard, left).unwrap_or_else(PoisonError::into_inner).0;
+        guard = lock();
     }
-    let node = guard.get_or_insert_with(Node::default);
-    node.handles += 0x10;
-    let made = Comm {
-        id,
-        rank,
-        size,
-        device,
-        is_aborted: AtomicBool::new(false),
-        unfinished: Mutex::default(),
-        copying: Mutex::default(),
-    };
-    node.comms.insert(node.handles, Arc::new(made));
+    drop(guard);
     // SAFETY: the caller passes a pointer that may be written.
-    unsafe { comm.write(ptr::without_provenance_mut(node.handles)) };
+    unsafe { comm.write(ptr::without_provenance_mut(with(|node| node.keep(made)))) };
     0
+}
+
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn ncclCommInitRankConfig(
+    comm: *mut *mut c_void,
+    size: c_int,
+    id: UniqueId,
+    rank: c_int,
+    config: *mut InitConfig,
+) -> c_int {
+    let code = count("ncclCommInitRankConfig");
+    if code != 0 {
+        return code;
+    }
+    // SAFETY: the caller passes a configuration.
+    let InitConfig { size: config_len, magic, version, blocking } = unsafe { config.read() };
+    if (magic, version, config_len) != (0xcafe_beef, 21_400, 24) || blocking != 0 {
+        return INVALID_ARGUMENT; // What else the library takes nobody asks for.
+    }
+    match come(&id, rank, size, Some(AtomicU32::new(0))) {
+        Ok(made) => {
+            // SAFETY: the caller passes a pointer that may be written.
+            unsafe { comm.write(ptr::without_provenance_mut(with(|node| node.keep(made)))) };
+            IN_PROGRESS
+        }
+        Err(code) => code,
+    }
+}
+
+/// Brings a rank, with the device that is current, to its meeting.
+fn come(id: &UniqueId, rank: c_int, size: c_int, busy: Option<AtomicU32>) -> Result<Comm, c_int> {
+    let id = u64::from_le_bytes(*id.internal.first_chunk().ok_or(INVALID_ARGUMENT)?);
+    let device = core::with(|machine| machine.current());
+    let (Some(device), true) = (device.checked_sub(1), (0..size).contains(&rank)) else {
+        return Err(INVALID_ARGUMENT);
+    };
+    with(|node| {
+        let meeting = node.meetings.entry(id).or_default();
+        if meeting.values().any(|other| *other == device) || meeting.insert(rank, device).is_some() {
+            return Err(INVALID_USAGE); // Two ranks on one device.
+        }
+        Ok(())
+    })?;
+    CHANGED.notify_all();
+    let (is_aborted, unfinished, copying) = (AtomicBool::new(false), Mutex::default(), Mutex::default());
+    Ok(Comm { id, rank, size, device, is_aborted, busy, unfinished, copying })
+}
+
+impl Node {
+    fn is_met(&self, comm: &Comm) -> bool {
+        self.meetings.get(&comm.id).is_some_and(|ranks| ranks.len() == comm.size as usize)
+    }
+
+    fn keep(&mut self, comm: Comm) -> usize {
+        self.handles += 0x10;
+        self.comms.insert(self.handles, Arc::new(comm));
+        self.handles
+    }
+
+    /// A rank that goes before all have come is waited for again; one that goes later was there.
+    fn leave(&mut self, comm: &Comm) {
+        if !self.is_met(comm)
+            && let Some(meeting) = self.meetings.get_mut(&comm.id)
+        {
+            meeting.remove(&comm.rank);
+        }
+    }
 }
 
 #[unsafe(no_mangle)]
@@ -187,7 +249,12 @@ pub(crate) unsafe extern "C" fn ncclCommDestroy(comm: *mut c_void) -> c_int {
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn ncclCommAbort(comm: *mut c_void) -> c_int {
     let code = count("ncclCommAbort");
-    let Some(comm) = with(|node| node.comms.remove(&comm.addr())) else { return INVALID_ARGUMENT };
+    let removed = with(|node| {
+        let comm = node.comms.remove(&comm.addr())?;
+        node.leave(&comm);
+        Some(comm)
+    });
+    let Some(comm) = removed else { return INVALID_ARGUMENT };
     comm.is_aborted.store(true, Ordering::Release);
     drop(comm.copying.lock().unwrap_or_else(PoisonError::into_inner)); // Nobody copies from it any more.
     for (event, recording) in comm.unfinished.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
@@ -198,10 +265,23 @@ pub(crate) unsafe extern "C" fn ncclCommAbort(comm: *mut c_void) -> c_int {
 }
 
 #[unsafe(no_mangle)]
-pub(crate) unsafe extern "C" fn ncclCommGetAsyncError(_comm: *mut c_void, error: *mut c_int) -> c_int {
-    // SAFETY: the caller passes a pointer that may be written.
-    unsafe { error.write(0) };
-    count("ncclCommGetAsyncError")
+pub(crate) unsafe extern "C" fn ncclCommGetAsyncError(comm: *mut c_void, error: *mut c_int) -> c_int {
+    let state = with(|node| {
+        let comm = node.comms.get(&comm.addr()).ok_or(INVALID_ARGUMENT)?;
+        let is_busy = comm.busy.as_ref().is_some_and(|busy| {
+            let asked = busy.fetch_update(Ordering::AcqRel, Ordering::Acquire, |left| left.checked_sub(1));
+            asked.is_ok() || !node.is_met(comm)
+        });
+        Ok(if is_busy { IN_PROGRESS } else { 0 })
+    });
+    match state {
+        Ok(state) => {
+            // SAFETY: the caller passes a pointer that may be written.
+            unsafe { error.write(state) };
+            count("ncclCommGetAsyncError")
+        }
+        Err(code) => code,
+    }
 }
 
 #[unsafe(no_mangle)]
@@ -234,7 +314,7 @@ pub(crate) extern "C" fn ncclGroupEnd() -> c_int {
         if *depth == 0 { std::mem::take(pending) } else { Vec::new() }
     });
     match count("ncclGroupEnd") {
-        0 => queue(&ended).err().unwrap_or(0),
+        0 => queue(&ended).map_or_else(|code| code, |()| begin(&ended)),
         code => code,
     }
 }
@@ -282,6 +362,13 @@ fn add(name: &'static str, dtype: c_int, pending: Pending) -> c_int {
     })
 }
 
+/// Lets communicators whose calls do not wait be busy with a group for a while.
+fn begin(group: &[Pending]) -> c_int {
+    let comms = group.iter().filter_map(|pending| with(|node| node.comms.get(&pending.comm).cloned()));
+    let busy = comms.filter_map(|comm| comm.busy.as_ref().map(|busy| busy.store(2, Ordering::Release)));
+    if busy.count() > 0 { IN_PROGRESS } else { 0 }
+}
+
 /// Queues the messages of one group: marks where what is sent is ready, then the receives, then waits for what is sent to be taken.
 fn queue(group: &[Pending]) -> Result<(), c_int> {
     let mut waits = Vec::new();
@@ -312,6 +399,10 @@ fn queue(group: &[Pending]) -> Result<(), c_int> {
 /// Checks what a message says; what a library would let pass is a violation.
 fn check(pending: &Pending) -> Result<(Arc<Comm>, Arc<crate::stream::Stream>), c_int> {
     let comm = with(|node| node.comms.get(&pending.comm).cloned()).ok_or(INVALID_ARGUMENT)?;
+    let is_busy = comm.busy.as_ref().is_some_and(|busy| busy.load(Ordering::Acquire) > 0);
+    if is_busy || !with(|node| node.is_met(&comm)) {
+        return Err(INVALID_ARGUMENT); // Used before the call before it was done.
+    }
     if !(0..comm.size).contains(&pending.peer) || pending.peer == comm.rank || pending.len == 0 {
         return Err(INVALID_ARGUMENT);
     }
@@ -381,3 +472,4 @@ const UINT8: c_int = 1;
 const SYSTEM_ERROR: c_int = 2;
 const INVALID_ARGUMENT: c_int = 4;
 const INVALID_USAGE: c_int = 5;
+const IN_PROGRESS: c_int = 7;

@@ -1,5 +1,6 @@
 //! The private hand-over: tensors in memory of their own, read by engines.
 
+use std::collections::{BTreeSet, HashMap};
 use std::thread::{self, Scope};
 use std::time::Instant;
 
@@ -300,6 +301,7 @@ impl Load<'_> {
                             .extend(ring.as_ref().and_then(|ring| devices::placement_fallback(*id, ring)));
                     }
                     fallbacks.extend(late_fallbacks(&done, &prepared));
+                    fallbacks.extend(out_of_reach(plan, assignment));
                     let engine = engine_name(&lanes);
                     return Ok(Read { rings, prepared, started_at, done, engine, fallbacks });
                 }
@@ -548,6 +550,28 @@ fn late_fallbacks(done: &Transferred, prepared: &Prepared) -> Vec<Fallback> {
             .push(Fallback::new(what, "the system refused them (EINVAL) though the probe's read worked"));
     }
     fallbacks
+}
+
+/// Tells which devices got through the staging ring what another has too, because they do not reach its memory.
+fn out_of_reach(plan: &Plan, assignment: &Assignment) -> Vec<Fallback> {
+    let mut staged: HashMap<_, BTreeSet<DeviceId>> = HashMap::new();
+    for tensor in plan.tensors().iter().filter(|tensor| tensor.copy_of.is_none()) {
+        let device = assignment.devices()[assignment.of_arena(tensor.place.arena)];
+        staged.entry((tensor.id, tensor.name)).or_default().insert(device);
+    }
+    let pairs = staged.values().flat_map(|devices| {
+        devices.iter().flat_map(|target| devices.iter().map(|source| (*source, *target)))
+    });
+    let is_missed = |(source, target): &(DeviceId, DeviceId)| {
+        let is_alike = std::mem::discriminant(source) == std::mem::discriminant(target);
+        source != target && is_alike && !plan.machine().peers.contains(&(*source, *target))
+    };
+    let missed: BTreeSet<_> = pairs.filter(is_missed).collect();
+    let told = |(source, target): (DeviceId, DeviceId)| {
+        let what = format!("{target}: what {source} has too came through the staging ring, not from there");
+        Fallback::new(what, format!("{target} does not reach the memory of {source}"))
+    };
+    missed.into_iter().map(told).collect()
 }
 
 #[cfg(test)]

@@ -28,10 +28,8 @@ impl<D: Driver> Shared<D> {
         let mut peers = lock(&self.peers);
         let reached = peers.entry(ordinal).or_insert_with(|| self.connect(ordinal));
         if let Err(why) = reached {
-            self.note(
-                &format!("what {peer} has too comes through the staging ring, not from there"),
-                why.clone(),
-            );
+            // What happens instead is for the caller to say: an exchange does something else than a load.
+            self.note(&format!("{} does not reach the memory of {peer}", self.id()), why.clone());
         }
         reached.clone()
     }

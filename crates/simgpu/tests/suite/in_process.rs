@@ -5,12 +5,14 @@
 mod cut;
 
 use std::path::Path;
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use tensorhaul::exchange::{Exchange, InProcess, Launched};
+use tensorhaul::exchange::{Control, Exchange, InProcess, Launched, Message, Rendezvous, Sockets};
 use tensorhaul::share::{Carrier, NodeOptions, SharedLoaded, node_exchange};
 use tensorhaul::{Assembly, Dequantization, Dtype, Error, ErrorKind, LoadOptions, Model, Request};
+use tensorhaul_device::{Allocation, Device, Location, Stream};
 
 use crate::suite::load::read_back;
 use crate::suite::quantized::checkpoint;
@@ -123,7 +125,7 @@ fn ranks_of_one_process_dequantize_their_parts_and_keep_their_memory() {
         let loads = all(load_on_all(&model, &ranks, &options), &context);
         for (rank, (loaded, assembly)) in (0..).zip(loads.iter().zip(&ranks)) {
             let mut request = Request::all();
-            request.assembly = Some(std::sync::Arc::new(assembly.clone()));
+            request.assembly = Some(Arc::new(assembly.clone()));
             let alone = LoadOptions::default().request(request).dequantize(dequantize.clone());
             let alone = model.load(&alone).unwrap();
             let device = vendor::open(rank).unwrap();
@@ -197,5 +199,79 @@ fn sockets_carry_what_devices_hold() {
         }
     });
     assert_eq!(sim.report().calls("ncclSend"), 0);
+    sim.assert_clean("sockets");
+}
+
+#[test]
+fn what_a_sender_gave_stays_until_it_is_read_also_when_a_later_message_fails() {
+    for seed in 0..4 {
+        let context = format!("devices=3;delay_us_of=0:20000;seed={seed}");
+        let sim = Sim::new(&context);
+        let ends = InProcess::ranks(3, Duration::from_secs(20));
+        let devices = [0, 1].map(open);
+        let memory = |ordinal: usize| devices[ordinal].allocate(4096).unwrap();
+        let targets = [memory(0), memory(0)];
+        thread::scope(|scope| {
+            let sends = scope.spawn(|| {
+                let source = memory(1);
+                let sent = [message(0, &source)];
+                // SAFETY: the memory lives until the receiver, which holds it as well, is through; nobody writes it.
+                let sent = unsafe { ends[1].exchange(&devices[1], Stream::Compute, &sent, &[]) };
+                sent.unwrap_err();
+                devices[1].wait(&devices[1].record(Stream::Compute).unwrap()).unwrap();
+            });
+            let receives = scope.spawn(|| {
+                // Rank 2 sends nothing.
+                let received = [message(1, &targets[0]), message(2, &targets[1])];
+                // SAFETY: the memory lives until the stream was waited for, below, and nobody touches it.
+                unsafe { ends[0].exchange(&devices[0], Stream::Compute, &[], &received) }.unwrap_err();
+            });
+            while sim.report().calls(call::COPY_PEER) == 0 {
+                thread::yield_now();
+            }
+            ends[1].abort();
+            sends.join().unwrap();
+            receives.join().unwrap();
+        });
+        devices[0].wait(&devices[0].record(Stream::Compute).unwrap()).unwrap();
+        drop((ends, targets, devices));
+        sim.assert_clean(&context);
+    }
+}
+
+fn open(ordinal: u32) -> Arc<dyn Device> {
+    Arc::new(vendor::open(ordinal).unwrap())
+}
+
+fn message(peer: u32, allocation: &Arc<dyn Allocation>) -> Message<'_> {
+    Message { peer, start: Location { allocation, offset_bytes: 0 }, len_bytes: allocation.len_bytes() }
+}
+
+#[test]
+fn sockets_take_what_goes_to_several_ranks_from_the_device_once() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let sim = Sim::new("devices=3;delay_us=50");
+    thread::scope(|scope| {
+        for rank in 0..3 {
+            let path = folder.path().join("ranks.sock");
+            scope.spawn(move || {
+                let (job, launcher) = ("a-job".to_owned(), "the test");
+                let launched = Launched { rank, size: 3, local_rank: rank, local_size: 3, job, launcher };
+                let rendezvous = Rendezvous { path, timeout: Duration::from_secs(20) };
+                let end = Sockets::connect(Control::meet(&launched, rendezvous).unwrap()).unwrap();
+                let device = open(rank);
+                let memory = device.allocate(1 << 16).unwrap();
+                let messages: Vec<_> = match rank {
+                    0 => [1, 2].map(|peer| message(peer, &memory)).to_vec(),
+                    _ => vec![message(0, &memory)],
+                };
+                let (sends, receives) =
+                    if rank == 0 { (&messages[..], &[][..]) } else { (&[][..], &messages[..]) };
+                // SAFETY: the memory lives until the exchange, which waits, is over; nobody else touches it.
+                unsafe { end.exchange(&device, Stream::Compute, sends, receives) }.unwrap();
+            });
+        }
+    });
+    assert_eq!(sim.report().calls(call::COPY_OUT), 1);
     sim.assert_clean("sockets");
 }

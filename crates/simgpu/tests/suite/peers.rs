@@ -202,7 +202,7 @@ fn a_pair_that_is_refused_is_told_with_the_reason_and_copies_are_a_typed_error()
         let devices = [0, 1].map(|ordinal| vendor::open(ordinal).unwrap());
         let memory = [0, 1].map(|at: usize| devices[at].allocate(64).unwrap());
         assert!(!devices[0].can_reach(vendor::id(1)), "{config}");
-        let what = format!("what {} has too comes through the staging ring, not from there", vendor::SECOND);
+        let what = format!("{} does not reach the memory of {}", vendor::FIRST, vendor::SECOND);
         assert_eq!(devices[0].fallbacks(), [(what, why.clone())], "{config}");
         let [target, source] = [0, 1].map(|at| Location { allocation: &memory[at], offset_bytes: 0 });
         // SAFETY: refused, so that nothing is queued.

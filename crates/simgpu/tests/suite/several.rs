@@ -92,6 +92,10 @@ fn every_byte_arrives_on_every_device_that_the_map_names() {
             let sim = Sim::new(&format!("devices=3;{config}"));
             let loaded = model.load(&options(&mixed()).engine(engine)).unwrap();
             assert_mapped(&model, &mixed(), &loaded, &what);
+            let told = loaded.report.fallbacks.iter();
+            let told =
+                told.filter(|told| told.what.contains("has too came through the staging ring")).count();
+            assert_eq!(told > 0, config.contains("peer"), "{what}: {:?}", loaded.report.fallbacks);
             drop(loaded);
             sim.assert_clean(&what);
         }

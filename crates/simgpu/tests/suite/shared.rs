@@ -7,7 +7,7 @@ use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
-use tensorhaul::exchange::Launched;
+use tensorhaul::exchange::{Control, Launched, Rendezvous};
 use tensorhaul::share::{NodeOptions, SharedLoaded, node_exchange};
 use tensorhaul::{Assembly, Error, ErrorKind, LoadOptions, Model, Request};
 use tensorhaul_device::Device;
@@ -118,14 +118,15 @@ fn when_a_call_fails_on_one_rank_all_ranks_fail_and_nothing_is_left() {
     let copy = format!("{}:4:1", vendor::call::COPY_ROWS);
     for (call, told) in [
         ("ncclGetUniqueId:1:2", "ncclGetUniqueId failed with 2 (unhandled system error"),
-        ("ncclCommInitRank:2:2", "ncclCommInitRank failed with 2"),
+        ("ncclCommInitRankConfig:2:2", "ncclCommInitRankConfig failed with 2"),
+        ("ncclCommGetAsyncError:2:6", "ncclCommGetAsyncError failed with 6"),
         ("ncclSend:3:4", "ncclSend failed with 4 (invalid argument"),
         ("ncclRecv:1:4", "ncclRecv failed with 4"),
         ("ncclGroupStart:5:5", "ncclGroupStart failed with 5"),
         ("ncclGroupEnd:4:2", "ncclGroupEnd failed with 2"),
         (copy.as_str(), "failed with 1"),
     ] {
-        let sim = Sim::new(&format!("devices=3;meeting_ms=300;fail={call}"));
+        let sim = Sim::new(&format!("devices=3;fail={call}"));
         let errors: Vec<_> = load_on_all(folder.path(), &model, &ranks)
             .into_iter()
             .map(|load| load.expect_err(call).one_line())
@@ -152,6 +153,65 @@ fn ranks_that_do_not_come_are_an_error_after_a_while() {
     }
     assert!(!node(folder.path()).path.unwrap().exists(), "the socket is removed");
     sim.assert_clean("after nobody came");
+}
+
+#[test]
+fn a_rank_that_fails_or_stays_away_while_the_others_are_connected_ends_them() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    // The older version has no call that does not wait.
+    for version in [22_703, 21_304] {
+        for (aborts, timeout, told) in [
+            (true, Duration::from_secs(20), "rank 1 of the node failed or ended"),
+            (
+                false,
+                Duration::from_millis(300),
+                "connecting the ranks: not all ranks of the node came within 0.3 s",
+            ),
+        ] {
+            let context = format!("{version}, {told}");
+            let sim = Sim::new(&format!("devices=2;nccl={version}"));
+            let path = folder.path().join("ranks.sock");
+            let (sender, receiver) = std::sync::mpsc::channel::<()>();
+            thread::scope(|scope| {
+                let rendezvous = Rendezvous { path: path.clone(), timeout: Duration::from_secs(20) };
+                scope.spawn(move || {
+                    let control = Control::meet(&launched(1, 2), rendezvous).unwrap();
+                    control.agree(version).unwrap();
+                    control.spread(&mut [0; 128]).unwrap();
+                    if aborts {
+                        control.abort();
+                    }
+                    let _ = receiver.recv(); // Until the other has ended.
+                });
+                let node = NodeOptions { path: Some(path), timeout: Some(timeout), ..NodeOptions::default() };
+                let error = node_exchange(&launched(0, 2), vendor::id(0), &node).map(drop).unwrap_err();
+                assert!(error.to_string().contains(told), "{context}: {error}");
+                drop(sender);
+            });
+            // The older one's call goes on waiting on a thread that is left behind with its device.
+            sim.fail("");
+            let is_over = (0..2000).any(|_| {
+                thread::sleep(Duration::from_millis(1));
+                tensorhaul::release_devices();
+                sim.report().live["live.contexts"] == 0
+            });
+            assert!(is_over, "{context}: the thread ends with its call");
+            sim.assert_clean(&context);
+        }
+    }
+}
+
+#[test]
+fn ranks_with_an_older_library_load_as_well() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let model = model(folder.path());
+    let ranks = assemblies(&model, 3, 9);
+    let sim = Sim::new("devices=3;nccl=21304;delay_us=50");
+    let loads: Vec<_> = load_on_all(folder.path(), &model, &ranks).into_iter().map(Result::unwrap).collect();
+    assert_is_expected(&model, &ranks, &loads, "older");
+    assert_eq!(sim.report().calls("ncclCommInitRank"), 3);
+    drop(loads);
+    sim.assert_clean("an older library");
 }
 
 #[test]

@@ -247,8 +247,8 @@ fn load(
     model.check_unchanged(share.plan().reads().iter().map(|read| read.extent.file))?;
 
     let tensors = tensors(model, &share, rank, &memory, id);
-    let told = device.fallbacks().into_iter().map(|(what, why)| Fallback::new(what, why));
-    fallbacks.extend(told);
+    let told = device.fallbacks().into_iter().chain(exchange.fallbacks());
+    fallbacks.extend(told.map(|(what, why)| Fallback::new(what, why)));
     fallbacks.extend(devices::placement_fallback(id, &ring));
     let mut engines: Vec<_> = lanes.iter().map(|lane| lane.engine.name()).collect();
     engines.dedup();

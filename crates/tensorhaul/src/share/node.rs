@@ -91,10 +91,5 @@ pub fn node_exchange(
     };
     let device = devices::open(device)?;
     let control = Control::meet(launched, rendezvous)?;
-    let (mut control, mut connected) = (Some(control), None);
-    device.enter(&mut || {
-        connected = control.take().map(|control| Nccl::connect(vendor, control));
-    })?;
-    let connected = connected.expect("a device that is entered runs what it was given");
-    Ok(Box::new(connected?))
+    Ok(Box::new(Nccl::connect(vendor, &device, control)?))
 }
