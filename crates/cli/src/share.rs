@@ -7,9 +7,9 @@ use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use serde::Serialize;
 use tensorhaul::exchange::{Launched, launch};
-use tensorhaul::parallel::Ranks;
-use tensorhaul::share::{Carrier, NodeOptions, SharedReport, launched, node_exchange};
-use tensorhaul::{DeviceId, LoadOptions, Model, SharePromised};
+use tensorhaul::parallel::{Ranks, Unfused};
+use tensorhaul::share::{Carrier, NodeOptions, SharedReport, launched, node_device, node_exchange};
+use tensorhaul::{DeviceId, LoadOptions, Model, OverRead, SharePromised};
 
 use crate::arguments::Selection;
 use crate::failure::{Failure, Outcome};
@@ -61,8 +61,7 @@ pub(crate) fn load(
     };
     let ranks = of_node(&selection.sharing, &launched)?;
     let own = ranks[launched.local_rank as usize].clone();
-    let on_own = || of_rank(tensorhaul::default_device(), launched.local_rank);
-    let device = selection.device().unwrap_or_else(on_own);
+    let device = selection.device().unwrap_or_else(|| node_device(&launched));
     let options = complete(selection.options_on(model, true, device)?);
     let assemblies = model.assemblies(&options, ranks)?;
     // What all refuse is refused before anybody waits.
@@ -89,30 +88,38 @@ pub(crate) fn print_plan(model: &Model, selection: &Selection, as_json: bool) ->
     let ranks: Vec<_> = (0..).zip(ranks).map(of_rank).collect();
     let promised = share.plan().promised();
     if as_json {
-        let (needed_bytes, read_bytes) = (promised.needed_bytes, promised.read_bytes);
-        return print_json(&NodeShare { ranks, needed_bytes, read_bytes, rounds: share.round_count() });
+        return print_json(&NodeShare {
+            ranks,
+            needed_bytes: promised.needed_bytes,
+            read_bytes: promised.read_bytes,
+            rounds: share.round_count(),
+            over_reads: share.plan().over_reads(),
+            unfused: share.plan().unfused(),
+        });
     }
     let mut text = format!(
-        "{:<28} {:>18} {:>18} {:>18} {:>18} {:>16} {:>16}\n",
+        "{:<28} {:>18} {:>18} {:>18} {:>18} {:>16} {:>16} {:>16}\n",
         "rank",
         "resident bytes",
         "read bytes",
         "sent bytes",
         "received bytes",
         "exchange bytes",
-        "transient bytes"
+        "transient bytes",
+        "carrier bytes"
     );
     for RankShare { ranks, promised } in &ranks {
         let _ = writeln!(
             text,
-            "{:<28} {:>18} {:>18} {:>18} {:>18} {:>16} {:>16}",
+            "{:<28} {:>18} {:>18} {:>18} {:>18} {:>16} {:>16} {:>16}",
             ranks.to_string(),
             grouped(promised.target_bytes),
             grouped(promised.read_bytes),
             grouped(promised.sent_bytes),
             grouped(promised.received_bytes),
             grouped(promised.exchange_bytes()),
-            grouped(promised.transient_bytes)
+            grouped(promised.transient_bytes),
+            grouped(promised.carrier_bytes)
         );
     }
     let over = promised.read_bytes as f64 / promised.needed_bytes.max(1) as f64;
@@ -123,6 +130,12 @@ pub(crate) fn print_plan(model: &Model, selection: &Selection, as_json: bool) ->
         grouped(promised.needed_bytes),
         count(share.round_count() as u64, "round")
     );
+    for sum in OverRead::sums(share.plan().over_reads()) {
+        let _ = writeln!(text, "{}, because {}", printable(&sum.to_string()), sum.worst.reason);
+    }
+    for unfused in share.plan().unfused() {
+        let _ = writeln!(text, "not fused: {}", printable(&unfused.to_string()));
+    }
     print(text)
 }
 
@@ -154,9 +167,13 @@ pub(crate) fn text(path: &str, ranks: &Ranks, report: &SharedReport) -> String {
         count(report.rounds, "round"),
         printable(&report.exchange)
     );
+    let carrier = match &*report.exchange {
+        "sockets" => format!("; on the host at most {} for messages", bytes(report.carrier_bytes)),
+        _ => String::new(),
+    };
     let _ = writeln!(
         text,
-        "  memory    staging {}; exchange {}, sources {} (free again)",
+        "  memory    staging {}; exchange {}, sources {} (free again){carrier}",
         bytes(report.peak_staging_bytes),
         bytes(report.exchange_bytes),
         bytes(report.transient_bytes)
@@ -169,11 +186,13 @@ pub(crate) fn text(path: &str, ranks: &Ranks, report: &SharedReport) -> String {
 
 /// What the ranks of a node would do.
 #[derive(Serialize)]
-struct NodeShare {
+struct NodeShare<'s> {
     ranks: Vec<RankShare>,
     needed_bytes: u64,
     read_bytes: u64,
     rounds: usize,
+    over_reads: &'s [OverRead],
+    unfused: &'s [Unfused],
 }
 
 /// What one of them would do.
@@ -196,13 +215,4 @@ fn of_node(sharing: &Sharing, launched: &Launched) -> Result<Vec<Ranks>, Failure
         return Err(Failure::of_request(&what));
     };
     Ok(all.drain(first as usize..(first + local_size) as usize).collect())
-}
-
-/// Returns the device of the same kind with a rank's number.
-fn of_rank(device: DeviceId, local_rank: u32) -> DeviceId {
-    match device {
-        DeviceId::Cuda(_) => DeviceId::Cuda(local_rank),
-        DeviceId::Rocm(_) => DeviceId::Rocm(local_rank),
-        other => other,
-    }
 }

@@ -12,13 +12,14 @@ mod deal;
 mod pack;
 mod text;
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
 use serde::Serialize;
 
-use crate::assembly::{Assembled, Assembly, Source};
+use crate::assembly::{Assembled, Assembly, Padding, Source};
 use crate::checkpoint::Checkpoint;
 use crate::in_place::InPlace;
 use crate::machine::Machine;
@@ -34,6 +35,8 @@ use deal::Progress;
 #[derive(Clone, Debug)]
 pub struct Share {
     plan: Plan,
+    /// What of all ranks' assemblies is planned.
+    assembly: Arc<Assembly>,
     /// By round, then by rank.
     rounds: Vec<Vec<Turn>>,
     /// By rank.
@@ -139,6 +142,8 @@ pub struct SharePromised {
     pub operations: u64,
     /// Device memory for sources of operations, which is free again when the load is over.
     pub transient_bytes: u64,
+    /// Host memory for the messages of its longest round, both ways: what a carrier takes that stops there. Links take none.
+    pub carrier_bytes: u64,
 }
 
 impl SharePromised {
@@ -182,8 +187,9 @@ impl Share {
         {
             return Err(ShareError::Made { name: tensor.name.clone() });
         }
+        let assembly = Arc::new(together(checkpoint, assemblies, request)?);
         let mut of_all = Request::of(Select::All);
-        of_all.assembly = Some(Arc::new(together(checkpoint, assemblies, request)?));
+        of_all.assembly = Some(Arc::clone(&assembly));
         of_all.over_read_max = request.over_read_max;
         of_all.dequantize = request.dequantize.clone();
         of_all.transient_bytes_max = request.transient_bytes_max;
@@ -191,7 +197,7 @@ impl Share {
         let plan = Plan::new(checkpoint, &of_all, &machine)?;
         let rounds = rounds(&plan, size);
         let promised = (0..size as u32).map(|rank| promise(&plan, &rounds, rank)).collect();
-        Ok(Share { plan, rounds, promised })
+        Ok(Share { plan, assembly, rounds, promised })
     }
 
     /// Returns the number of ranks.
@@ -237,6 +243,15 @@ impl Share {
         own.map(|tensor| (own_name(self.plan.name(tensor)), tensor))
     }
 
+    /// Returns the rows that tensors of a rank have behind their end where they are used, each with the tensor's name there. They are in no
+    /// file, and no load writes them.
+    pub fn padding(&self, rank: u32) -> impl Iterator<Item = (&str, u64)> {
+        let padded = |padding: &Padding| (&self.assembly.tensors[padding.tensor as usize], padding.rows);
+        let padded = self.assembly.padding.iter().map(padded);
+        let own = padded.filter(move |(tensor, _)| tensor.device == Share::stand_in(rank));
+        own.map(|(tensor, rows)| (own_name(&tensor.name), rows))
+    }
+
     /// Returns the allocations that a rank's tensors live in, with their places in [`Plan::arenas`].
     pub fn arenas(&self, rank: u32) -> impl Iterator<Item = (u32, &Arena)> {
         let numbered = (0..).zip(self.plan.arenas());
@@ -271,14 +286,29 @@ fn together(
     };
     let tensors = (0..).zip(assemblies).flat_map(of_rank).collect();
     let all = Assembly { tensors, ..Assembly::default() };
-    let mut tensors: Vec<_> =
-        all.selected(checkpoint, request)?.into_iter().map(|place| all.tensors[place].clone()).collect();
+    let kept = all.selected(checkpoint, request)?;
+    let padding = padding_of(assemblies, &kept);
+    let mut tensors: Vec<_> = kept.into_iter().map(|place| all.tensors[place].clone()).collect();
     for tensor in &mut tensors {
         tensor.name = format!("rank{}{RANK_END}{}", rank_of_device(tensor.device), tensor.name);
     }
     // Ranks of one model are of one partition.
     let unfused = assemblies.first().map_or(Vec::new(), |assembly| assembly.unfused.clone());
-    Ok(Assembly { tensors, padding: Vec::new(), unfused })
+    Ok(Assembly { tensors, padding, unfused })
+}
+
+/// Returns the padding of the tensors that are kept, by their places behind one another.
+fn padding_of(assemblies: &[Assembly], kept: &[usize]) -> Vec<Padding> {
+    let mut rows = BTreeMap::new();
+    let mut before = 0;
+    for assembly in assemblies {
+        let padding = assembly.padding.iter();
+        rows.extend(padding.map(|padding| (before + padding.tensor as usize, padding.rows)));
+        before += assembly.tensors.len();
+    }
+    let of_kept =
+        |(tensor, place): (u32, &usize)| rows.get(place).map(|rows| Padding { tensor, rows: *rows });
+    (0..).zip(kept).filter_map(of_kept).collect()
 }
 
 /// Returns a name without the rank that [`together`] put before it.
@@ -341,8 +371,11 @@ fn promise(plan: &Plan, rounds: &[Vec<Turn>], rank: u32) -> SharePromised {
         promised.reads += turn.reads.len() as u64;
         promised.read_bytes += reads.sum::<u64>();
         promised.operations += turn.operations.len() as u64;
-        promised.sent_bytes += turn.sends.iter().map(|send| send.len_bytes).sum::<u64>();
-        promised.received_bytes += turn.receives.iter().map(|receive| receive.len_bytes).sum::<u64>();
+        let sent_bytes: u64 = turn.sends.iter().map(|send| send.len_bytes).sum();
+        let received_bytes: u64 = turn.receives.iter().map(|receive| receive.len_bytes).sum();
+        promised.sent_bytes += sent_bytes;
+        promised.received_bytes += received_bytes;
+        promised.carrier_bytes = promised.carrier_bytes.max(sent_bytes + received_bytes);
         let send_end = turn.packed.last().map_or(0, |packed| packed.offset_bytes + packed.len_bytes());
         let receive_end = turn.receives.iter().filter_map(|receive| match receive.landing {
             Landing::Buffered(offset_bytes) => Some(offset_bytes + receive.len_bytes),

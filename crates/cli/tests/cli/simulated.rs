@@ -14,7 +14,7 @@ fn on_machine(machine: &str, args: &[&str]) -> Ran {
 }
 
 /// Cargo puts a package's dynamic library beside the tests that depend on it.
-fn simulator() -> PathBuf {
+pub(crate) fn simulator() -> PathBuf {
     let test = std::env::current_exe().unwrap();
     let path = test.parent().unwrap().join("libsimgpu.so");
     assert!(path.exists(), "{}", path.display());

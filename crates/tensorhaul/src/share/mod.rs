@@ -26,12 +26,14 @@ use crate::lanes::Reading;
 use crate::loaded::{Entry, Tensors};
 use crate::model::{Inner, Model};
 use crate::options::{Handover, LoadOptions, Preference};
+use crate::over_read;
+use crate::parallel;
 use crate::probed::{Probed, Temperatures};
 use crate::quantized;
 use crate::report::Fallback;
 use crate::tensor::{Storage, Tensor};
 use memory::Memory;
-pub use node::{Carrier, NodeOptions, launched, node_exchange};
+pub use node::{Carrier, NodeOptions, launched, node_device, node_exchange};
 use rounds::Rounds;
 
 /// One rank's tensors, and the report of how they came.
@@ -77,6 +79,8 @@ pub struct SharedReport {
     pub rounds: u64,
     /// Device memory that the exchange took, free again now.
     pub exchange_bytes: u64,
+    /// The most host memory that the exchange took for messages, as the share promises it; sockets do, links take none.
+    pub carrier_bytes: u64,
     /// The most staging memory that was in use.
     pub peak_staging_bytes: u64,
     /// Tensors, or parts of them, that it dequantized.
@@ -207,6 +211,8 @@ fn load(
         let what = "storage is read by way of the host instead of straight into the device";
         fallbacks.push(Fallback::new(what, "a rank that shares its reading reads for others"));
     }
+    fallbacks.extend(parallel::fallbacks(share.plan()));
+    fallbacks.extend(over_read::fallbacks(share.plan()));
     if options.dequantization.is_some() {
         fallbacks.extend(quantized::warnings(model)?);
     }
@@ -269,6 +275,7 @@ fn load(
         received_bytes: counts.received_bytes,
         rounds: share.round_count() as u64,
         exchange_bytes: memory.exchange_bytes(),
+        carrier_bytes: promised.carrier_bytes,
         operations: counts.operations,
         transient_bytes: promised.transient_bytes,
         peak_staging_bytes: ring.peak_bytes(),

@@ -4,13 +4,13 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-use tensorhaul_exchange::{
-    Control, Exchange, InProcess, Launched, Nccl, Rendezvous, Sockets, Vendor, launch,
-};
+use tensorhaul_exchange::Vendor as Library;
+use tensorhaul_exchange::{Control, Exchange, InProcess, Launched, Nccl, Rendezvous, Sockets, launch};
 use tensorhaul_plan::DeviceId;
 
 use crate::devices;
 use crate::error::{Error, Result};
+use crate::vendors::Vendor;
 
 /// How the ranks of a node find each other, where the defaults do not do.
 #[derive(Clone, Debug, Default)]
@@ -54,6 +54,19 @@ pub fn launched() -> Result<Option<Launched>> {
     Ok(launch::launched(lookup)?)
 }
 
+/// Returns the device of this rank where none is named: of the kind of [`default_device`](crate::default_device), the one that has the
+/// rank's number on the node. Where the launcher shows each rank a GPU of its own, it is the only one there is.
+pub fn node_device(launched: &Launched) -> DeviceId {
+    let device = devices::default_device();
+    let driver = Vendor::of(device).and_then(|vendor| (vendor.driver)().ok());
+    let Some(driver) = driver else { return device };
+    match driver.device_count() {
+        Ok(1) => device,
+        // A number that there is not is told when the device is opened.
+        _ => driver.device_id(launched.local_rank),
+    }
+}
+
 /// Connects this process, which loads onto `device`, to the other ranks of its node. Waits for all of them. Each has a device of its own.
 ///
 /// # Errors
@@ -64,18 +77,19 @@ pub fn node_exchange(
     device: DeviceId,
     options: &NodeOptions,
 ) -> Result<Box<dyn Exchange>> {
-    let mut rendezvous = match &options.path {
-        Some(path) => Rendezvous { path: path.clone(), ..Rendezvous::of(launched)? },
-        None => Rendezvous::of(launched)?,
-    };
-    rendezvous.timeout = options.timeout.unwrap_or(rendezvous.timeout);
+    let timeout = options.timeout.unwrap_or(TIMEOUT_DEFAULT);
     if launched.local_size == 1 {
-        let alone = InProcess::ranks(1, rendezvous.timeout).pop();
+        let alone = InProcess::ranks(1, timeout).pop();
         return Ok(Box::new(alone.expect("one rank was asked for")));
     }
+    let path = match &options.path {
+        Some(path) => path.clone(),
+        None => Rendezvous::of(launched)?.path,
+    };
+    let rendezvous = Rendezvous { path, timeout };
     let links = match device {
-        DeviceId::Cuda(_) => Some(Vendor::Nccl),
-        DeviceId::Rocm(_) => Some(Vendor::Rccl),
+        DeviceId::Cuda(_) => Some(Library::Nccl),
+        DeviceId::Rocm(_) => Some(Library::Rccl),
         _ => None,
     };
     let vendor = match (options.carrier, links) {
@@ -93,3 +107,6 @@ pub fn node_exchange(
     let control = Control::meet(launched, rendezvous)?;
     Ok(Box::new(Nccl::connect(vendor, &device, control)?))
 }
+
+/// Ranks come when their process has imported what it imports.
+const TIMEOUT_DEFAULT: Duration = Duration::from_secs(300);

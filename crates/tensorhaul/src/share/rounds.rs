@@ -111,8 +111,7 @@ impl Rounds<'_> {
                     turns.moved.engines += counts;
                 }
             }
-            turns.drain();
-            taken.map(|()| turns.moved)
+            taken.map(|()| turns.moved) // Here the turns go, which waits for the device.
         })
     }
 
@@ -472,6 +471,19 @@ impl Turns<'_> {
             Brought::Operation(_) => None,
         });
         Error::read(error, &model.file_path(read.extent.file as usize), name)
+    }
+}
+
+impl Drop for Turns<'_> {
+    /// However the rounds end, the device is done with their memory before that is anybody else's.
+    ///
+    /// When a callback of the caller's panics, peers are told first: an exchange that waits for them would never let the device be done.
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.cancel.cancel();
+            self.rounds.exchange.abort();
+        }
+        self.drain();
     }
 }
 

@@ -8,12 +8,12 @@ use std::sync::Arc;
 use safetensors::tensor::{Dtype as Stored, TensorView, serialize};
 use serde_json::Value;
 use tempfile::TempDir;
-use tensorhaul::parallel::{Fuse, Parallel, Ranks, Unmatched};
+use tensorhaul::parallel::{Fuse, Parallel, Ranks, Rules, Unmatched};
 use tensorhaul::share::SharedLoaded;
 use tensorhaul::{Assembly, Dequantization, Dtype, ErrorKind, Handover, LoadOptions, Model, Request, Share};
 
 use crate::cut::cut;
-use crate::load_on_all;
+use crate::{assert_told_as_alone, load_on_all, load_on_all_by_sockets};
 
 const TINY_LLAMA: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../examples/models/tiny-llama");
 
@@ -82,7 +82,7 @@ fn tensors(tensors: &tensorhaul::Tensors) -> Tensors {
     tensors.iter().map(one).collect()
 }
 
-/// Loads shared, and compares each rank's tensors with those of a load of its own.
+/// Loads shared, compares each rank's tensors with those of a load of its own, and what is read with the share.
 #[track_caller]
 fn assert_as_alone(
     model: &Model,
@@ -94,6 +94,22 @@ fn assert_as_alone(
     let loads = load_on_all(ranks, |_| model.clone(), |_| options.clone());
     let loads: Vec<SharedLoaded> =
         loads.into_iter().map(|load| load.unwrap_or_else(|error| panic!("{context}: {error:?}"))).collect();
+    assert_are_as_alone(model, dtype, ranks, &loads, context);
+    let share = model.plan_shared(options, ranks).unwrap();
+    let read: u64 = loads.iter().map(|loaded| loaded.report.read_bytes).sum();
+    assert_eq!(read, share.plan().promised().read_bytes, "{context}: what is read together");
+    share
+}
+
+/// Compares each rank's tensors with those of a load of its own.
+#[track_caller]
+fn assert_are_as_alone(
+    model: &Model,
+    dtype: Dtype,
+    ranks: &[Assembly],
+    loads: &[SharedLoaded],
+    context: &str,
+) {
     for (rank, (shared, assembly)) in loads.iter().zip(ranks).enumerate() {
         let mut request = Request::all();
         request.assembly = Some(Arc::new(assembly.clone()));
@@ -113,10 +129,6 @@ fn assert_as_alone(
         );
         assert!(report.peak_staging_bytes <= 128 << 10, "{context}");
     }
-    let share = model.plan_shared(options, ranks).unwrap();
-    let read: u64 = loads.iter().map(|loaded| loaded.report.read_bytes).sum();
-    assert_eq!(read, share.plan().promised().read_bytes, "{context}: what is read together");
-    share
 }
 
 /// Tells whether the share reads hardly more than the checkpoint has: the covers of direct reads add less than two pages each.
@@ -214,4 +226,57 @@ fn assemblies_of_dequantized_tensors_need_the_option_to_dequantize() {
     let error = model.plan_shared(&LoadOptions::default(), &ranks).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::BadRequest);
     assert!(error.to_string().contains("nothing is to be dequantized"), "{error}");
+}
+
+#[test]
+fn packed_bytes_that_sockets_carry_make_the_same_numbers() {
+    let (_folder, model) = blocks();
+    for (size, transient_bytes) in [(2, 600 << 10), (4, 300 << 10)] {
+        let context = format!("{size} ranks by sockets");
+        let options = options(Dtype::Bf16).transient_bytes(transient_bytes);
+        let ranks = model.assemblies(&options, Ranks::all(size, 1, 1)).unwrap();
+        let loads = load_on_all_by_sockets(&model, &ranks, &options);
+        assert!(loads.iter().all(|loaded| loaded.report.operations > 0 && loaded.report.received_bytes > 0));
+        assert_are_as_alone(&model, Dtype::Bf16, &ranks, &loads, &context);
+    }
+}
+
+#[test]
+fn what_stays_unfused_is_told_as_in_a_load_of_ones_own() {
+    let (_folder, model) = blocks();
+    let parallel = Parallel::rank(Ranks::alone()).fuse(Fuse::All);
+    let options = LoadOptions::default().parallel(parallel);
+    let ranks = model.assemblies(&options, Ranks::all(2, 1, 1)).unwrap();
+    assert_eq!(assert_told_as_alone(&model, &ranks, &options), 4, "two fusions on each of two ranks");
+}
+
+#[test]
+fn rows_of_padding_are_stated_for_each_rank() {
+    // 512 words, padded to 800, in 4 shares: 200, 200, 112 with 88 of padding, and none.
+    let rules = r#"{"extends":"LlamaForCausalLM","rules":{
+        "lm_head":{"rule":"vocab","pad_to":100},"embed_tokens":{"rule":"vocab","pad_to":100}}}"#;
+    let (_folder, model) = blocks();
+    let parallel = Parallel::rank(Ranks::alone()).rules(Rules::parse(rules).unwrap());
+    let options = LoadOptions::default().parallel(parallel);
+    let mut ranks = model.assemblies(&options, Ranks::all(4, 1, 1)).unwrap();
+    let padding = |options: &LoadOptions, ranks: &[Assembly], rank| {
+        let share = model.plan_shared(options, ranks).unwrap();
+        share.padding(rank).map(|(name, rows)| (name.to_owned(), rows)).collect::<Vec<_>>()
+    };
+    let of_assembly = |assembly: &Assembly| {
+        let padding = assembly.padding.iter();
+        padding
+            .map(|padding| (assembly.tensors[padding.tensor as usize].name.clone(), padding.rows))
+            .collect::<Vec<_>>()
+    };
+    assert!(ranks.iter().any(|assembly| assembly.padding.len() == 2));
+    ranks.rotate_left(1); // The rank with padding has others behind it.
+    for (rank, assembly) in (0..).zip(&ranks) {
+        assert_eq!(padding(&options, &ranks, rank), of_assembly(assembly), "rank {rank}");
+    }
+    let head = options.request(Request::of(tensorhaul::Select::Globs(vec!["lm_head.*".to_owned()])));
+    let (rank, assembly) = (0..).zip(&ranks).find(|(_, assembly)| !assembly.padding.is_empty()).unwrap();
+    let mut kept = of_assembly(assembly);
+    kept.retain(|(name, _)| name.starts_with("lm_head"));
+    assert_eq!(padding(&head, &ranks, rank), kept, "what is not selected has none");
 }

@@ -7,13 +7,17 @@ mod cut;
 mod dequantize;
 mod llama;
 
+use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use tensorhaul::exchange::{Exchange, InProcess};
-use tensorhaul::share::SharedLoaded;
+use tensorhaul::exchange::{Exchange, InProcess, Launched};
+use tensorhaul::share::{Carrier, NodeOptions, SharedLoaded, node_exchange};
 use tensorhaul::{
-    Assembly, EngineChoice, Error, ErrorKind, FailsAt, Faults, Handover, LoadOptions, Model, Request, Select,
+    Assembled, Assembly, DeviceId, EngineChoice, Error, ErrorKind, FailsAt, Faults, Handover, LoadOptions,
+    Model, Part, Request, Select, Slice,
 };
 
 use llama::{assemblies, expected, files};
@@ -35,6 +39,33 @@ fn load_on_all(
         let loads: Vec<_> = ends.into_iter().enumerate().map(start).collect();
         loads.into_iter().map(|load| load.join().unwrap()).collect()
     })
+}
+
+/// Loads on every rank at once, connected by sockets as processes are.
+fn load_on_all_by_sockets(model: &Model, ranks: &[Assembly], options: &LoadOptions) -> Vec<SharedLoaded> {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let folder = folder.path();
+    thread::scope(|scope| {
+        let start = |rank| {
+            scope.spawn(move || {
+                let exchange = meet(rank, ranks.len() as u32, folder);
+                let loaded = model.load_shared(options, ranks, &*exchange).unwrap();
+                assert_eq!(loaded.report.exchange, "sockets");
+                loaded
+            })
+        };
+        let loads: Vec<_> = (0..ranks.len() as u32).map(start).collect();
+        loads.into_iter().map(|load| load.join().unwrap()).collect()
+    })
+}
+
+/// Meets the other ranks of a node, whatever the launcher.
+fn meet(rank: u32, size: u32, folder: &Path) -> Box<dyn Exchange> {
+    let (job, launcher) = ("a-job".to_owned(), "the test");
+    let launched = Launched { rank, size, local_rank: rank, local_size: size, job, launcher };
+    let (path, carrier) = (Some(folder.join("ranks.sock")), (size > 1).then_some(Carrier::Sockets));
+    let node = NodeOptions { path, carrier, timeout: Some(TIMEOUT) };
+    node_exchange(&launched, DeviceId::Host, &node).unwrap()
 }
 
 fn options() -> LoadOptions {
@@ -276,4 +307,131 @@ fn what_a_shared_load_does_not_do_is_refused() {
     let end = &InProcess::ranks(3, TIMEOUT)[0];
     let error = model.load_shared(&options(), &ranks, end).unwrap_err();
     assert!(error.to_string().contains("2 assemblies are given for 3 ranks"), "{error}");
+}
+
+#[test]
+fn a_panic_in_one_ranks_progress_ends_the_load_on_all_and_names_the_rank() {
+    let model = Model::from_memory(files(), Faults::default()).unwrap();
+    let ranks = assemblies(&model, 3, 15);
+    let ends = InProcess::ranks(3, TIMEOUT);
+    let loads: Vec<_> = thread::scope(|scope| {
+        let start = |end: InProcess| {
+            let (model, ranks) = (&model, &ranks);
+            let panics = end.rank() == 1;
+            let options = options().staging_bytes(64 << 10).on_progress(move |progress| {
+                assert!(!panics || progress.read_bytes * 2 < progress.total_bytes, "the caller's own");
+            });
+            scope.spawn(move || model.load_shared(&options, ranks, &end).map(drop))
+        };
+        let loads: Vec<_> = ends.into_iter().map(start).collect();
+        loads.into_iter().map(thread::ScopedJoinHandle::join).collect()
+    });
+    for (rank, load) in loads.into_iter().enumerate() {
+        match load {
+            Err(panicked) => {
+                assert_eq!((rank, panicked.downcast_ref::<&str>()), (1, Some(&"the caller's own")));
+            }
+            Ok(load) => {
+                let error = load.unwrap_err().to_string();
+                assert!(rank != 1 && error.contains("rank 1 of the node failed or ended"), "{rank}: {error}");
+            }
+        }
+    }
+}
+
+/// One tensor of which a rank wants a few bytes of each row.
+fn short_pieces() -> (Model, Vec<Assembly>) {
+    let (rows, cols) = (1 << 15, 64);
+    let bytes = vec![7; rows * cols];
+    let view = safetensors::tensor::TensorView::new(safetensors::Dtype::U8, vec![rows, cols], &bytes);
+    let file = safetensors::tensor::serialize([("w", view.unwrap())], None).unwrap();
+    let model =
+        Model::from_memory(vec![("m.safetensors".to_owned(), file.into())], Faults::default()).unwrap();
+    let source = tensorhaul::assembly::Source::Stored(model.checkpoint().find("w").unwrap().id);
+    let slice = Slice::new(vec![0..rows as u64, 0..8]);
+    let parts = vec![Part { source, slice, at: vec![0, 0] }];
+    let tensor =
+        Assembled { name: "w".to_owned(), shape: vec![rows as u64, 8], device: DeviceId::Host, parts };
+    let ranks = vec![Assembly { tensors: vec![tensor], ..Assembly::default() }];
+    (model, ranks)
+}
+
+/// What a load tells of tensors that stay unfused and of bytes that are read in vain.
+fn told(fallbacks: &[tensorhaul::Fallback]) -> Vec<(&str, &str)> {
+    let of_plan = |what: &str| what.contains("stays unfused") || what.contains("read in vain");
+    let told = fallbacks.iter().filter(|fallback| of_plan(&fallback.what));
+    told.map(|fallback| (fallback.what.as_str(), fallback.why.as_str())).collect()
+}
+
+/// Loads shared, and compares what each rank is told with what a load of its own tells; returns how much that is.
+#[track_caller]
+fn assert_told_as_alone(model: &Model, ranks: &[Assembly], options: &LoadOptions) -> usize {
+    let loads = load_on_all(ranks, |_| model.clone(), |_| options.clone());
+    let mut count = 0;
+    for (load, assembly) in loads.into_iter().zip(ranks) {
+        let mut request = Request::all();
+        request.assembly = Some(Arc::new(assembly.clone()));
+        let alone = LoadOptions::default().handover(Handover::Private).request(request);
+        let alone = model.load(&alone).unwrap().report.fallbacks;
+        assert_eq!(told(&load.unwrap().report.fallbacks), told(&alone));
+        count += told(&alone).len();
+    }
+    count
+}
+
+#[test]
+fn what_is_read_in_vain_is_told_as_in_a_load_of_ones_own() {
+    let (model, ranks) = short_pieces();
+    assert_eq!(assert_told_as_alone(&model, &ranks, &options()), 1);
+}
+
+#[test]
+fn a_carrier_of_the_hosts_has_the_longest_round_to_hold() {
+    let model = Model::from_memory(files(), Faults::default()).unwrap();
+    let ranks = assemblies(&model, 4, 16);
+    let share = model.plan_shared(&options(), &ranks).unwrap();
+    for (rank, loaded) in load_on_all_by_sockets(&model, &ranks, &options()).iter().enumerate() {
+        let turns = (0..share.round_count()).map(|round| &share.round(round)[rank]);
+        let longest = turns.map(|turn| {
+            let sent = turn.sends.iter().map(|send| send.len_bytes);
+            sent.chain(turn.receives.iter().map(|receive| receive.len_bytes)).sum::<u64>()
+        });
+        let longest = longest.max().unwrap();
+        assert_eq!((loaded.report.carrier_bytes, loaded.report.promised.carrier_bytes), (longest, longest));
+        assert!(longest > 0);
+    }
+    let alone = assemblies(&model, 1, 16);
+    assert_eq!(model.plan_shared(&options(), &alone).unwrap().promised(0).carrier_bytes, 0);
+}
+
+#[test]
+fn one_rank_and_a_path_that_is_given_need_no_folder_to_meet_in() {
+    const CHILD: &str = "TENSORHAUL_TEST_WITHOUT_FOLDER";
+    if std::env::var_os(CHILD).is_none() {
+        let name = "one_rank_and_a_path_that_is_given_need_no_folder_to_meet_in";
+        // There is no folder for those who meet by a job's name.
+        let mut child = Command::new(std::env::current_exe().unwrap());
+        child.args(["--exact", name]).env(CHILD, "1").env("TMPDIR", "/nowhere");
+        child.env_remove("TENSORHAUL_RENDEZVOUS");
+        let output = child.output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+        return;
+    }
+    let launched = |size| Launched {
+        rank: 0,
+        size,
+        local_rank: 0,
+        local_size: size,
+        job: "a-job".to_owned(),
+        launcher: "the test",
+    };
+    assert!(node_exchange(&launched(2), DeviceId::Host, &NodeOptions::default()).is_err());
+    assert_eq!(node_exchange(&launched(1), DeviceId::Host, &NodeOptions::default()).unwrap().size(), 1);
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let folder = folder.path();
+    thread::scope(|scope| {
+        for rank in 0..2 {
+            scope.spawn(move || assert_eq!(meet(rank, 2, folder).rank(), rank));
+        }
+    });
 }
