@@ -218,8 +218,7 @@ fn ranks_that_load_different_things_are_told_so() {
 fn a_rank_that_never_comes_is_an_error_after_a_while() {
     let model = Model::from_memory(files(), Faults::default()).unwrap();
     let ranks = assemblies(&model, 2, 9);
-    let mut ends = InProcess::ranks(2, Duration::from_millis(50));
-    ends.truncate(1);
+    let ends = InProcess::ranks(2, Duration::from_millis(50));
     let error = model.load_shared(&options(), &ranks, &ends[0]).unwrap_err();
     assert!(error.to_string().contains("rank 1 of the node did not come within 0.05 s"), "{error}");
     assert!(ends[0].check().is_err(), "the exchange is of no more use");
