@@ -35,6 +35,9 @@ pub struct Rendezvous {
 }
 
 impl Rendezvous {
+    /// How long ranks wait where nobody says otherwise.
+    pub const TIMEOUT_DEFAULT: Duration = Duration::from_secs(300);
+
     /// Returns the place of a job: what [`RENDEZVOUS_VARIABLE`] says, else a name made of the job in a folder that only this user
     /// enters.
     ///
@@ -45,7 +48,7 @@ impl Rendezvous {
             Some(path) => path.into(),
             None => own_folder()?.join(file_name(&launched.job)),
         };
-        Ok(Rendezvous { path, timeout: TIMEOUT_DEFAULT })
+        Ok(Rendezvous { path, timeout: Rendezvous::TIMEOUT_DEFAULT })
     }
 }
 
@@ -551,8 +554,6 @@ const MEETING_POLL: Duration = Duration::from_millis(5);
 
 /// A rank says which it is as soon as it has connected.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
-
-const TIMEOUT_DEFAULT: Duration = Duration::from_secs(300);
 
 /// Names another path for the ranks' socket, the same on all ranks of a node.
 pub const RENDEZVOUS_VARIABLE: &str = "TENSORHAUL_RENDEZVOUS";

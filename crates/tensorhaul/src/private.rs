@@ -138,6 +138,10 @@ fn attempt(model: &Inner, options: &LoadOptions, cancel: &Cancel, emit: &mut Emi
         fallbacks.extend(storages.iter().filter_map(|storage| storage.staged_fallback(&plan)));
         fallbacks.extend(parallel::fallbacks(&plan));
         fallbacks.extend(over_read::fallbacks(&plan));
+        // Ranks of one process have parts of the same tensors; only a map asks for copies.
+        if mapping::replicates(&request) {
+            fallbacks.extend(out_of_reach(&plan, &assignment));
+        }
         if options.dequantization.is_some() {
             fallbacks.extend(quantized::warnings(model)?);
         }
@@ -301,7 +305,6 @@ impl Load<'_> {
                             .extend(ring.as_ref().and_then(|ring| devices::placement_fallback(*id, ring)));
                     }
                     fallbacks.extend(late_fallbacks(&done, &prepared));
-                    fallbacks.extend(out_of_reach(plan, assignment));
                     let engine = engine_name(&lanes);
                     return Ok(Read { rings, prepared, started_at, done, engine, fallbacks });
                 }

@@ -1,8 +1,8 @@
-//! What `doctor` says of a machine with accelerators, over simulated drivers.
+//! What the command says of a machine with accelerators, over simulated drivers.
 
 use std::path::PathBuf;
 
-use crate::{Ran, command};
+use crate::{Ran, command, tiny_llama};
 
 /// Runs the command on a simulated machine, on which both vendors' libraries are the simulator.
 fn on_machine(machine: &str, args: &[&str]) -> Ran {
@@ -94,4 +94,14 @@ fn a_device_that_does_not_open_is_told_and_the_others_are_tried() {
     assert!(refused["why"].as_str().unwrap().contains("cuDevicePrimaryCtxRetain failed with 46"), "{value}");
     let storage = value["direct_storage"].as_array().unwrap();
     assert_eq!(storage.iter().filter(|fact| fact["kind"] == "cuFile").count(), 1, "{value}");
+}
+
+#[test]
+fn ranks_on_devices_of_one_process_miss_no_copies_of_each_other() {
+    let args = ["load", tiny_llama(), "--json", "--unmatched", "replicate", "--tp-devices", "cuda:0,cuda:1"];
+    for machine in ["devices=2", "devices=2;peers=0"] {
+        let value = on_machine(machine, &args).json();
+        assert_eq!(value["devices"].as_array().unwrap().len(), 2, "{value}");
+        assert_eq!(value["fallbacks"].as_array().unwrap().len(), 0, "{machine}: {value}");
+    }
 }

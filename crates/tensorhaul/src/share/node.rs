@@ -77,7 +77,7 @@ pub fn node_exchange(
     device: DeviceId,
     options: &NodeOptions,
 ) -> Result<Box<dyn Exchange>> {
-    let timeout = options.timeout.unwrap_or(TIMEOUT_DEFAULT);
+    let timeout = options.timeout.unwrap_or(Rendezvous::TIMEOUT_DEFAULT);
     if launched.local_size == 1 {
         let alone = InProcess::ranks(1, timeout).pop();
         return Ok(Box::new(alone.expect("one rank was asked for")));
@@ -107,6 +107,3 @@ pub fn node_exchange(
     let control = Control::meet(launched, rendezvous)?;
     Ok(Box::new(Nccl::connect(vendor, &device, control)?))
 }
-
-/// Ranks come when their process has imported what it imports.
-const TIMEOUT_DEFAULT: Duration = Duration::from_secs(300);
