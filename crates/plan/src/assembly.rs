@@ -3,8 +3,10 @@
 use std::fmt;
 
 use serde::Serialize;
+use smallvec::SmallVec;
 
 use crate::checkpoint::TensorId;
+use crate::dims::Dims;
 use crate::placement::DeviceId;
 use crate::slice::Slice;
 
@@ -56,12 +58,12 @@ pub struct Assembled {
     /// Its name in the result.
     pub name: String,
     /// Its shape in elements, outermost first.
-    pub shape: Vec<u64>,
+    pub shape: Dims,
     /// The memory it is handed over in.
     pub device: DeviceId,
     /// What it is made of: disjoint parts that cover the shape. One at least, which says the dtype: an empty one where the shape has no
     /// elements.
-    pub parts: Vec<Part>,
+    pub parts: SmallVec<[Part; 1]>,
 }
 
 /// A part of a stored or dequantized tensor, and where it lies in the result.
@@ -73,7 +75,7 @@ pub struct Part {
     pub slice: Slice,
     /// Index of its first element in the assembled tensor, one number a dimension of that tensor. Where that has one dimension more than
     /// the source, the first number is the place in the stack.
-    pub at: Vec<u64>,
+    pub at: Dims,
 }
 
 /// What a part is cut from.

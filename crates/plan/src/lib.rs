@@ -30,6 +30,7 @@
 pub mod assembly;
 pub mod checkpoint;
 pub mod device_map;
+pub mod dims;
 pub mod dtype;
 pub mod extent;
 pub mod header;
@@ -49,6 +50,7 @@ mod text;
 pub use assembly::{Assembled, Assembly, Padding, Part, Unfused};
 pub use checkpoint::{Checkpoint, File, TensorId, TensorRef};
 pub use device_map::{DeviceMap, DeviceMapError};
+pub use dims::Dims;
 pub use dtype::{Dtype, DtypeKind, numel};
 pub use extent::{Extent, Stride};
 pub use header::{Header, HeaderError, TensorInfo};

@@ -6,7 +6,7 @@ mod promised;
 mod read;
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use crate::assembly::Unfused;
 use crate::checkpoint::{Checkpoint, TensorId};
@@ -17,6 +17,7 @@ use crate::request::Request;
 use crate::schedule;
 pub use error::PlanError;
 pub use operation::{Operation, Source};
+pub(crate) use promised::Vain;
 pub use promised::{OverRead, OverReadReason, OverReadSum, Promised, Staged};
 pub use read::{Brought, Copy, Read, Steps, Target};
 
@@ -32,7 +33,9 @@ pub struct Plan {
     pub(crate) brought: Vec<Brought>,
     pub(crate) names: Vec<String>,
     pub(crate) dims: Vec<u64>,
-    pub(crate) over_reads: Vec<OverRead>,
+    /// What is read in vain beyond the bound, the worst first, and the same with names, which few ask for.
+    pub(crate) vain: Vec<Vain>,
+    pub(crate) over_reads: OnceLock<Vec<OverRead>>,
     pub(crate) unfused: Vec<Unfused>,
     pub(crate) machine: Machine,
     pub(crate) promised: Promised,
@@ -136,7 +139,12 @@ impl Plan {
     /// Returns tensors for which more is read than the request allows on the whole, the worst first: as few as account for what is too
     /// much. None where the plan stays inside its bound.
     pub fn over_reads(&self) -> &[OverRead] {
-        &self.over_reads
+        let named = |vain: &Vain| OverRead {
+            name: self.checkpoint.tensor(vain.id).info.name.to_owned(),
+            over_bytes: vain.over_bytes,
+            reason: vain.reason,
+        };
+        self.over_reads.get_or_init(|| self.vain.iter().map(named).collect())
     }
 
     /// Returns what was to be fused and is not.

@@ -4,7 +4,9 @@ use std::fmt;
 use std::ops::Range;
 
 use serde::Serialize;
+use smallvec::{SmallVec, smallvec};
 
+use crate::dims::Dims;
 use crate::dtype::Dtype;
 use crate::plan::Steps;
 
@@ -15,7 +17,7 @@ use crate::plan::Steps;
 /// dimension are errors, never clamped.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Slice {
-    ranges: Vec<SliceRange>,
+    ranges: SmallVec<[SliceRange; 2]>,
 }
 
 /// Elements `start`, `start + step`, ... below `stop` of one dimension.
@@ -58,23 +60,23 @@ impl fmt::Display for SliceRange {
 
 impl Slice {
     /// Keeps `ranges[d]` of dimension `d`.
-    pub fn new(ranges: impl Into<Vec<Range<u64>>>) -> Slice {
-        Slice { ranges: ranges.into().into_iter().map(SliceRange::from).collect() }
+    pub fn new(ranges: impl IntoIterator<Item = Range<u64>>) -> Slice {
+        Slice::with_steps(ranges.into_iter().map(SliceRange::from))
     }
 
     /// Keeps every `step`-th element of a range, for each dimension.
-    pub fn with_steps(ranges: impl Into<Vec<SliceRange>>) -> Slice {
-        Slice { ranges: ranges.into() }
+    pub fn with_steps(ranges: impl IntoIterator<Item = SliceRange>) -> Slice {
+        Slice { ranges: ranges.into_iter().collect() }
     }
 
     /// Keeps these rows: a range of dimension 0.
     pub fn rows(range: Range<u64>) -> Slice {
-        Slice { ranges: vec![range.into()] }
+        Slice { ranges: smallvec![range.into()] }
     }
 
     /// Keeps everything.
     pub const fn whole() -> Slice {
-        Slice { ranges: Vec::new() }
+        Slice { ranges: SmallVec::new_const() }
     }
 
     /// Returns the ranges as given.
@@ -87,7 +89,7 @@ impl Slice {
     /// # Errors
     /// [`SliceError`] when the slice has more dimensions than the tensor, a step is 0, or a range is backwards or leaves its
     /// dimension.
-    pub fn shape(&self, whole: &[u64]) -> Result<Vec<u64>, SliceError> {
+    pub fn shape(&self, whole: &[u64]) -> Result<Dims, SliceError> {
         self.check(whole)?;
         Ok((0..whole.len()).map(|dim| self.range(dim, whole).len()).collect())
     }
@@ -196,16 +198,6 @@ impl Slice {
         }
         Ok(pieces)
     }
-}
-
-/// Returns the elements between neighbours of each dimension, where the last is contiguous.
-pub(crate) fn row_major(shape: &[u64]) -> Vec<u64> {
-    let mut strides = vec![1u64; shape.len()];
-    for dim in (1..shape.len()).rev() {
-        // Saturated only beside a dimension of 0, where nothing has an address.
-        strides[dim - 1] = strides[dim].saturating_mul(shape[dim]);
-    }
-    strides
 }
 
 /// The bytes a slice keeps, as nested loops over equal pieces, and where they go.
@@ -414,10 +406,11 @@ fn gcd(bits: u64) -> u64 {
 #[expect(clippy::single_range_in_vec_init, reason = "a slice of one dimension is one range")]
 mod tests {
     use super::*;
+    use crate::dims::row_major;
     use proptest::prelude::*;
 
     fn kept(shape: &[u64], ranges: &[Range<u64>]) -> (u64, Vec<u64>) {
-        let pieces = Slice::new(ranges).pieces(Dtype::U8, shape).unwrap();
+        let pieces = Slice::new(ranges.to_vec()).pieces(Dtype::U8, shape).unwrap();
         (pieces.piece_len_bytes(), pieces.offsets_bytes().collect())
     }
 
@@ -432,8 +425,9 @@ mod tests {
 
     #[test]
     fn a_slice_outside_its_tensor_says_what_the_tensor_has() {
-        let error =
-            |ranges: &[Range<u64>]| Slice::new(ranges).pieces(Dtype::F32, &[4, 6]).unwrap_err().to_string();
+        let error = |ranges: &[Range<u64>]| {
+            Slice::new(ranges.to_vec()).pieces(Dtype::F32, &[4, 6]).unwrap_err().to_string()
+        };
         #[expect(clippy::reversed_empty_ranges, reason = "the error is about one")]
         let backwards = 5..3;
         assert_eq!(error(&[backwards]), "5..3 of dimension 0 is backwards (it has 4 elements)");

@@ -9,8 +9,8 @@ use std::sync::Arc;
 use proptest::prelude::*;
 use tensorhaul_plan::assembly::{Assembled, Assembly, Part, Source};
 use tensorhaul_plan::{
-    Brought, DeviceId, DeviceMap, Dtype, Extent, External, InPlace, Machine, OverReadReason, Plan, PlanError,
-    Request, Select, Slice, SliceRange, Target,
+    Brought, DeviceId, DeviceMap, Dims, Dtype, Extent, External, InPlace, Machine, OverReadReason, Plan,
+    PlanError, Request, Select, Slice, SliceRange, Target,
 };
 
 use support::{Spec, World, execute, naive, world};
@@ -127,10 +127,10 @@ proptest! {
                 let part = Part {
                     source: Source::Stored(stored.id),
                     slice: Slice::with_steps(ranges),
-                    at: vec![0, 0],
+                    at: Dims::from_elem(0, 2),
                 };
                 let name = format!("{}.{rank}", stored.info.name);
-                tensors.push(Assembled { name, shape: kept, device, parts: vec![part] });
+                tensors.push(Assembled { name, shape: kept.into(), device, parts: [part].into() });
             }
         }
         let expected: Vec<_> = tensors.iter().map(|tensor| put_together(&world, tensor, 2)).collect();
@@ -169,12 +169,17 @@ proptest! {
             let stored = world.checkpoint.find(&format!("w{index}")).unwrap();
             let slice = Slice::new(vec![0..rows(*len), kept.clone()]);
             let at_index = if stack { vec![index as u64, 0, 0] } else { vec![at, 0] };
-            parts.push(Part { source: Source::Stored(stored.id), slice, at: at_index });
+            parts.push(Part { source: Source::Stored(stored.id), slice, at: at_index.into() });
             at += rows(*len);
         }
         let shape = if stack { vec![lens.len() as u64, lens[0], width] } else { vec![at, width] };
         let name = "fused".to_owned();
-        let fused = Assembled { name: name.clone(), shape: shape.clone(), device: DeviceId::Host, parts };
+        let fused = Assembled {
+            name: name.clone(),
+            shape: shape.clone().into(),
+            device: DeviceId::Host,
+            parts: parts.into(),
+        };
         let dense = put_together(&world, &fused, 4);
         let mut request = Request::all();
         request.assembly = Some(Arc::new(Assembly { tensors: vec![fused], ..Assembly::default() }));
@@ -351,10 +356,11 @@ fn what_cannot_be_put_together_says_why() {
     let part = |name: &str, at: &[u64]| Part {
         source: Source::Stored(world.checkpoint.find(name).unwrap().id),
         slice: Slice::whole(),
-        at: at.to_vec(),
+        at: at.into(),
     };
     let error = |shape: &[u64], parts: Vec<Part>| {
-        let tensor = Assembled { name: "x".into(), shape: shape.to_vec(), device: DeviceId::Host, parts };
+        let tensor =
+            Assembled { name: "x".into(), shape: shape.into(), device: DeviceId::Host, parts: parts.into() };
         let mut request = Request::all();
         request.assembly = Some(Arc::new(Assembly { tensors: vec![tensor], ..Assembly::default() }));
         Plan::new(&world.checkpoint, &request, &Machine::default()).unwrap_err().to_string()

@@ -340,7 +340,7 @@ fn groups_of(world: &World, sizes: &[usize]) -> Arc<[Group]> {
             group_size: None,
             is_symmetric: None,
             members: roles.into_iter().zip(members.iter().map(|member| member.id)).collect(),
-            recipe,
+            recipe: recipe.into(),
         });
     }
     groups.sort_by_key(Group::payload);
@@ -516,7 +516,7 @@ fn a_plan_with_operations_reads_as_text() {
             group_size: Some(128),
             is_symmetric: Some(true),
             members: vec![(Role::Payload, id("qweight")), (Role::Scale, id("scales"))],
-            recipe,
+            recipe: recipe.into(),
         }
     };
     let groups: Arc<[Group]> = ["a", "b", "c"].map(group).into();

@@ -11,7 +11,7 @@ use proptest::prelude::*;
 use tensorhaul_plan::assembly::{Assembled, Assembly, Part, Source};
 use tensorhaul_plan::share::{Landing, Share, ShareError, Turn};
 use tensorhaul_plan::{
-    Copy, DeviceId, Dtype, Machine, Plan, PlanError, Read, Request, Select, Slice, SliceRange,
+    Copy, DeviceId, Dims, Dtype, Machine, Plan, PlanError, Read, Request, Select, Slice, SliceRange,
 };
 
 use support::{Spec, World, naive, world};
@@ -55,13 +55,13 @@ fn kept(world: &World, rules: &[Rule], rank: usize, size: usize) -> Kept {
 
 fn assembly(world: &World, kept: &Kept) -> Assembly {
     let one = |(name, ranges): &(String, Vec<SliceRange>)| {
-        let shape: Vec<u64> = ranges.iter().map(SliceRange::len).collect();
+        let shape: Dims = ranges.iter().map(SliceRange::len).collect();
         let part = Part {
             source: Source::Stored(world.checkpoint.find(name).unwrap().id),
             slice: Slice::with_steps(ranges.clone()),
-            at: vec![0; shape.len()],
+            at: Dims::from_elem(0, shape.len()),
         };
-        let parts = if shape.contains(&0) { Vec::new() } else { vec![part] };
+        let parts = (!shape.contains(&0)).then_some(part).into_iter().collect();
         Assembled { name: name.clone(), shape, device: DeviceId::Host, parts }
     };
     // An empty tensor needs a part that tells its dtype, so those are left out.
@@ -346,9 +346,9 @@ fn what_cannot_be_shared_is_refused() {
     };
     assert_eq!(refused(&[]), ShareError::RankCount { size: 0 });
     assert_eq!(refused(&vec![Assembly::default(); 1025]), ShareError::RankCount { size: 1025 });
-    let part = Part { source: Source::Made(0), slice: Slice::new([0..4, 0..4]), at: vec![0, 0] };
-    let (name, shape) = ("w".to_owned(), vec![4, 4]);
-    let made = Assembled { name: name.clone(), shape, device: DeviceId::Host, parts: vec![part] };
+    let part = Part { source: Source::Made(0), slice: Slice::new([0..4, 0..4]), at: Dims::from_elem(0, 2) };
+    let (name, shape) = ("w".to_owned(), Dims::from_elem(4, 2));
+    let made = Assembled { name: name.clone(), shape, device: DeviceId::Host, parts: [part].into() };
     assert_eq!(
         refused(&[Assembly { tensors: vec![made], ..Assembly::default() }]),
         ShareError::Made { name }

@@ -101,7 +101,7 @@ pub use tensorhaul_exchange as exchange;
 pub use tensorhaul_io::memory::{Disk, FailsAt, Faults};
 pub use tensorhaul_plan::placement::UnknownDevice;
 pub use tensorhaul_plan::{
-    Assembled, Assembly, Checkpoint, DeviceId, DeviceMap, DeviceMapError, Dtype, DtypeKind, File, OverRead,
-    OverReadReason, OverReadSum, Part, Plan, Promised, Request, Select, Share, SharePromised, Slice,
-    TensorId, TensorInfo, TensorRef, assembly, quant,
+    Assembled, Assembly, Checkpoint, DeviceId, DeviceMap, DeviceMapError, Dims, Dtype, DtypeKind, File,
+    OverRead, OverReadReason, OverReadSum, Part, Plan, Promised, Request, Select, Share, SharePromised,
+    Slice, TensorId, TensorInfo, TensorRef, assembly, quant,
 };

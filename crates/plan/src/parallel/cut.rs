@@ -2,13 +2,19 @@
 
 use std::ops::Range;
 
+use smallvec::{SmallVec, smallvec};
+
 use super::config::Count;
 use super::error::divisors;
 use super::partition::{Entry, Origin, Partition};
 use super::rules::{How, Sections, Split};
 use super::{ParallelError, Ranks};
+use crate::dims::Dims;
 use crate::quant::CutError;
 use crate::slice::Slice;
+
+/// Ranges of elements: mostly of one or two dimensions, or one piece of one.
+pub(super) type Ranges = SmallVec<[Range<u64>; 2]>;
 
 /// The elements of a tensor that a rank has.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,7 +24,7 @@ pub(super) struct Cut {
     /// The dimension that is cut, and what is kept of it: ascending, disjoint, one after the other in the result. One piece at least, unless
     /// the tensor has no dimensions.
     pub(super) dim: usize,
-    pub(super) pieces: Vec<Range<u64>>,
+    pub(super) pieces: Ranges,
     /// Rows that the rank has past the end of the tensor.
     pub(super) padding: u64,
 }
@@ -42,8 +48,8 @@ impl Cut {
     }
 
     /// Returns the shape of what is left.
-    pub(super) fn shape(&self, whole: &[u64]) -> Vec<u64> {
-        let mut shape = whole.to_vec();
+    pub(super) fn shape(&self, whole: &[u64]) -> Dims {
+        let mut shape = Dims::from_slice(whole);
         if let Some(len) = shape.get_mut(self.dim) {
             *len = self.pieces.iter().map(|piece| piece.end - piece.start).sum();
         }
@@ -66,7 +72,7 @@ impl Cut {
     }
 
     /// Walks the ranges of leading dimensions that are kept, for each piece.
-    pub(super) fn ranges<'c>(&'c self, whole: &'c [u64]) -> impl Iterator<Item = Vec<Range<u64>>> + 'c {
+    pub(super) fn ranges<'c>(&'c self, whole: &'c [u64]) -> impl Iterator<Item = Ranges> + 'c {
         let range = |dim: usize, piece: &Range<u64>| match &self.experts {
             _ if dim == self.dim => piece.clone(),
             Some(experts) if dim == 0 => experts.clone(),
@@ -103,7 +109,7 @@ impl Partition<'_> {
         if rule.is_stacked {
             let experts = self.experts_of(entry, shape[0], ranks)?;
             match cut.dim {
-                0 => cut.pieces = vec![experts], // Nothing but whole experts is shared.
+                0 => cut.pieces = smallvec![experts], // Nothing but whole experts is shared.
                 _ => cut.experts = Some(experts),
             }
         }
@@ -168,10 +174,10 @@ impl Partition<'_> {
         dim: usize,
         len: u64,
         tp: Part,
-    ) -> Result<Vec<Range<u64>>, ParallelError> {
+    ) -> Result<Ranges, ParallelError> {
         let tensor = || self.name(entry).to_owned();
         let not_counted = |counted: String| ParallelError::NotCounted { tensor: tensor(), dim, len, counted };
-        let mut pieces: Vec<Range<u64>> = Vec::new();
+        let mut pieces = Ranges::new();
         let mut keep = |piece: Range<u64>| match pieces.last_mut() {
             Some(last) if last.end == piece.start => last.end = piece.end,
             _ if piece.is_empty() => {}
@@ -352,7 +358,7 @@ fn vocab(rows: u64, pad_to: u64, tp: Part) -> Cut {
     let first = each.saturating_mul(u64::from(tp.rank));
     let own = first.min(rows)..first.saturating_add(each).min(rows);
     let padding = each - (own.end - own.start);
-    let pieces = if own.is_empty() { Vec::new() } else { vec![own] };
+    let pieces = if own.is_empty() { Ranges::new() } else { smallvec![own] };
     Cut { experts: None, dim: 0, pieces: at_least_one(pieces), padding }
 }
 
@@ -361,6 +367,6 @@ fn gcd(a: u64, b: u64) -> u64 {
 }
 
 /// A rank that has nothing of a tensor has an empty piece of it, which says its dtype.
-fn at_least_one(pieces: Vec<Range<u64>>) -> Vec<Range<u64>> {
-    if pieces.is_empty() { std::iter::once(0..0).collect() } else { pieces }
+fn at_least_one(pieces: Ranges) -> Ranges {
+    if pieces.is_empty() { smallvec![0..0] } else { pieces }
 }

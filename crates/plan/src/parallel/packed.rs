@@ -1,16 +1,19 @@
 //! Quantized tensors that stay as they are stored: every member follows the cut of the result.
 
+use smallvec::{SmallVec, smallvec};
+
 use super::ParallelError;
 use super::cut::Cut;
 use crate::checkpoint::{Checkpoint, TensorId};
+use crate::dims::Dims;
 use crate::quant::{CutError, Group, Role};
 use crate::slice::Slice;
 
 /// A member of a quantized tensor as a rank has it.
 pub(super) struct MemberShare {
-    pub(super) shape: Vec<u64>,
+    pub(super) shape: Dims,
     /// What is kept, and at which index of the share it lies.
-    pub(super) slices: Vec<(Slice, Vec<u64>)>,
+    pub(super) slices: SmallVec<[(Slice, Dims); 1]>,
 }
 
 /// Returns what a rank has of each member, in their order.
@@ -33,7 +36,7 @@ pub(super) fn members(
 ) -> Result<Vec<MemberShare>, ParallelError> {
     if cut.is_whole(&group.shape) {
         let shape = |id: TensorId| checkpoint.tensor(id).info.shape;
-        let whole = |id| MemberShare::new(Slice::whole(), shape(id).to_vec());
+        let whole = |id| MemberShare::new(Slice::whole(), shape(id).into());
         return Ok(group.members.iter().map(|(_, id)| whole(*id)).collect());
     }
     let in_order = in_order.filter(|_| cut.pieces.len() == 1);
@@ -49,7 +52,7 @@ pub(super) fn members(
             for (share, (role, _)) in shares.iter_mut().zip(&group.members) {
                 if *role == Role::GroupIndex {
                     let len = share.shape[0];
-                    *share = MemberShare::new(Slice::rows(0..len), vec![len]);
+                    *share = MemberShare::new(Slice::rows(0..len), smallvec![len]);
                 }
             }
             Ok(shares)
@@ -83,9 +86,9 @@ fn cannot_cut(error: CutError) -> ParallelError {
 }
 
 impl MemberShare {
-    fn new(slice: Slice, shape: Vec<u64>) -> MemberShare {
-        let at = vec![0; shape.len()];
-        MemberShare { shape, slices: vec![(slice, at)] }
+    fn new(slice: Slice, shape: Dims) -> MemberShare {
+        let at = smallvec![0; shape.len()];
+        MemberShare { shape, slices: smallvec![(slice, at)] }
     }
 
     /// Puts one more slice behind the others. One that is there already stays there once.
@@ -97,7 +100,7 @@ impl MemberShare {
         let differs = |dim: &usize| first.get(*dim) != slice.ranges().get(*dim);
         let mut dims = (0..kept.len()).filter(differs);
         let (dim, None) = (dims.next()?, dims.next()) else { return None };
-        let mut at = vec![0; kept.len()];
+        let mut at: Dims = smallvec![0; kept.len()];
         at[dim] = self.shape[dim];
         self.shape[dim] += kept[dim];
         self.slices.push((slice, at));

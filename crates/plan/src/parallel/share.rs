@@ -3,6 +3,8 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
+use smallvec::{SmallVec, smallvec};
+
 use super::cut::Cut;
 use super::fuse::Fused;
 use super::packed::{self, MemberShare};
@@ -11,6 +13,7 @@ use super::pattern::Stage;
 use super::{ParallelError, Ranks};
 use crate::assembly::{Assembled, Assembly, Padding, Part, Source};
 use crate::checkpoint::{Checkpoint, TensorRef};
+use crate::dims::Dims;
 use crate::placement::DeviceId;
 use crate::plan::PlanError;
 use crate::quant::Group;
@@ -46,11 +49,11 @@ impl Share {
             share: Share {
                 ranks: ranks.clone(),
                 assembly: Assembly {
-                    tensors: Vec::with_capacity(partition.entries.len()),
+                    tensors: Vec::with_capacity(partition.checkpoint.len()),
                     padding: Vec::new(),
                     unfused: partition.unfused.clone(),
                 },
-                entries: Vec::with_capacity(partition.entries.len()),
+                entries: Vec::with_capacity(partition.checkpoint.len()),
             },
         };
         let mut is_built = vec![false; partition.fused.len()];
@@ -156,14 +159,14 @@ impl<'a> Building<'_, 'a> {
         let Some(source) = source(entry.origin) else { return self.packed(number, entry, &cut) };
         let whole = self.partition.shape(entry);
         let shape = cut.shape(whole);
-        let mut parts = Vec::with_capacity(cut.pieces.len().max(1));
-        parts.extend(cut.slices(whole).map(|(slice, before)| {
-            let mut at = vec![0; shape.len()];
+        let parts = cut.slices(whole).map(|(slice, before)| {
+            let mut at: Dims = smallvec![0; shape.len()];
             if let Some(at) = at.get_mut(cut.dim) {
                 *at = before;
             }
             Part { source, slice, at }
-        }));
+        });
+        let parts = parts.collect();
         self.push(number, self.partition.name(entry).to_owned(), shape, parts);
         Ok(())
     }
@@ -173,7 +176,7 @@ impl<'a> Building<'_, 'a> {
         let Origin::Packed(group) = entry.origin else { unreachable!("others have one source") };
         let (checkpoint, in_order) = (self.partition.checkpoint, self.partition.in_order.get(&group));
         let group = &self.partition.groups[group as usize];
-        let members: Vec<TensorRef<'_>> =
+        let members: SmallVec<[TensorRef<'_>; 4]> =
             group.members.iter().map(|(_, id)| checkpoint.tensor(*id)).collect();
         // Experts by the thousand are cut alike.
         let known = self.packed.entry(entry.rule).or_default();
@@ -192,8 +195,7 @@ impl<'a> Building<'_, 'a> {
         let shares = known.iter().flat_map(|known| &known.shares);
         for (member, MemberShare { shape, slices }) in members.iter().zip(shares) {
             let source = Source::Stored(member.id);
-            let part =
-                |(slice, at): &(Slice, Vec<u64>)| Part { source, slice: slice.clone(), at: at.clone() };
+            let part = |(slice, at): &(Slice, Dims)| Part { source, slice: slice.clone(), at: at.clone() };
             let parts = slices.iter().map(part).collect();
             let (name, shape, device) = (member.info.name.to_owned(), shape.clone(), self.device);
             self.share.assembly.tensors.push(Assembled { name, shape, device, parts });
@@ -239,7 +241,7 @@ impl<'a> Building<'_, 'a> {
             let kept = cut.shape(whole);
             stack.first.get_or_insert(*number);
             for (slice, before) in cut.slices(whole) {
-                let mut at = vec![0; behind + kept.len()];
+                let mut at: Dims = smallvec![0; behind + kept.len()];
                 at[0] = stack.height * behind as u64;
                 at[behind + cut.dim] = before;
                 at[behind] += row;
@@ -254,7 +256,7 @@ impl<'a> Building<'_, 'a> {
         Ok(true)
     }
 
-    fn push(&mut self, entry: u32, name: String, shape: Vec<u64>, parts: Vec<Part>) {
+    fn push(&mut self, entry: u32, name: String, shape: Dims, parts: SmallVec<[Part; 1]>) {
         self.share.assembly.tensors.push(Assembled { name, shape, device: self.device, parts });
         self.share.entries.push(entry);
     }
@@ -276,7 +278,7 @@ impl Known<'_> {
         self.cut == *cut
             && self.is_in_order == is_in_order
             && self.group.shape == group.shape
-            && self.group.recipe == group.recipe
+            && self.group.has_recipe_of(group)
             && self.shapes.iter().copied().eq(shapes)
             && self.group.members.iter().map(|(role, _)| role).eq(group.members.iter().map(|(role, _)| role))
     }
@@ -290,8 +292,8 @@ struct Stack {
     /// Experts so far; 1 where nothing is stacked.
     height: u64,
     /// What is kept of each member of the first expert.
-    rows: Vec<Vec<u64>>,
-    parts: Vec<Part>,
+    rows: Vec<Dims>,
+    parts: SmallVec<[Part; 1]>,
 }
 
 /// Returns what a part of it is cut from; nothing for what stays packed, which is several tensors.

@@ -109,7 +109,7 @@ impl Partition<'_> {
                 rule: self.rule_text(entry),
                 dtype: tensor.parts.first().map_or(self.made_dtype, |part| self.dtype_of(part.source)),
                 from: self.kept(tensor),
-                shape: tensor.shape.clone(),
+                shape: tensor.shape.to_vec(),
                 padding_rows: padding,
                 tensors: 0,
                 bytes: 0,

@@ -1,5 +1,7 @@
 //! Operations: what is made of bytes that have arrived.
 
+use std::sync::Arc;
+
 use serde::Serialize;
 
 use crate::checkpoint::TensorId;
@@ -18,7 +20,7 @@ pub struct Operation {
     /// Whether the result is `[.., K, N]` instead of `[.., N, K]`.
     pub is_transposed: bool,
     /// How bytes become numbers.
-    pub recipe: Recipe,
+    pub recipe: Arc<Recipe>,
     /// Where they are.
     pub sources: Vec<Source>,
     /// The tensor it makes, or makes a part of, by its place in [`Plan::tensors`](crate::Plan::tensors), which says of which dtype.

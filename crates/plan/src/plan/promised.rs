@@ -5,6 +5,8 @@ use std::mem::discriminant;
 
 use serde::Serialize;
 
+use crate::checkpoint::TensorId;
+
 /// What a plan promises to cost. A run reports what it used beside it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Promised {
@@ -44,6 +46,14 @@ pub struct OverRead {
     /// Why they cannot be spared.
     #[serde(flatten)]
     pub reason: OverReadReason,
+}
+
+/// As [`OverRead`], before anybody asks for names.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Vain {
+    pub(crate) id: TensorId,
+    pub(crate) over_bytes: u64,
+    pub(crate) reason: OverReadReason,
 }
 
 /// The over-reads of one kind.

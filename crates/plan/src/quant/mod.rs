@@ -46,6 +46,7 @@ pub use survey::Survey;
 pub use values::{INDEX_LEN_BYTES_MAX, NEED_LEN_BYTES_MAX, Need, Values};
 
 use std::fmt;
+use std::sync::Arc;
 
 use serde::Serialize;
 
@@ -68,8 +69,8 @@ pub struct Group {
     pub is_symmetric: Option<bool>,
     /// The stored tensors, each once; exactly one is the payload.
     pub members: Vec<(Role, TensorId)>,
-    /// How their bytes become numbers.
-    pub recipe: Recipe,
+    /// How their bytes become numbers; one for all that are read the same way.
+    pub recipe: Arc<Recipe>,
 }
 
 impl Group {
@@ -77,6 +78,11 @@ impl Group {
     pub fn payload(&self) -> TensorId {
         let payload = self.members.iter().find(|(role, _)| *role == Role::Payload);
         payload.expect("a group has one payload").1
+    }
+
+    /// Tells whether another's bytes become numbers the same way.
+    pub(crate) fn has_recipe_of(&self, other: &Group) -> bool {
+        Arc::ptr_eq(&self.recipe, &other.recipe) || self.recipe == other.recipe
     }
 }
 

@@ -1,6 +1,7 @@
 //! The two steps of recognition: what must be read, and what it all means.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::Arc;
 
 use super::config::{Config, Method};
 use super::dispatch::{self, Signature};
@@ -13,7 +14,7 @@ use super::families::torchao::{self, Entry};
 use super::quantization::{Part, Quantization, Refusal, pass};
 use super::scene::{Scene, contradiction, missing, split, stray_scale, unsupported};
 use super::values::{NEED_LEN_BYTES_MAX, Need, Values};
-use super::{Configs, Family, Group, QuantError, Role};
+use super::{Configs, Family, Group, QuantError, Recipe, Role};
 use crate::checkpoint::{Checkpoint, TensorId, TensorRef};
 use crate::dtype::Dtype;
 
@@ -107,12 +108,15 @@ impl Survey {
                 comfy.add_tensor(name, candidate.anchor, values);
             }
         }
-        let mut groups = Vec::with_capacity(self.candidates.len());
+        let (mut groups, mut recipes) = (Vec::with_capacity(self.candidates.len()), Recipes::default());
         let scene = Scene { checkpoint, config: &self.config, values, samples: &self.samples, comfy: &comfy };
         for candidate in &self.candidates {
             let anchor = checkpoint.tensor(candidate.anchor);
             match recognize(&scene, candidate.signature, &anchor, &self.torchao) {
-                Ok(Some(group)) => groups.push(group),
+                Ok(Some(mut group)) => {
+                    recipes.share(&mut group.recipe);
+                    groups.push(group);
+                }
                 Ok(None) => {}
                 Err(error) => quantization.refused.push(Refusal { tensor: Some(anchor.id), error }),
             }
@@ -163,6 +167,21 @@ impl Survey {
             _ => {}
         }
         self.candidates.push(Candidate { signature, anchor: tensor.id });
+    }
+}
+
+/// The recipes of the last groups, the latest first: a layer has a few, and every layer the same.
+#[derive(Default)]
+struct Recipes(VecDeque<Arc<Recipe>>);
+
+impl Recipes {
+    /// Makes a recipe one with an equal one.
+    fn share(&mut self, recipe: &mut Arc<Recipe>) {
+        let place = self.0.iter().position(|known| known == recipe);
+        let known = place.and_then(|place| self.0.remove(place));
+        *recipe = known.unwrap_or_else(|| Arc::clone(recipe));
+        self.0.truncate(RECIPES_MAX - 1);
+        self.0.push_front(Arc::clone(recipe));
     }
 }
 
@@ -320,6 +339,9 @@ fn payload(group: &Group) -> TensorId {
     let payload = group.members.iter().find(|(role, _)| *role == Role::Payload);
     payload.expect("every family makes its payload a member").1
 }
+
+/// How many recipes are compared with the next.
+const RECIPES_MAX: usize = 16;
 
 /// The longest payload: beyond every file system, and small enough that eight times its bits can be counted.
 const PAYLOAD_LEN_BYTES_MAX: u64 = 1 << 56;

@@ -9,11 +9,12 @@ use smallvec::SmallVec;
 use super::wanted::{Cut, Making, Parts, StoredPart, Wanted, What, cut};
 use crate::assembly::{Assembled, Assembly, Source};
 use crate::checkpoint::{Checkpoint, TensorId, TensorRef};
+use crate::dims::row_major;
 use crate::dtype::{Dtype, numel};
 use crate::plan::PlanError;
 use crate::quant::{Group, Role};
 use crate::request::{Globs, Request, Select};
-use crate::slice::{Slice, row_major};
+use crate::slice::Slice;
 
 /// Returns the tensors of an assembly that the request selects by the names of the result.
 pub(super) fn assembled<'r>(
@@ -124,11 +125,15 @@ impl<'r> Assembling<'r> {
                 return Err(PlanError::MixedDtypes { name: name(), first: dtype, other: part_dtype });
             }
             if !is_inside(&shape, &part.at, &tensor.shape) {
-                let (at, whole) = (part.at.clone(), tensor.shape.clone());
-                return Err(PlanError::PartOutside { name: name(), part: shape, at, whole });
+                return Err(PlanError::PartOutside {
+                    name: name(),
+                    part: shape.into_vec(),
+                    at: part.at.to_vec(),
+                    whole: tensor.shape.to_vec(),
+                });
             }
             let is_all = tensor.parts.len() == 1 && shape == tensor.shape;
-            if is_all && shape == whole && matches!(part.source, Source::Stored(_)) {
+            if is_all && *shape == *whole && matches!(part.source, Source::Stored(_)) {
                 return Ok(wanted);
             }
             let elements = numel(&shape).unwrap_or(u64::MAX);
@@ -146,8 +151,12 @@ impl<'r> Assembling<'r> {
                 Source::Made(group) => {
                     let group = group_of(request, group);
                     if !is_run(&shape, &tensor.shape) {
-                        let (at, whole) = (part.at.clone(), tensor.shape.clone());
-                        return Err(PlanError::MadeInColumns { name: name(), part: shape, at, whole });
+                        return Err(PlanError::MadeInColumns {
+                            name: name(),
+                            part: shape.into_vec(),
+                            at: part.at.to_vec(),
+                            whole: tensor.shape.to_vec(),
+                        });
                     }
                     let cut = self.cut(group, &part.slice)?;
                     let making = Making { group, cut, offset_bytes: first * (dtype.bits() / 8) };
@@ -207,7 +216,7 @@ impl Known<'_> {
         self.slice == slice
             && self.group.shape == group.shape
             && *self.members == **members
-            && self.group.recipe == group.recipe
+            && self.group.has_recipe_of(group)
     }
 }
 

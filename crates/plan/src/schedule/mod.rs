@@ -12,7 +12,7 @@ mod segment;
 mod select;
 mod wanted;
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use crate::checkpoint::{Checkpoint, TensorId};
 use crate::machine::Machine;
@@ -72,13 +72,14 @@ pub(crate) fn plan(
         brought,
         names,
         dims,
-        over_reads: Vec::new(),
+        vain: Vec::new(),
+        over_reads: OnceLock::new(),
         unfused: request.assembly.as_ref().map_or(Vec::new(), |assembly| assembly.unfused.clone()),
         machine: machine.clone(),
         promised: Promised::default(),
     };
     plan.promised = promise(&plan, requests.alignment_bytes);
-    plan.over_reads = over_reads(checkpoint, over_read_max, &plan.promised, || {
+    plan.vain = over_reads(over_read_max, &plan.promised, || {
         vain.extend(requests.aligned(checkpoint, &segments, machine));
         vain
     });

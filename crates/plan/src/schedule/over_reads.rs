@@ -7,60 +7,32 @@
 
 use std::cmp::Reverse;
 
-use crate::checkpoint::Checkpoint;
-use crate::plan::{OverRead, OverReadReason, Promised};
-
-/// Bytes that are read in vain around one place of a file.
-pub(super) struct Vain {
-    pub(super) file: u32,
-    pub(super) offset_bytes: u64,
-    pub(super) over_bytes: u64,
-    pub(super) reason: OverReadReason,
-}
+use crate::plan::{Promised, Vain};
 
 /// Returns how many bytes more than those needed may be read.
 pub(super) fn allowed_bytes(over_read_max: f64, needed_bytes: u64) -> u64 {
     ((over_read_max - 1.0) * needed_bytes as f64) as u64
 }
 
-/// Returns the fewest of the tensors that account for what a plan reads beyond its bound, the worst first.
+/// Returns the fewest that account for what a plan reads beyond its bound, the worst first.
 pub(super) fn over_reads(
-    checkpoint: &Checkpoint,
     over_read_max: f64,
     promised: &Promised,
     vain: impl FnOnce() -> Vec<Vain>,
-) -> Vec<OverRead> {
+) -> Vec<Vain> {
     let over_bytes = promised.read_bytes - promised.needed_bytes;
     let mut excess_bytes = over_bytes.saturating_sub(allowed_bytes(over_read_max, promised.needed_bytes));
     if excess_bytes == 0 {
         return Vec::new();
     }
     let mut vain = vain();
-    vain.sort_by_key(|vain| (Reverse(vain.over_bytes), vain.file, vain.offset_bytes));
+    vain.sort_unstable_by_key(|vain| (Reverse(vain.over_bytes), vain.id));
     let is_needed = |vain: &Vain| {
         let is_needed = excess_bytes > 0;
         excess_bytes = excess_bytes.saturating_sub(vain.over_bytes);
         is_needed
     };
-    let named = |vain: Vain| OverRead {
-        name: name_at(checkpoint, vain.file, vain.offset_bytes).to_owned(),
-        over_bytes: vain.over_bytes,
-        reason: vain.reason,
-    };
     let count = vain.iter().map(is_needed).take_while(|is_needed| *is_needed).count();
-    vain.into_iter().take(count).map(named).collect()
-}
-
-/// Returns the name of the tensor that a byte of a file belongs to.
-fn name_at(checkpoint: &Checkpoint, file: u32, offset_bytes: u64) -> &str {
-    let header = checkpoint.files()[file as usize].header();
-    let starts_before =
-        |index: &usize| header.data_start_bytes() + header.tensor(*index).data_offsets.0 <= offset_bytes;
-    // The last that begins there or before.
-    let (mut low, mut high) = (0, header.len());
-    while low < high {
-        let middle = low + (high - low) / 2;
-        if starts_before(&middle) { low = middle + 1 } else { high = middle }
-    }
-    header.tensor(low - 1).name
+    vain.truncate(count);
+    vain
 }

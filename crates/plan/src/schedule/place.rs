@@ -69,6 +69,7 @@ pub(super) fn place(
         let len_bytes = stored.end - stored.begin;
         *end = stored.how.end(offset_bytes + len_bytes, congruence);
         segments.push(Segment {
+            id: wanted[run.tensors.start as usize].stored.id,
             file: stored.file,
             begin: stored.begin,
             end: stored.end,

@@ -1,12 +1,12 @@
 //! Which neighbouring segments share a request.
 
-use super::over_reads::{Vain, allowed_bytes};
+use super::over_reads::allowed_bytes;
 use super::place::IN_PLACE_LEN_BYTES_MIN;
 use super::segment::{Segment, Way};
 use crate::checkpoint::Checkpoint;
 use crate::extent::{Extent, align_down, align_up};
 use crate::machine::Machine;
-use crate::plan::{OverReadReason, Steps};
+use crate::plan::{OverReadReason, Steps, Vain};
 
 /// The segments of each request, and what they cost.
 #[derive(Default)]
@@ -114,8 +114,7 @@ impl Requests {
         let aligned = self.of(segments).filter(|now| now[0].way != Way::Pieces).map(|now| {
             let (_, cover) = extents(checkpoint, now, machine);
             Vain {
-                file: now[0].file,
-                offset_bytes: now[0].begin,
+                id: now[0].id,
                 over_bytes: alignment_bytes(now, cover, machine),
                 reason: OverReadReason::Alignment { align_bytes },
             }

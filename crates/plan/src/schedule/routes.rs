@@ -2,11 +2,12 @@
 
 use std::ops::Range;
 
-use super::over_reads::{Vain, allowed_bytes};
+use super::over_reads::allowed_bytes;
 use super::segment::{Segment, Way};
+use crate::checkpoint::TensorId;
 use crate::extent::{align_down, align_up};
 use crate::machine::Machine;
-use crate::plan::{OverReadReason, Steps};
+use crate::plan::{OverReadReason, Steps, Vain};
 
 /// Decides for every row of pieces; returns what is read in vain of rows that are read whole.
 ///
@@ -29,23 +30,31 @@ pub(super) fn route(lists: &mut [&mut Vec<Segment>], over_read_max: f64, machine
 fn decide(segments: &[&Segment], over_read_max: f64, align_bytes: u64) -> (Vec<Vain>, Vec<bool>) {
     let mut by_pieces = vec![false; segments.len()];
     let staged = staged(segments);
-    let Clusters { mut clusters, needed_bytes, aligned_bytes } =
-        Clusters::new(segments, &staged, align_bytes);
-    // The widest gaps last, so that they are the first to go. What is read whole in any case is paid for before.
-    clusters.sort_by_key(|cluster| (!cluster.is_whole_anyway(), cluster.gap_len_bytes(), cluster.first));
-    let mut left_bytes = allowed_bytes(over_read_max, needed_bytes).saturating_sub(aligned_bytes);
-    let mut whole = Vec::new();
-    for cluster in &clusters {
-        let is_allowed = cluster.gap_len_bytes() <= REQUEST_BYTES && cluster.cost_bytes <= left_bytes;
-        if cluster.is_whole_anyway() || is_allowed {
-            left_bytes = left_bytes.saturating_sub(cluster.cost_bytes);
-            whole.push(cluster.vain());
-            continue;
-        }
+    let Clusters { clusters, needed_bytes, aligned_bytes } = Clusters::new(segments, &staged, align_bytes);
+    let (anyway, clusters): (Vec<_>, Vec<_>) = clusters.into_iter().partition(Cluster::is_whole_anyway);
+    let (mut narrow, wide): (Vec<_>, Vec<_>) =
+        clusters.into_iter().partition(|cluster| cluster.gap_len_bytes() <= REQUEST_BYTES);
+    let sum_bytes = |clusters: &[Cluster]| clusters.iter().map(|cluster| cluster.cost_bytes).sum::<u64>();
+    // What is read whole in any case is paid for before the others.
+    let mut left_bytes = allowed_bytes(over_read_max, needed_bytes)
+        .saturating_sub(aligned_bytes)
+        .saturating_sub(sum_bytes(&anyway));
+    if sum_bytes(&narrow) > left_bytes {
+        // The widest gaps last, so that they are the first to go.
+        narrow.sort_by_key(|cluster| (cluster.gap_len_bytes(), cluster.id));
+    }
+    let is_paid = |cluster: &Cluster| {
+        let is_paid = cluster.cost_bytes <= left_bytes;
+        left_bytes -= if is_paid { cluster.cost_bytes } else { 0 };
+        is_paid
+    };
+    let (paid, dear): (Vec<_>, Vec<_>) = narrow.into_iter().partition(is_paid);
+    for cluster in wide.iter().chain(&dear) {
         for member in &staged[cluster.members.clone()] {
             by_pieces[*member as usize] = !segments[*member as usize].steps.is_once();
         }
     }
+    let whole = anyway.iter().chain(&paid).map(Cluster::vain).collect();
     (whole, by_pieces)
 }
 
@@ -61,8 +70,8 @@ struct Clusters {
 
 /// Rows of pieces that lie among each other.
 struct Cluster {
-    /// Where the first begins.
-    first: (u32, u64),
+    /// The tensor of the first.
+    id: TensorId,
     /// Range of the staged segments.
     members: Range<usize>,
     piece_len_bytes: u64,
@@ -85,9 +94,8 @@ impl Cluster {
     }
 
     fn vain(&self) -> Vain {
-        let (file, offset_bytes) = self.first;
         let reason = OverReadReason::ShortPieces { piece_len_bytes: self.piece_len_bytes };
-        Vain { file, offset_bytes, over_bytes: self.over_bytes, reason }
+        Vain { id: self.id, over_bytes: self.over_bytes, reason }
     }
 }
 
@@ -117,7 +125,7 @@ impl Clusters {
         while let Some(index) = rest.next() {
             let first = segments[staged[index] as usize];
             let mut cluster = Cluster {
-                first: (first.file, first.begin),
+                id: first.id,
                 members: index..index + 1,
                 piece_len_bytes: first.piece_len_bytes,
                 piece_count: first.steps.count,

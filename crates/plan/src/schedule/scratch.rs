@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
+use std::sync::Arc;
 
 use super::place::{CONGRUENCE_BYTES, How, IN_PLACE_LEN_BYTES_MIN, congruence_bytes};
 use super::segment::{Destination, Segment, Way, gather};
@@ -64,8 +65,10 @@ pub(super) fn scratch(
         };
         let (making, needed) = (job.making, &jobs.needed[job.needed.clone()]);
         let sources = ring.place(checkpoint, needed, to, &mut scratch.small, &mut scratch.large);
-        let mut recipe = making.recipe().clone();
-        recipe.fold = recipe.fold.filter(|_| dequantize.fold);
+        let mut recipe = Arc::clone(making.recipe());
+        if recipe.fold.is_some() && !dequantize.fold {
+            Arc::make_mut(&mut recipe).fold = None;
+        }
         let place = tensors[job.tensor as usize].place;
         let offset_bytes = place.offset_bytes + making.offset_bytes;
         scratch.payloads.push(job.payload);
@@ -265,6 +268,7 @@ impl Ring {
             match pieces {
                 Some(pieces) => gather(checkpoint, id, pieces, &to, segments),
                 None => segments.push(Segment {
+                    id,
                     file: *file,
                     begin,
                     end: begin + len_bytes,

@@ -10,6 +10,8 @@ use crate::slice::Pieces;
 /// A stretch of a file, or equal pieces of one at equal distances, and where they go.
 #[derive(Clone)]
 pub(super) struct Segment {
+    /// The stored tensor, or the first of several.
+    pub(super) id: TensorId,
     pub(super) file: u32,
     pub(super) begin: u64,
     /// Behind the last piece.
@@ -114,6 +116,7 @@ pub(super) fn gather(
         let end = begin + (row.steps.count - 1) * row.steps.source_stride_bytes + row.len_bytes;
         let offset_bytes = to.target.offset_bytes + row.target_offset_bytes;
         Segment {
+            id,
             file: stored.file,
             begin,
             end,

@@ -10,13 +10,14 @@ use super::assembled::assembled;
 use super::select::selected;
 use crate::checkpoint::{Checkpoint, TensorId, TensorRef};
 use crate::device_map::{DeviceMap, DeviceMapError, NAMES_TOLD_MAX};
+use crate::dims::{Dims, row_major};
 use crate::dtype::{Dtype, numel};
 use crate::machine::Machine;
 use crate::placement::DeviceId;
 use crate::plan::PlanError;
 use crate::quant::{Group, Recipe, Role};
 use crate::request::{Dequantize, External, Layout, Request};
-use crate::slice::{Pieces, Slice, SliceError, row_major};
+use crate::slice::{Pieces, Slice, SliceError};
 
 /// A tensor of the result.
 pub(super) struct Wanted<'r> {
@@ -80,8 +81,8 @@ pub(super) struct Making<'r> {
 
 /// A part of a quantized tensor: the parts of its members, and how to make it from them. Groups that are cut alike share it.
 pub(super) struct Cut {
-    pub(super) shape: Vec<u64>,
-    pub(super) recipe: Recipe,
+    pub(super) shape: Dims,
+    pub(super) recipe: Arc<Recipe>,
     /// By their places among the group's members; `None`: the whole member.
     pub(super) members: Vec<(usize, Option<Pieces>)>,
 }
@@ -177,12 +178,11 @@ impl<'r> Wanted<'r> {
 impl Making<'_> {
     /// Returns the bytes of what is made. Recognition has checked that the product fits.
     pub(super) fn len_bytes(&self, dequantize: &Dequantize) -> u64 {
-        let shape = self.cut.as_ref().map_or(&self.group.shape, |cut| &cut.shape);
-        shape.iter().product::<u64>() * (dequantize.dtype.bits() / 8)
+        self.rows_shape().iter().product::<u64>() * (dequantize.dtype.bits() / 8)
     }
 
     /// Returns how the bytes become numbers.
-    pub(super) fn recipe(&self) -> &Recipe {
+    pub(super) fn recipe(&self) -> &Arc<Recipe> {
         self.cut.as_ref().map_or(&self.group.recipe, |cut| &cut.recipe)
     }
 
@@ -191,9 +191,14 @@ impl Making<'_> {
         dequantize.layout == Layout::AsStored && self.recipe().is_column_major
     }
 
+    /// Returns the shape of what is made as `[.., N, K]`.
+    fn rows_shape(&self) -> &[u64] {
+        self.cut.as_ref().map_or(&self.group.shape, |cut| &cut.shape)
+    }
+
     /// Returns the shape of what is made: `[.., K, N]` where the file's own order is kept.
     pub(super) fn shape(&self, dequantize: &Dequantize) -> Cow<'_, [u64]> {
-        let mut shape = Cow::Borrowed(&**self.cut.as_ref().map_or(&self.group.shape, |cut| &cut.shape));
+        let mut shape = Cow::Borrowed(self.rows_shape());
         if self.is_transposed(dequantize)
             && let [.., rows, cols] = shape.to_mut().as_mut_slice()
         {
@@ -281,7 +286,7 @@ fn stored_part<'r>(stored: TensorRef<'_>, slice: &'r Slice) -> Result<Parts<'r>,
     let len_bytes = pieces.len_bytes();
     Ok(Parts {
         dtype: info.dtype,
-        shape: Cow::Owned(slice.shape(info.shape)?),
+        shape: Cow::Owned(slice.shape(info.shape)?.into_vec()),
         len_bytes,
         span_bytes: len_bytes,
         stored: smallvec![StoredPart { id: stored.id, slice, at: &[], pieces }],
@@ -316,7 +321,7 @@ pub(super) fn cut(
 ) -> Result<Option<Arc<Cut>>, PlanError> {
     let name = || group.name.clone();
     let shape = slice.shape(&group.shape).map_err(|source| PlanError::Slice { name: name(), source })?;
-    if shape == group.shape {
+    if *shape == *group.shape {
         return Ok(None);
     }
     if slice.ranges().iter().any(|range| range.step != 1) {
@@ -334,7 +339,7 @@ pub(super) fn cut(
         Ok((place.expect("what is cut is a member"), is_part.then_some(pieces)))
     });
     let members = members.collect::<Result<_, PlanError>>()?;
-    Ok(Some(Arc::new(Cut { shape, recipe: cut.recipe, members })))
+    Ok(Some(Arc::new(Cut { shape, recipe: cut.recipe.into(), members })))
 }
 
 /// Puts every tensor on the devices that the map names, once on each. What another device can be copied from is not read again.

@@ -181,7 +181,7 @@ fn tensors_that_no_rule_names_are_listed_or_replicated() {
                 .tensors
                 .iter()
                 .find(|tensor| tensor.name == name)
-                .map(|tensor| tensor.shape.clone())
+                .map(|tensor| tensor.shape.to_vec())
         };
         (shape("model.layers.0.mlp.extra.weight"), shape("more.3"))
     };
@@ -207,7 +207,7 @@ fn rules_that_overlap_and_differ_are_refused_by_name() {
     let share = |rules: &str| {
         let model = with(Model { tensors: Vec::new(), ..llama() }, "a.0.b.weight", Dtype::F32, &[4, 4]);
         share_by(&model, &Rules::parse(rules).unwrap(), Ranks::alone().tp(1, 2), Fuse::No)
-            .map(|share| share.assembly.tensors[0].shape.clone())
+            .map(|share| share.assembly.tensors[0].shape.to_vec())
             .map_err(|error| error.to_string())
     };
     // The same pattern twice, with and without a prefix, as a module and by its tensor.
@@ -616,9 +616,9 @@ fn sections_of_packed_columns_lie_side_by_side_and_a_group_index_keeps_all_group
     let share = partition.share(&Ranks::alone().tp(1, 2), DeviceId::Host).unwrap();
     let find = |name: &str| {
         let tensor = share.assembly.tensors.iter().find(|tensor| tensor.name.ends_with(name)).unwrap();
-        let at = tensor.parts.iter().map(|part| part.at.clone()).collect::<Vec<_>>();
+        let at = tensor.parts.iter().map(|part| part.at.to_vec()).collect::<Vec<_>>();
         let start = |part: &Part| part.slice.ranges().iter().map(|range| range.start).collect::<Vec<_>>();
-        (tensor.shape.clone(), at, tensor.parts.iter().map(start).collect::<Vec<_>>())
+        (tensor.shape.to_vec(), at, tensor.parts.iter().map(start).collect::<Vec<_>>())
     };
     // Column-parallel in three sections of 64 rows: the words of rows 32.., 96.. and 160.. of each.
     let three = |step: u64| [[0, 0], [0, step], [0, 2 * step]].map(Vec::from).to_vec();
@@ -663,7 +663,7 @@ fn an_index_in_order_leaves_a_rank_the_scales_of_its_own_groups() {
     let find = |share: &Share, name: &str| {
         let tensor = share.assembly.tensors.iter().find(|tensor| tensor.name.ends_with(name)).unwrap();
         let starts: Vec<u64> = tensor.parts[0].slice.ranges().iter().map(|range| range.start).collect();
-        (tensor.shape.clone(), starts)
+        (tensor.shape.to_vec(), starts)
     };
     let in_order = share(&|col| col / 16, 1, 2);
     assert_eq!(find(&in_order, "o_proj.qweight"), (vec![4, 64], vec![4, 0]));
@@ -712,7 +712,7 @@ fn hostile_sizes_are_refused_before_they_take_memory_or_time() {
     let longer = with(llama().without("lm_head"), "lm_head.weight", Dtype::Bf16, &[u64::MAX, 0]);
     let shared = share(&longer, Ranks::alone().tp(1, 2), Fuse::No).unwrap();
     let head = shared.assembly.tensors.iter().find(|tensor| tensor.name == "lm_head.weight").unwrap();
-    assert_eq!(head.shape, [(1 << 63) - 1, 0]);
+    assert_eq!(*head.shape, [(1 << 63) - 1, 0]);
     // An expert's number is held against the configuration before anything is stacked by it.
     let moe = models::qwen_moe("Qwen3MoeForCausalLM", &TINY);
     let many = Model { config: moe.config.replace("\"num_experts\":8,", ""), ..moe };

@@ -32,7 +32,7 @@ fn of(model: &Model, plan: &str, ranks: Ranks, name: &str) -> (Vec<u64>, Vec<Vec
     let tensor = share.assembly.tensors.into_iter().find(|tensor| tensor.name == name).unwrap();
     let starts =
         tensor.parts.iter().map(|part| part.slice.ranges().iter().map(|range| range.start).collect());
-    (tensor.shape, starts.collect())
+    (tensor.shape.into_vec(), starts.collect())
 }
 
 #[test]

@@ -220,7 +220,7 @@ fn execute(checkpoint: &Checkpoint, groups: &[Group], share: &Share) -> BTreeMap
             }
         }
         let data = data.into_iter().collect::<Option<Vec<_>>>();
-        let array = Array { shape: tensor.shape.clone(), data: data.expect("parts cover the tensor") };
+        let array = Array { shape: tensor.shape.to_vec(), data: data.expect("parts cover the tensor") };
         assert_eq!(arrays.insert(tensor.name.clone(), array), None, "{} is there twice", tensor.name);
     }
     arrays

@@ -16,8 +16,8 @@ pub(crate) fn cut(model: &Model, size: u64, dim: usize) -> Vec<Assembly> {
             let mut ranges: Vec<_> = group.shape.iter().map(|len| 0..*len).collect();
             ranges[dim] = ends(rank)..ends(rank + 1);
             let shape = ranges.iter().map(|range| range.end - range.start).collect();
-            let at = vec![0; group.shape.len()];
-            let parts = vec![Part { source: Source::Made(number), slice: Slice::new(ranges), at }];
+            let at = vec![0; group.shape.len()].into();
+            let parts = [Part { source: Source::Made(number), slice: Slice::new(ranges), at }].into();
             Assembled { name: group.name.clone(), shape, device: DeviceId::Host, parts }
         };
         Assembly { tensors: groups.map(one).collect(), ..Assembly::default() }

@@ -95,7 +95,7 @@ pub(crate) fn assemblies(model: &Model, size: usize, seed: u64) -> Vec<Assembly>
                 if ranges.iter().any(std::ops::Range::is_empty) {
                     continue;
                 }
-                let mut at = vec![0; shape.len()];
+                let mut at = tensorhaul::Dims::from_elem(0, shape.len());
                 at[0] = rows;
                 rows += ranges[0].end - ranges[0].start;
                 parts.push(Part { source: Source::Stored(stored.id), slice: Slice::new(ranges), at });
@@ -107,7 +107,12 @@ pub(crate) fn assemblies(model: &Model, size: usize, seed: u64) -> Vec<Assembly>
                 whole[0] = rows;
             }
             let name = name.replace("q_proj", "qkv_proj");
-            assembly.tensors.push(Assembled { name, shape: whole, device: DeviceId::Host, parts });
+            assembly.tensors.push(Assembled {
+                name,
+                shape: whole.into(),
+                device: DeviceId::Host,
+                parts: parts.into(),
+            });
         }
     }
     ranks

@@ -348,9 +348,13 @@ fn short_pieces() -> (Model, Vec<Assembly>) {
         Model::from_memory(vec![("m.safetensors".to_owned(), file.into())], Faults::default()).unwrap();
     let source = tensorhaul::assembly::Source::Stored(model.checkpoint().find("w").unwrap().id);
     let slice = Slice::new(vec![0..rows as u64, 0..8]);
-    let parts = vec![Part { source, slice, at: vec![0, 0] }];
-    let tensor =
-        Assembled { name: "w".to_owned(), shape: vec![rows as u64, 8], device: DeviceId::Host, parts };
+    let parts = [Part { source, slice, at: [0, 0].as_slice().into() }].into();
+    let tensor = Assembled {
+        name: "w".to_owned(),
+        shape: [rows as u64, 8].as_slice().into(),
+        device: DeviceId::Host,
+        parts,
+    };
     let ranks = vec![Assembly { tensors: vec![tensor], ..Assembly::default() }];
     (model, ranks)
 }

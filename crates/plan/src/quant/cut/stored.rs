@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::ops::Range;
+use std::sync::Arc;
 
 use super::codes::{LinesAre, Packing};
 use super::grid::{gcd, in_whole_words};
@@ -63,7 +64,7 @@ impl Group {
     /// cut with the scales of their own groups.
     pub fn without_index(&self) -> Group {
         let mut group = self.clone();
-        group.recipe.group_index = None;
+        Arc::make_mut(&mut group.recipe).group_index = None;
         for (role, _) in group.members.iter_mut().filter(|(role, _)| *role == Role::GroupIndex) {
             *role = Role::Description;
         }
@@ -73,7 +74,7 @@ impl Group {
     /// The recipe as if it read what GPTQ and compressed-tensors store besides: zero-points of symmetric codes, indices that are
     /// in order.
     fn with_unread(&self, checkpoint: &Checkpoint) -> (Cow<'_, Recipe>, Cow<'_, [(Role, TensorId)]>) {
-        let (mut recipe, mut members) = (Cow::Borrowed(&self.recipe), Cow::Borrowed(&self.members[..]));
+        let (mut recipe, mut members) = (Cow::Borrowed(&*self.recipe), Cow::Borrowed(&self.members[..]));
         for (place, &(role, id)) in self.members.iter().enumerate() {
             if role != Role::Description {
                 continue;

@@ -55,7 +55,7 @@ pub(in crate::quant) fn recognize(
             (Role::Scale, Some(module.scales.id)),
             (zeros_role, Some(module.zeros.id)),
         ]),
-        recipe,
+        recipe: recipe.into(),
     })
 }
 

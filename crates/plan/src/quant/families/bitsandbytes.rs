@@ -85,7 +85,8 @@ pub(in crate::quant) fn four_bits(scene: &Scene<'_>, state: &TensorRef<'_>) -> R
                 Codes::RowsHighFirst { row_stride_bytes: cols.div_ceil(2) },
                 Element::Table,
             )
-        },
+        }
+        .into(),
     })
 }
 
@@ -178,6 +179,7 @@ pub(super) fn int8(scene: &Scene<'_>, payload: &TensorRef<'_>) -> Result<Group, 
             scale: Some(Scale { grid: grid(Number::F32, [1, cols], [1, 0]), global: None }),
             factor: Some(1.0 / 127.0),
             ..Recipe::of(rows, cols, Codes::Rows { bits: 8, row_stride_bytes: cols }, Element::Signed)
-        },
+        }
+        .into(),
     })
 }

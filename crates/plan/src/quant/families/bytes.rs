@@ -216,6 +216,7 @@ fn int4(
             scale: Some(Scale { grid: grid(number, [1, per_group], [groups, 1]), global: None }),
             fold,
             ..Recipe::of(rows, cols, Codes::RowPairs, Element::Signed)
-        },
+        }
+        .into(),
     })
 }

@@ -124,7 +124,8 @@ fn integers(
             scale: Some(Scale { grid, global: None }),
             group_index: if is_indexed { Some(u32::try_from(groups).unwrap_or(u32::MAX)) } else { None },
             ..Recipe::of(rows, cols, codes, Element::Unsigned)
-        },
+        }
+        .into(),
     })
 }
 
@@ -347,6 +348,7 @@ pub(super) fn int8(
             zero_point,
             scale: Some(Scale { grid, global: None }),
             ..Recipe::of(rows, cols, Codes::Rows { bits: 8, row_stride_bytes: cols }, Element::Signed)
-        },
+        }
+        .into(),
     })
 }

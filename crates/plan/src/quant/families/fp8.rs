@@ -69,7 +69,8 @@ pub(super) fn join(
                 Codes::Rows { bits: 8, row_stride_bytes: size.cols },
                 element(payload)?,
             )
-        },
+        }
+        .into(),
     })
 }
 

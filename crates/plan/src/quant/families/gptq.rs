@@ -136,7 +136,8 @@ pub(in crate::quant) fn recognize(scene: &Scene<'_>, payload: &TensorRef<'_>) ->
                 if is_planar { Codes::ColumnPlanes { bits } } else { Codes::Columns { bits } },
                 Element::Unsigned,
             )
-        },
+        }
+        .into(),
     })
 }
 

@@ -93,7 +93,8 @@ pub(in crate::quant) fn recognize(scene: &Scene<'_>, payload: &TensorRef<'_>) ->
             zero_point: ZeroPoint::Float(grid(zero_number)),
             scale: Some(Scale { grid: grid(scale_number), global: None }),
             ..Recipe::of(rows, cols, codes, Element::Unsigned)
-        },
+        }
+        .into(),
     })
 }
 

@@ -73,7 +73,8 @@ pub(in crate::quant) fn recognize(
             scale: Some(Scale { grid: scales, global: None }),
             bias: bias.map(|(_, grid)| grid),
             ..Recipe::of(rows, size.cols, Codes::Rows { bits, row_stride_bytes: words * 4 }, element)
-        },
+        }
+        .into(),
     })
 }
 

@@ -88,7 +88,8 @@ pub(super) fn join_laid_out(
                 Codes::Rows { bits: packing.bits, row_stride_bytes: bytes },
                 packing.element,
             )
-        },
+        }
+        .into(),
     })
 }
 
@@ -129,6 +130,7 @@ pub(in crate::quant) fn gpt_oss(scene: &Scene<'_>, payload: &TensorRef<'_>) -> R
                 Codes::Rows { bits: 4, row_stride_bytes: size.cols / 2 },
                 Element::E2m1,
             )
-        },
+        }
+        .into(),
     })
 }

@@ -70,7 +70,8 @@ pub(super) fn join(
             scale: Some(Scale { grid, global: global_scale }),
             fold,
             ..Recipe::of(rows, size.cols, codes, Element::E2m1)
-        },
+        }
+        .into(),
     })
 }
 

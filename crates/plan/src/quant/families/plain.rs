@@ -28,7 +28,7 @@ pub(in crate::quant) fn recognize(payload: &TensorRef<'_>) -> Result<Group, Quan
         group_size: None,
         is_symmetric: None,
         members: members([(Role::Payload, Some(payload.id))]),
-        recipe: Recipe::of(rows, cols, codes, element),
+        recipe: Recipe::of(rows, cols, codes, element).into(),
     })
 }
 

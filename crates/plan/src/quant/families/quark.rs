@@ -60,7 +60,7 @@ pub(in crate::quant) fn integers(
             (Role::Scale, Some(scale.id)),
             (Role::ZeroPoint, zeros.map(|zeros| zeros.id)),
         ]),
-        recipe,
+        recipe: recipe.into(),
     })
 }
 
@@ -163,6 +163,7 @@ pub(super) fn inline_scales(payload: &TensorRef<'_>, weight: &QuarkWeight) -> Re
             batch,
             scale: Some(Scale { grid: Grid { batch_stride, ..grid }, global: None }),
             ..Recipe::of(rows, cols, Codes::RowsWithScales { row_stride_bytes: bytes }, Element::E2m1)
-        },
+        }
+        .into(),
     })
 }

@@ -185,7 +185,8 @@ fn int8(
             zero_point,
             scale: Some(Scale { grid: grid(number), global: None }),
             ..Recipe::of(rows, cols, Codes::Rows { bits: 8, row_stride_bytes: cols }, Element::Signed)
-        },
+        }
+        .into(),
     })
 }
 
@@ -228,7 +229,8 @@ fn int4(
             scale: Some(Scale { grid: grid(number), global: None }),
             bias: Some(grid(zero_number)),
             ..Recipe::of(rows, cols, Codes::Rows { bits: 4, row_stride_bytes: bytes }, Element::Signed)
-        },
+        }
+        .into(),
     })
 }
 
@@ -276,7 +278,8 @@ pub(super) fn mxfp8(
             batch,
             scale: Some(Scale { grid, global: None }),
             ..Recipe::of(rows, cols, Codes::Rows { bits: 8, row_stride_bytes: cols }, fp8::element(payload)?)
-        },
+        }
+        .into(),
     })
 }
 
