@@ -17,7 +17,7 @@
 //! let rules = Rules::of(&config)?;
 //! let partition = Partition::new(&checkpoint, &config, &rules, &Setup::default())?;
 //! let share = partition.share(&Ranks::alone().tp(3, 4), DeviceId::Host)?;
-//! assert_eq!(share.assembly.tensors[0].shape, [16, 8]);
+//! assert_eq!(*share.assembly.tensors[0].shape, [16, 8]);
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
