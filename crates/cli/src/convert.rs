@@ -43,7 +43,7 @@ pub(crate) struct Convert {
     dequantize: Option<Dtype>,
 
     /// Where tensors are dequantized; the bytes are the same everywhere
-    #[arg(long, value_name = "host|cuda:N|auto", default_value = "host", value_parser = parse_device, requires = "dequantize")]
+    #[arg(long, value_name = "host|cuda:N|rocm:N|auto", default_value = "host", value_parser = parse_device, requires = "dequantize")]
     device: Device,
 
     #[command(flatten)]

@@ -30,7 +30,7 @@ impl fmt::Display for DeviceId {
 impl FromStr for DeviceId {
     type Err = UnknownDevice;
 
-    /// Parses `host`, `cuda:N` and `rocm:N`; `cuda` and `rocm` alone mean ordinal 0.
+    /// Parses `host` (or `cpu`), `cuda:N` and `rocm:N`; `cuda` and `rocm` alone mean ordinal 0.
     fn from_str(text: &str) -> Result<DeviceId, UnknownDevice> {
         let unknown = || UnknownDevice(text.to_owned());
         let (vendor, ordinal) = match text.split_once(':') {
@@ -38,7 +38,7 @@ impl FromStr for DeviceId {
             None => (text, None),
         };
         match (vendor, ordinal) {
-            ("host", None) => Ok(DeviceId::Host),
+            ("host" | "cpu", None) => Ok(DeviceId::Host),
             ("cuda", ordinal) => Ok(DeviceId::Cuda(ordinal.unwrap_or(0))),
             ("rocm", ordinal) => Ok(DeviceId::Rocm(ordinal.unwrap_or(0))),
             _ => Err(unknown()),
@@ -58,7 +58,7 @@ pub struct UnknownDevice(pub String);
 
 impl fmt::Display for UnknownDevice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:?} names no device; host, cuda:0 and rocm:0 do", self.0)
+        write!(f, "{:?} names no device; host (or cpu), cuda:0 and rocm:0 do", self.0)
     }
 }
 
@@ -146,6 +146,7 @@ mod tests {
             assert_eq!(text.parse::<DeviceId>().unwrap().to_string(), text);
         }
         assert_eq!("cuda".parse(), Ok(DeviceId::Cuda(0)));
+        assert_eq!("cpu".parse(), Ok(DeviceId::Host));
         for text in ["", "gpu", "host:0", "cuda:x", "cuda:-1"] {
             assert!(text.parse::<DeviceId>().is_err(), "{text}");
         }

@@ -95,7 +95,6 @@ impl Value<'_> {
     fn named(&self, text: &str) -> Devices {
         let pattern = || self.pattern.to_owned();
         match text {
-            "cpu" => Ok(vec![DeviceId::Host]),
             "disk" => Err(DeviceMapError::OnDisk { pattern: pattern() }),
             _ => match text.parse() {
                 Ok(device) => Ok(vec![device]),

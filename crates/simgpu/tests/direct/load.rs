@@ -129,7 +129,7 @@ fn what_the_page_cache_holds_is_copied_from_there_unless_direct_storage_is_requi
         reasons(&loaded),
         [format!(
             "1 file is read through the staging ring instead of by direct storage into {}: \
-                 the page cache holds all of it, which is faster",
+                 all in the page cache, which is faster",
             id(0)
         )]
     );

@@ -189,7 +189,7 @@ fn files_for(plan: &Plan, device: DeviceId, by_storage: bool) -> BTreeSet<u32> {
 }
 
 /// Copying what is there takes a fifth of the time that reading past it takes.
-const IS_HOT: &str = "the page cache holds all of it, which is faster";
+const IS_HOT: &str = "all in the page cache, which is faster";
 
 /// A trial takes some tenths of a millisecond, memory for a thread's own trials (pinned, and of the device) about one.
 const FILES_EACH: usize = 16;
