@@ -2,88 +2,30 @@
 //!
 //! Every message is a tag and eight bytes. A peer that ends without a word has failed.
 
-use std::fs;
-use std::io::{self, IoSlice, IoSliceMut, Read, Write};
-use std::mem::MaybeUninit;
+mod meeting;
+mod rendezvous;
+mod words;
+
+use std::io::{self, Write};
 use std::net::Shutdown;
 use std::os::fd::AsFd;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags,
-};
+use rustix::net::RecvFlags;
 
 use crate::error::ExchangeError;
 use crate::launch::Launched;
+use meeting::{go_to_first, receive_all};
+use rendezvous::hash;
+use words::{FRAME_LEN, Tag, frame, read, receive_stream, send_stream};
 
-/// Where and how long the ranks of a node look for each other.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Rendezvous {
-    /// The socket's path, the same on all ranks.
-    pub path: PathBuf,
-    /// How long a rank waits for the others, then and later. Default: 5 minutes, because ranks come when their process has imported what
-    /// it imports.
-    pub timeout: Duration,
-}
-
-impl Rendezvous {
-    /// How long ranks wait where nobody says otherwise.
-    pub const TIMEOUT_DEFAULT: Duration = Duration::from_secs(300);
-
-    /// Returns the place of a job: what [`RENDEZVOUS_VARIABLE`] says, else a name made of the job in a folder that only this user
-    /// enters.
-    ///
-    /// # Errors
-    /// [`ExchangeError::Socket`] when the folder cannot be made, [`ExchangeError::Stranger`] when it is somebody else's.
-    pub fn of(launched: &Launched) -> Result<Rendezvous, ExchangeError> {
-        let path = match std::env::var_os(RENDEZVOUS_VARIABLE).filter(|path| !path.is_empty()) {
-            Some(path) => path.into(),
-            None => own_folder()?.join(file_name(&launched.job)),
-        };
-        Ok(Rendezvous { path, timeout: Rendezvous::TIMEOUT_DEFAULT })
-    }
-}
-
-/// Makes the folder of this user's sockets, in the place that all processes of the user share.
-fn own_folder() -> Result<PathBuf, ExchangeError> {
-    let user = rustix::process::geteuid().as_raw();
-    let path = std::env::temp_dir().join(format!("tensorhaul-{user}"));
-    let failed = |source| ExchangeError::Socket { path: path.clone(), doing: "making the folder", source };
-    match fs::DirBuilder::new().mode(0o700).create(&path) {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(failed(error)),
-        _ => {}
-    }
-    let found = fs::symlink_metadata(&path).map_err(failed)?;
-    if !found.is_dir() || found.uid() != user || found.mode() & 0o077 != 0 {
-        let what = "it is no folder that this user alone may enter".to_owned();
-        return Err(ExchangeError::Stranger { path, what });
-    }
-    Ok(path)
-}
-
-/// Makes a file name of a job: sockets have paths of at most 108 bytes, so that the rest of a long one becomes a number.
-fn file_name(job: &str) -> String {
-    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
-    let plain: String =
-        job.bytes().map(|byte| if is_plain(byte) { byte as char } else { '_' }).take(40).collect();
-    format!("{plain}-{:016x}.sock", hash(job.as_bytes()))
-}
-
-/// # Source
-/// Fowler, Noll, Vo: FNV-1a, 64 bits.
-fn hash(bytes: &[u8]) -> u64 {
-    bytes
-        .iter()
-        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3))
-}
+pub use rendezvous::{RENDEZVOUS_VARIABLE, Rendezvous};
 
 /// A rank's connection to the others.
 #[derive(Debug)]
@@ -154,19 +96,50 @@ impl Control {
                 _ => Err(self.gone(0)),
             };
         }
-        let mut differs = None;
-        for (peer, stream) in (1..).zip(peers.iter_mut()) {
-            match self.read(stream, peer, "agreeing")? {
-                (Tag::Agree, brought) if brought == fingerprint => {}
-                (Tag::Agree, _) => differs = differs.or(Some(peer)),
-                _ => return Err(self.gone(peer)),
-            }
-        }
+        let brought = self.hear_all(&mut peers)?;
+        let differs = (1..).zip(brought).find(|(_, brought)| *brought != fingerprint).map(|(peer, _)| peer);
         let (tag, value) = differs.map_or((Tag::Agreed, 0), |peer| (Tag::Disagree, u64::from(peer)));
         for (peer, stream) in (1..).zip(peers.iter_mut()) {
             self.write(stream, peer, tag, value)?;
         }
         differs.map_or(Ok(()), |peer| Err(ExchangeError::Disagree { peer }))
+    }
+
+    /// Returns what every other rank brings to agree on. Whoever fails meanwhile is heard, whomever else rank 0 waits for.
+    fn hear_all(&self, peers: &mut [UnixStream]) -> Result<Vec<u64>, ExchangeError> {
+        let until = Instant::now() + self.timeout();
+        let mut brought: Vec<Option<u64>> = vec![None; peers.len()];
+        loop {
+            let silent: Vec<usize> = (0..peers.len()).filter(|peer| brought[*peer].is_none()).collect();
+            if silent.is_empty() {
+                return Ok(brought.into_iter().flatten().collect());
+            }
+            let mut polled: Vec<_> =
+                silent.iter().map(|peer| PollFd::new(&peers[*peer], PollFlags::IN)).collect();
+            let left = until.saturating_duration_since(Instant::now());
+            let left = left.try_into().expect("a timeout is no longer than the system counts");
+            let heard = match poll(&mut polled, Some(&left)) {
+                Ok(0) => {
+                    let missing = silent.iter().map(|peer| *peer as u32 + 1).collect();
+                    return Err(ExchangeError::TimedOut {
+                        doing: "agreeing",
+                        after: self.timeout(),
+                        missing,
+                    });
+                }
+                Ok(_) => silent.iter().zip(&polled).filter(|(_, polled)| !polled.revents().is_empty()),
+                Err(Errno::INTR) => continue,
+                Err(_) => return Err(self.gone(silent[0] as u32 + 1)),
+            };
+            let heard: Vec<usize> = heard.map(|(peer, _)| *peer).collect();
+            for peer in heard {
+                let rank = peer as u32 + 1;
+                match self.read(&mut peers[peer], rank, "agreeing")? {
+                    (Tag::Agree, value) => brought[peer] = Some(value),
+                    _ => return Err(self.gone(rank)),
+                }
+            }
+        }
     }
 
     /// Gives every rank the bytes that rank 0 has; the others pass as many of their own, which are written over.
@@ -340,220 +313,3 @@ impl Drop for Control {
         }
     }
 }
-
-/// Listens until all others have come.
-fn receive_all(
-    rendezvous: &Rendezvous,
-    size: u32,
-    nonce: u64,
-    until: Instant,
-) -> Result<Vec<UnixStream>, ExchangeError> {
-    let path = &rendezvous.path;
-    let failed = |doing| move |source| ExchangeError::Socket { path: path.clone(), doing, source };
-    let listener = listen(path)?;
-    let _socket = RemovedAtEnd(path);
-    fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(failed("closing it to others"))?;
-    listener.set_nonblocking(true).map_err(failed("listening"))?;
-    let mut peers: Vec<Option<UnixStream>> = (1..size).map(|_| None).collect();
-    while peers.iter().any(Option::is_none) {
-        let mut stream = match listener.accept() {
-            Ok((stream, _)) => stream,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                let missing = (1..).zip(&peers).filter(|(_, peer)| peer.is_none()).map(|(rank, _)| rank);
-                wait(rendezvous, until, missing.collect())?;
-                continue;
-            }
-            Err(error) => return Err(failed("accepting a rank")(error)),
-        };
-        stream.set_nonblocking(false).map_err(failed("accepting a rank"))?;
-        stream.set_read_timeout(Some(HELLO_TIMEOUT)).map_err(failed("accepting a rank"))?;
-        // Who says nothing that is understood was no rank.
-        let Ok(hello) = read_hello(&mut stream) else { continue };
-        stream.set_read_timeout(Some(rendezvous.timeout)).map_err(failed("accepting a rank"))?;
-        let what = match hello {
-            Hello { nonce: other, .. } if other != nonce => "a rank of another job came".to_owned(),
-            Hello { size: other, .. } if other != size => {
-                format!("a rank came that counts {other} ranks on the node, not {size}")
-            }
-            Hello { rank, .. } => match peers.get_mut((rank as usize).wrapping_sub(1)) {
-                Some(place @ None) => {
-                    *place = Some(stream);
-                    continue;
-                }
-                _ => format!("rank {rank} came twice"),
-            },
-        };
-        // The stranger sees its end; the others see this rank's.
-        return Err(ExchangeError::Stranger { path: path.clone(), what });
-    }
-    let mut peers: Vec<_> = peers.into_iter().flatten().collect();
-    for stream in &mut peers {
-        stream.write_all(&frame(Tag::Welcome, nonce)).map_err(failed("welcoming a rank"))?;
-    }
-    Ok(peers)
-}
-
-/// Binds the socket, over one that a process left which is no more.
-fn listen(path: &Path) -> Result<UnixListener, ExchangeError> {
-    let failed = |source| ExchangeError::Socket { path: path.to_owned(), doing: "listening", source };
-    match UnixListener::bind(path) {
-        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
-        bound => return bound.map_err(failed),
-    }
-    if UnixStream::connect(path).is_ok() {
-        let what = "another job's rank 0 listens there".to_owned();
-        return Err(ExchangeError::Stranger { path: path.to_owned(), what });
-    }
-    fs::remove_file(path).map_err(failed)?;
-    UnixListener::bind(path).map_err(failed)
-}
-
-/// Removes a socket when nobody is to come any more.
-struct RemovedAtEnd<'p>(&'p Path);
-
-impl Drop for RemovedAtEnd<'_> {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(self.0); // If it is gone already, so be it.
-    }
-}
-
-/// Connects to rank 0, which may come later, or find a socket there that nobody listens to.
-fn go_to_first(
-    rendezvous: &Rendezvous,
-    rank: u32,
-    size: u32,
-    nonce: u64,
-    until: Instant,
-) -> Result<UnixStream, ExchangeError> {
-    let path = &rendezvous.path;
-    let failed = |doing| move |source| ExchangeError::Socket { path: path.clone(), doing, source };
-    let mut stream = loop {
-        match UnixStream::connect(path) {
-            Ok(stream) => break stream,
-            Err(error)
-                if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) =>
-            {
-                wait(rendezvous, until, vec![0])?;
-            }
-            Err(error) => return Err(failed("connecting")(error)),
-        }
-    };
-    stream.set_read_timeout(Some(rendezvous.timeout)).map_err(failed("connecting"))?;
-    let hello =
-        [frame(Tag::Hello, nonce), frame(Tag::Place, u64::from(rank) << 32 | u64::from(size))].concat();
-    stream.write_all(&hello).map_err(failed("saying which rank this is"))?;
-    match read(&mut stream) {
-        Ok((Tag::Welcome, other)) if other == nonce => Ok(stream),
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-            let (after, missing) = (rendezvous.timeout, Vec::new());
-            Err(ExchangeError::NotMet { path: path.clone(), after, missing })
-        }
-        _ => Err(ExchangeError::PeerLost { peer: Some(0) }),
-    }
-}
-
-fn wait(rendezvous: &Rendezvous, until: Instant, missing: Vec<u32>) -> Result<(), ExchangeError> {
-    if Instant::now() >= until {
-        let (path, after) = (rendezvous.path.clone(), rendezvous.timeout);
-        return Err(ExchangeError::NotMet { path, after, missing });
-    }
-    thread::sleep(MEETING_POLL);
-    Ok(())
-}
-
-/// Hands one end of a connection to a rank.
-fn send_stream(to: &UnixStream, end: &UnixStream) -> io::Result<()> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut control = SendAncillaryBuffer::new(&mut space);
-    let ends = [end.as_fd()];
-    let is_room = control.push(SendAncillaryMessage::ScmRights(&ends));
-    assert!(is_room, "the space is for one descriptor");
-    rustix::net::sendmsg(to, &[IoSlice::new(&[Tag::Bytes as u8])], &mut control, SendFlags::NOSIGNAL)?;
-    Ok(())
-}
-
-/// Takes what [`send_stream`] handed over; the rank that is gone, where that is what is told instead.
-fn receive_stream(from: &mut UnixStream) -> io::Result<Result<UnixStream, u32>> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
-    let mut tag = [0];
-    rustix::net::recvmsg(&*from, &mut [IoSliceMut::new(&mut tag)], &mut control, RecvFlags::CMSG_CLOEXEC)?;
-    let mut received = control.drain().filter_map(|message| match message {
-        RecvAncillaryMessage::ScmRights(mut ends) => ends.next(),
-        _ => None,
-    });
-    match received.next() {
-        Some(end) => Ok(Ok(end.into())),
-        None if tag[0] == Tag::Aborted as u8 => {
-            let mut who = [0; FRAME_LEN - 1];
-            from.read_exact(&mut who)?;
-            Ok(Err(u64::from_le_bytes(who) as u32))
-        }
-        None => Err(io::ErrorKind::UnexpectedEof.into()),
-    }
-}
-
-/// What a rank says first.
-struct Hello {
-    nonce: u64,
-    rank: u32,
-    size: u32,
-}
-
-fn read_hello(stream: &mut UnixStream) -> io::Result<Hello> {
-    let ((Tag::Hello, nonce), (Tag::Place, place)) = (read(stream)?, read(stream)?) else {
-        return Err(io::ErrorKind::InvalidData.into());
-    };
-    Ok(Hello { nonce, rank: (place >> 32) as u32, size: place as u32 })
-}
-
-fn frame(tag: Tag, value: u64) -> [u8; FRAME_LEN] {
-    let mut frame = [tag as u8; FRAME_LEN];
-    frame[1..].copy_from_slice(&value.to_le_bytes());
-    frame
-}
-
-fn read(stream: &mut UnixStream) -> io::Result<(Tag, u64)> {
-    let mut frame = [0; FRAME_LEN];
-    stream.read_exact(&mut frame)?;
-    let [tag, value @ ..] = frame;
-    let tag = TAGS.into_iter().find(|known| *known as u8 == tag).ok_or(io::ErrorKind::InvalidData)?;
-    Ok((tag, u64::from_le_bytes(value)))
-}
-
-/// What a message is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Tag {
-    Hello = 1,
-    Place,
-    Welcome,
-    Agree,
-    Agreed,
-    Disagree,
-    Bytes,
-    Aborted,
-    Done,
-}
-
-const TAGS: [Tag; 9] = [
-    Tag::Hello,
-    Tag::Place,
-    Tag::Welcome,
-    Tag::Agree,
-    Tag::Agreed,
-    Tag::Disagree,
-    Tag::Bytes,
-    Tag::Aborted,
-    Tag::Done,
-];
-
-const FRAME_LEN: usize = 9;
-
-/// How often a rank that meets the others looks again.
-const MEETING_POLL: Duration = Duration::from_millis(5);
-
-/// A rank says which it is as soon as it has connected.
-const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// Names another path for the ranks' socket, the same on all ranks of a node.
-pub const RENDEZVOUS_VARIABLE: &str = "TENSORHAUL_RENDEZVOUS";

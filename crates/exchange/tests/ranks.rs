@@ -333,6 +333,19 @@ fn abort_lets_go_whoever_waits_for_a_rank_that_has_not_come() {
 }
 
 #[test]
+fn who_fails_is_heard_before_who_is_waited_for_has_come() {
+    for kind in [Kind::InProcess, Kind::Sockets] {
+        let ends = ends(kind, 4, Duration::from_secs(20));
+        let error = thread::scope(|scope| {
+            let waits = scope.spawn(|| ends[0].agree(1).unwrap_err());
+            ends[3].abort();
+            waits.join().unwrap()
+        });
+        assert!(matches!(error, ExchangeError::PeerLost { peer: Some(3) }), "{kind:?}: {error}");
+    }
+}
+
+#[test]
 fn a_thread_that_leaves_is_named_to_those_that_wait_for_it() {
     for panics in [false, true] {
         let target = || [(2, memory(&[0; 8]))];
@@ -394,7 +407,9 @@ fn ranks_that_do_not_come_are_named() {
     assert_eq!(errors[0], format!("meeting: ranks 2, 3 of the node did not come within 0.3 s {where_to}"));
     let error = Control::meet(&launched(1, 2, "job"), soon()).map(drop).unwrap_err().to_string();
     assert_eq!(error, format!("meeting: rank 0 of the node did not come within 0.3 s {where_to}"));
-    let end = &ends(Kind::InProcess, 3, Duration::from_millis(50))[1];
-    let error = end.agree(1).unwrap_err().to_string();
-    assert_eq!(error, "agreeing: ranks 0, 2 of the node did not come within 0.05 s");
+    for (kind, waiting, missing) in [(Kind::InProcess, 1, "0, 2"), (Kind::Sockets, 0, "1, 2")] {
+        let end = &ends(kind, 3, Duration::from_millis(50))[waiting];
+        let error = end.agree(1).unwrap_err().to_string();
+        assert_eq!(error, format!("agreeing: ranks {missing} of the node did not come within 0.05 s"));
+    }
 }
