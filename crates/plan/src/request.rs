@@ -84,6 +84,8 @@ pub enum Layout {
     /// `[K, N]` for formats that store neighbouring rows side by side (GPTQ, AWQ GEMM), which spares a transposition; others stay
     /// `[N, K]`.
     AsStored,
+    /// As plain checkpoints of the model have it: `[N, K]`, but `[E, K, N]` for the experts of gpt-oss under transformers' names.
+    Plain,
 }
 
 impl Request {

@@ -57,6 +57,11 @@ impl Dequantization {
         Dequantization { layout: Layout::AsStored, ..self }
     }
 
+    /// Lays each tensor out as a plain checkpoint of the model has it.
+    pub(crate) fn plain(self) -> Self {
+        Dequantization { layout: Layout::Plain, ..self }
+    }
+
     /// Multiplies a factor for each input channel (`pre_quant_scale`) into the weights. Default: it is handed over as stored, for the
     /// activations to be multiplied with.
     pub fn fold(self) -> Self {

@@ -6,7 +6,7 @@ use serde::Deserialize;
 
 use super::ParallelError;
 use super::pattern::{Leaf, Match, Member, Numbers};
-use super::rules::Rules;
+use super::rules::{How, Rule, Rules, Sections, Split};
 
 /// A kind of fused tensor, as data.
 #[derive(Clone, Debug, Deserialize)]
@@ -21,6 +21,38 @@ pub(super) struct Fusion {
     /// Whether the last number of the members counts experts: the result is `[experts, rows, cols]`.
     #[serde(default)]
     pub(super) stacked: bool,
+}
+
+impl Fusion {
+    /// Returns the rule of the fused tensor where it is stored, by those of its members: what a rank has of each lies one after the other there, too. None
+    /// where it has a rule already, or members are not cut alike.
+    pub(super) fn stored(&self, rules: &[(String, Rule)]) -> Option<(String, Rule)> {
+        let rule_of = |pattern: &str| rules.iter().find(|(own, _)| own == pattern).map(|(_, rule)| rule);
+        let member = |row: &String| rule_of(row).or_else(|| rule_of(row.strip_suffix(".weight")?));
+        let members = self.rows.iter().map(member).collect::<Option<Vec<&Rule>>>()?;
+        let first = members[0];
+        let is_alike = |rule: &&Rule| Rule { how: first.how.clone(), ..(*rule).clone() } == *first;
+        if rule_of(&self.target).is_some() || !members.iter().all(is_alike) {
+            return None;
+        }
+        let how = match (&first.how, &members[1..]) {
+            (how, []) => how.clone(),
+            (How::Replicated, others) if others.iter().all(|rule| rule.how == How::Replicated) => {
+                How::Replicated
+            }
+            (How::Column(split), _) => {
+                let sections = members.iter().map(|rule| match &rule.how {
+                    How::Column(own) if own.is_like(split) => Some(&own.sections),
+                    _ => None,
+                });
+                let sections = Sections::one_after_the_other(&sections.collect::<Option<Vec<_>>>()?)?;
+                How::Column(Split { sections, ..split.clone() })
+            }
+            _ => return None,
+        };
+        let is_stacked = self.stacked || first.is_stacked;
+        Some((self.target.clone(), Rule { how, is_stacked, ..first.clone() }))
+    }
 }
 
 /// Which fused tensors to make.

@@ -153,6 +153,7 @@ impl<'a> Partition<'a> {
         self.rules
             .rules
             .iter()
+            .take(self.rules.line_count)
             .zip(is_used)
             .filter(|(_, is_used)| !is_used)
             .map(|((pattern, _), _)| pattern.as_str())

@@ -46,10 +46,14 @@ use super::{ModelConfig, ParallelError, huggingface};
 /// way, wherever one of the tensors whose rule has it stays packed, so that no block of codes with one scale is cut; `stacked` says that dimension 0 counts
 /// experts, which go to the expert-parallel ranks; `transposed` that a weight that is *not* quantized is stored `[in, out]`; `pad_to` (64) that a
 /// vocabulary is padded to a multiple of that, and of `tp_size`.
+///
+/// A tensor that is stored fused already, under the name that `fuse` gives it, is cut as its members would be: its sections are theirs.
 #[derive(Clone, Debug)]
 pub struct Rules {
     pub(super) name: String,
+    /// The table's own lines, then those of tensors that are stored fused.
     pub(super) rules: Vec<(String, Rule)>,
+    pub(super) line_count: usize,
     pub(super) fusions: Vec<Fusion>,
     pub(super) prefixes: Vec<String>,
     pub(super) defaults: ModelConfig,
@@ -125,7 +129,10 @@ impl Rules {
     }
 
     fn compile(table: Table) -> Result<Rules, ParallelError> {
-        let Table { name, prefixes, layers, experts, first, last, tied, defaults, rules, fuse, .. } = table;
+        let Table { name, prefixes, layers, experts, first, last, tied, defaults, mut rules, fuse, .. } =
+            table;
+        let line_count = rules.len();
+        rules.extend(fuse.iter().filter_map(|fusion| fusion.stored(&rules)).collect::<Vec<_>>());
         let mut trie = Trie::new();
         for (number, prefix) in (0u32..).zip(&prefixes) {
             let mut insert = |pattern: &str, leaf: Leaf, mark| {
@@ -154,7 +161,7 @@ impl Rules {
             }
         }
         let unmatched = Unmatched::default();
-        Ok(Rules { name, rules, fusions: fuse, prefixes, defaults, tied, unmatched, trie })
+        Ok(Rules { name, rules, line_count, fusions: fuse, prefixes, defaults, tied, unmatched, trie })
     }
 }
 
@@ -200,6 +207,29 @@ pub(super) enum Sections {
     Equal(u64),
     /// So many of each one after the other, all of the same length.
     Counted(Vec<Count>),
+}
+
+impl Split {
+    /// Tells whether another differs in its sections alone.
+    pub(super) fn is_like(&self, other: &Split) -> bool {
+        (self.is_uneven, self.packed_block) == (other.is_uneven, other.packed_block)
+    }
+}
+
+impl Sections {
+    /// Returns the sections of several dimensions as one, unless their elements are not counted alike.
+    pub(super) fn one_after_the_other(all: &[&Sections]) -> Option<Sections> {
+        let equal = all.iter().map(|sections| match sections {
+            Sections::Equal(1) => Some(1),
+            _ => None,
+        });
+        let counted = all.iter().map(|sections| match sections {
+            Sections::Counted(counts) => Some(counts.as_slice()),
+            Sections::Equal(_) => None,
+        });
+        let equal = equal.sum::<Option<u64>>().map(Sections::Equal);
+        equal.or_else(|| Some(Sections::Counted(counted.collect::<Option<Vec<_>>>()?.concat())))
+    }
 }
 
 impl Rule {

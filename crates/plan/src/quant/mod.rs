@@ -65,6 +65,8 @@ pub struct Group {
     pub bits: u8,
     /// Columns that share a scale; `None` where a scale is for a row, a block of rows and columns, or the whole tensor.
     pub group_size: Option<u32>,
+    /// Whether plain checkpoints of the model have it as `[.., K, N]`, which its shape here is not.
+    pub is_plain_transposed: bool,
     /// Whether zero-points are constant; `None` where the element is a float.
     pub is_symmetric: Option<bool>,
     /// The stored tensors, each once; exactly one is the payload.

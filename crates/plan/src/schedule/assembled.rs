@@ -159,15 +159,12 @@ impl<'r> Assembling<'r> {
                         });
                     }
                     let cut = self.cut(group, &part.slice)?;
-                    let making = Making { group, cut, offset_bytes: first * (dtype.bits() / 8) };
-                    let is_transposed = request
-                        .dequantize
-                        .as_ref()
-                        .is_some_and(|dequantize| making.is_transposed(dequantize));
-                    if is_all && !is_transposed {
+                    if is_all {
+                        let dequantize = request.dequantize.as_ref().expect("as above");
+                        let making = Making::alone(group, cut, dequantize);
                         return Ok(Wanted { what: What::Made(making), ..wanted });
                     }
-                    made.push(making);
+                    made.push(Making::part(group, cut, first * (dtype.bits() / 8)));
                 }
             }
         }

@@ -242,7 +242,7 @@ fn unplaced(
         names.push(name.to_owned());
         names.len() as u32 - 1
     });
-    let shape = wanted.own_shape(request).map(|shape| {
+    let shape = wanted.own_shape().map(|shape| {
         let start = dims.len();
         dims.extend_from_slice(&shape);
         start..dims.len()

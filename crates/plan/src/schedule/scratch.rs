@@ -75,8 +75,8 @@ pub(super) fn scratch(
         scratch.operations.push(Operation {
             name: making.group.name.clone(),
             family: making.group.family,
-            shape: making.shape(dequantize).into_owned(),
-            is_transposed: making.is_transposed(dequantize),
+            shape: making.shape().into_owned(),
+            is_transposed: making.is_transposed,
             recipe,
             sources,
             tensor: job.tensor,

@@ -17,10 +17,10 @@ pub(super) fn selected<'r>(
     let Some(dequantize) = &request.dequantize else {
         return Ok(request.tensors(checkpoint)?.into_iter().map(stored).collect());
     };
-    let made = made(checkpoint, dequantize)?;
-    let (ids, groups) = chosen(checkpoint, request, dequantize, &made)?;
+    let (ids, groups) = chosen(checkpoint, request, dequantize, &made(checkpoint, dequantize)?)?;
     let mut wanted: Vec<_> = ids.into_iter().map(stored).collect();
-    wanted.extend(groups.into_iter().map(|group| Wanted::made(checkpoint, group, request.device)));
+    let made = |group| Wanted::made(checkpoint, group, dequantize, request.device);
+    wanted.extend(groups.into_iter().map(made));
     // A payload that was asked for by its stored name stands beside what is made of it.
     wanted.sort_by_key(|wanted| wanted.stored.id);
     Ok(wanted)

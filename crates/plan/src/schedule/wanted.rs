@@ -77,6 +77,8 @@ pub(super) struct Making<'r> {
     pub(super) cut: Option<Arc<Cut>>,
     /// Where it begins in its tensor.
     pub(super) offset_bytes: u64,
+    /// Whether the result is `[.., K, N]`.
+    pub(super) is_transposed: bool,
 }
 
 /// A part of a quantized tensor: the parts of its members, and how to make it from them. Groups that are cut alike share it.
@@ -92,8 +94,13 @@ impl<'r> Wanted<'r> {
         Wanted { stored, device, name: None, what: What::Stored, external: None, copy_of: None }
     }
 
-    pub(super) fn made(checkpoint: &'r Checkpoint, group: &'r Group, device: DeviceId) -> Wanted<'r> {
-        let making = Making { group, cut: None, offset_bytes: 0 };
+    pub(super) fn made(
+        checkpoint: &'r Checkpoint,
+        group: &'r Group,
+        dequantize: &Dequantize,
+        device: DeviceId,
+    ) -> Wanted<'r> {
+        let making = Making::alone(group, None, dequantize);
         let stored = Wanted::stored(checkpoint.tensor(group.payload()), device);
         Wanted { what: What::Made(making), ..stored }.named(&group.name)
     }
@@ -116,11 +123,11 @@ impl<'r> Wanted<'r> {
     }
 
     /// Returns its shape where that is not the stored tensor's.
-    pub(super) fn own_shape(&self, request: &Request) -> Option<Cow<'_, [u64]>> {
-        match (&self.what, &request.dequantize) {
-            (What::Parts(parts), _) => Some(Cow::Borrowed(&parts.shape)),
-            (What::Made(making), Some(dequantize)) => Some(making.shape(dequantize)),
-            _ => None,
+    pub(super) fn own_shape(&self) -> Option<Cow<'_, [u64]>> {
+        match &self.what {
+            What::Parts(parts) => Some(Cow::Borrowed(&parts.shape)),
+            What::Made(making) => Some(making.shape()),
+            What::Stored => None,
         }
     }
 
@@ -175,7 +182,22 @@ impl<'r> Wanted<'r> {
     }
 }
 
-impl Making<'_> {
+impl<'r> Making<'r> {
+    /// Makes a tensor of its own, in the layout asked for.
+    pub(super) fn alone(group: &'r Group, cut: Option<Arc<Cut>>, dequantize: &Dequantize) -> Making<'r> {
+        let is_transposed = match dequantize.layout {
+            Layout::Rows => false,
+            Layout::AsStored => group.recipe.is_column_major,
+            Layout::Plain => group.is_plain_transposed,
+        };
+        Making { group, cut, offset_bytes: 0, is_transposed }
+    }
+
+    /// Makes a part of a tensor, whose rows lie among those of others.
+    pub(super) fn part(group: &'r Group, cut: Option<Arc<Cut>>, offset_bytes: u64) -> Making<'r> {
+        Making { group, cut, offset_bytes, is_transposed: false }
+    }
+
     /// Returns the bytes of what is made. Recognition has checked that the product fits.
     pub(super) fn len_bytes(&self, dequantize: &Dequantize) -> u64 {
         self.rows_shape().iter().product::<u64>() * (dequantize.dtype.bits() / 8)
@@ -186,20 +208,15 @@ impl Making<'_> {
         self.cut.as_ref().map_or(&self.group.recipe, |cut| &cut.recipe)
     }
 
-    /// Tells whether the result is `[.., K, N]`.
-    pub(super) fn is_transposed(&self, dequantize: &Dequantize) -> bool {
-        dequantize.layout == Layout::AsStored && self.recipe().is_column_major
-    }
-
     /// Returns the shape of what is made as `[.., N, K]`.
     fn rows_shape(&self) -> &[u64] {
         self.cut.as_ref().map_or(&self.group.shape, |cut| &cut.shape)
     }
 
-    /// Returns the shape of what is made: `[.., K, N]` where the file's own order is kept.
-    pub(super) fn shape(&self, dequantize: &Dequantize) -> Cow<'_, [u64]> {
+    /// Returns the shape of what is made.
+    pub(super) fn shape(&self) -> Cow<'_, [u64]> {
         let mut shape = Cow::Borrowed(self.rows_shape());
-        if self.is_transposed(dequantize)
+        if self.is_transposed
             && let [.., rows, cols] = shape.to_mut().as_mut_slice()
         {
             std::mem::swap(rows, cols);
@@ -301,11 +318,11 @@ fn made_part<'r>(
     slice: &Slice,
 ) -> Result<Parts<'r>, PlanError> {
     let dequantize = request.dequantize.as_ref().expect("something is made only of what is dequantized");
-    let making = Making { group, cut: cut(checkpoint, group, slice)?, offset_bytes: 0 };
+    let making = Making::alone(group, cut(checkpoint, group, slice)?, dequantize);
     let len_bytes = making.len_bytes(dequantize);
     Ok(Parts {
         dtype: dequantize.dtype,
-        shape: Cow::Owned(making.shape(dequantize).into_owned()),
+        shape: Cow::Owned(making.shape().into_owned()),
         len_bytes,
         span_bytes: len_bytes,
         stored: SmallVec::new(),
@@ -415,7 +432,7 @@ fn stretch<'r>(
     wanted: &mut Wanted<'r>,
     strides: &[u64],
 ) -> Result<(), PlanError> {
-    let shape = wanted.own_shape(request).unwrap_or(Cow::Borrowed(wanted.stored.info.shape)).into_owned();
+    let shape = wanted.own_shape().unwrap_or(Cow::Borrowed(wanted.stored.info.shape)).into_owned();
     let name = wanted.name().to_owned();
     let bad = || {
         let (name, shape, strides) = (name.clone(), shape.clone(), strides.to_vec());

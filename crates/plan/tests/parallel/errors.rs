@@ -383,7 +383,7 @@ fn stacks_that_lack_an_expert_stay_apart_on_every_rank() {
 
 #[test]
 fn a_fused_tensor_does_not_take_anothers_name() {
-    let taken = with(llama(), "model.layers.0.mlp.gate_up_proj.weight", Dtype::F32, &[1]);
+    let taken = with(llama(), "model.layers.0.mlp.gate_up_proj.weight", Dtype::F32, &[2]);
     let config = ModelConfig::parse(taken.config.as_bytes()).unwrap();
     let rules = Rules::of(&config).unwrap().unmatched(Unmatched::Replicate);
     let share = share_by(&taken, &rules, Ranks::alone(), Fuse::All).unwrap();

@@ -6,10 +6,10 @@ use std::collections::BTreeMap;
 use tensorhaul_plan::assembly::Source;
 use tensorhaul_plan::parallel::{Fuse, ModelConfig, Partition, Ranks, Rules, Setup, Share};
 use tensorhaul_plan::quant::{Group, Quantization};
-use tensorhaul_plan::{Checkpoint, DeviceId, Slice};
+use tensorhaul_plan::{Checkpoint, DeviceId, Dtype, Slice};
 
 use crate::golden::{all, recognize};
-use crate::models::{self, Model, Sizes, TINY};
+use crate::models::{self, Model, Sizes, TINY, Tensor};
 
 /// A tensor whose elements are their own flat indices in the source they are from, and the source.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -446,6 +446,51 @@ fn fused_tensors_are_the_rows_of_their_members_one_after_the_other() {
                 }
             }
         });
+    }
+}
+
+#[test]
+fn tensors_that_are_stored_fused_are_cut_as_their_members_are() {
+    for (model, sizes) in zoo() {
+        let checkpoint = model.checkpoint();
+        let quantization = recognize(&checkpoint, &model);
+        if quantization.groups().iter().any(|group| group.is_plain_transposed) {
+            continue; // Its plain copies have other shapes than the groups.
+        }
+        let dequantize = all(&quantization);
+        let fused =
+            Setup { quantization: Some(&quantization), dequantize: Some(&dequantize), fuse: Fuse::All };
+        let config = ModelConfig::parse(model.config.as_bytes()).unwrap();
+        let rules = Rules::of(&config).unwrap();
+        let partition = Partition::new(&checkpoint, &config, &rules, &fused).unwrap();
+        let whole = partition.share(&Ranks::alone(), DeviceId::Host).unwrap();
+        let whole = execute(&checkpoint, quantization.groups(), &whole);
+        let stored = |(name, array): (&String, &Array)| Tensor {
+            name: name.clone(),
+            dtype: Dtype::Bf16,
+            shape: array.shape.clone(),
+        };
+        let copy = Model { tensors: whole.iter().map(stored).collect(), ..model.clone() }.checkpoint();
+        let of_copy = Partition::new(&copy, &config, &rules, &Setup::default()).unwrap();
+        for_all_groups(
+            &model,
+            &sizes,
+            &fused,
+            &checkpoint,
+            &[(1, 1), (2, 3), (3, 1), (8, 1)],
+            |_, shares| {
+                for (share, _) in shares {
+                    let expected = execute(&checkpoint, quantization.groups(), share);
+                    let mut found =
+                        execute(&copy, &[], &of_copy.share(&share.ranks, DeviceId::Host).unwrap());
+                    for (source, flat) in found.values_mut().flat_map(|array| &mut array.data) {
+                        let Source::Stored(id) = *source else { unreachable!("the copy is not quantized") };
+                        (*source, *flat) = whole[copy.tensor(id).info.name].data[*flat as usize];
+                    }
+                    assert!(found == expected, "{}, {}", config.architectures[0], share.ranks);
+                }
+            },
+        );
     }
 }
 

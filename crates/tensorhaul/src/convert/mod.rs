@@ -218,7 +218,7 @@ fn load_options(options: &ConvertOptions) -> LoadOptions {
     }
     let mut load = LoadOptions::default().request(request);
     if let Some(dtype) = options.dequantize {
-        load = load.dequantize(Dequantization::to(dtype).fold());
+        load = load.dequantize(Dequantization::to(dtype).fold().plain());
     }
     match &options.parallel {
         Some(parallel) => load.parallel(parallel.clone()),

@@ -2,14 +2,15 @@
 
 use serde_json::json;
 use tensorhaul::convert::{ConvertOptions, convert};
-use tensorhaul::parallel::{Parallel, Ranks, Rules, Unmatched};
-use tensorhaul::{Dequantization, Dtype, ErrorKind, Model};
+use tensorhaul::parallel::{Fuse, Parallel, Ranks, Rules, Unmatched};
+use tensorhaul::{Dequantization, Dtype, ErrorKind, LoadOptions, Model};
 
 use crate::case::{Case, Expected};
 use crate::check::dequantized;
 use crate::common::Folder;
 use crate::compressed::Packed;
 use crate::gptq::{Gptq, Order, Zeros};
+use crate::pack::nibbles_low_first;
 
 const ROW: &str = "model.layers.0.mlp.down_proj";
 const COLUMN: &str = "model.layers.0.mlp.up_proj";
@@ -129,4 +130,105 @@ fn a_copy_for_a_rank_alone_is_no_part() {
     let model = Model::open(whole.path().join("rank")).unwrap();
     let mut files = model.checkpoint().files().iter();
     assert!(files.all(|file| file.header().metadata().get("tensorhaul.ranks").is_none()));
+}
+
+#[test]
+fn a_ranks_numbers_come_out_by_columns_on_request() {
+    let case = case(gptq(Zeros::SymmetricV1, Order::Unsaid), false);
+    let folder = Folder::on_disk();
+    case.write(folder.path());
+    let model = Model::open(folder.path()).unwrap();
+    for (rank, size) in [(0, 1), (1, 2), (3, 4)] {
+        let dequantization = Dequantization::to(Dtype::F32).as_stored();
+        let options = LoadOptions::default().dequantize(dequantization).parallel(parallel(rank, size));
+        let tensors = model.load(&options).unwrap().tensors;
+        for expected in &case.expected {
+            let tensor = tensors.get(&expected.name).unwrap();
+            let due = part(expected, rank as usize, size as usize);
+            let is_row = expected.name.starts_with(ROW);
+            let [rows, cols] = match is_row {
+                true => [SIZES[0], SIZES[1] / size as usize],
+                false => [SIZES[0] / size as usize, SIZES[1]],
+            };
+            assert_eq!(tensor.shape(), [cols as u64, rows as u64], "{}", expected.name);
+            let found = tensor.to_vec::<f32>().unwrap();
+            let is_same = |at: usize| found[at % cols * rows + at / cols] == f32::from_bits(due[at]);
+            assert!((0..rows * cols).all(is_same), "{}, rank {rank} of {size}", expected.name);
+        }
+    }
+}
+
+#[test]
+fn rows_of_several_lie_beneath_one_another_whatever_the_layout() {
+    let mut case = case(gptq(Zeros::SymmetricV1, Order::Unsaid), false);
+    gptq(Zeros::SymmetricV1, Order::Unsaid).layer(&mut case, "model.layers.0.mlp.gate_proj", SIZES);
+    let folder = Folder::on_disk();
+    case.write(folder.path());
+    let rules = r#"{
+        "rules": {"model.layers.*.mlp.down_proj": "row", "model.layers.*.mlp.up_proj": "column", "model.layers.*.mlp.gate_proj": "column"},
+        "fuse": [{"name": "both", "target": "model.layers.*.mlp.both",
+                  "rows": ["model.layers.*.mlp.gate_proj", "model.layers.*.mlp.up_proj"]}]
+    }"#;
+    let rank = Parallel::rank(Ranks::alone().tp(1, 2)).rules(Rules::parse(rules).unwrap()).fuse(Fuse::All);
+    let load = |dequantization| {
+        let options = LoadOptions::default().dequantize(dequantization).parallel(rank.clone());
+        Model::open(folder.path()).unwrap().load(&options).unwrap().tensors
+    };
+    let by_rows = load(Dequantization::to(Dtype::F32));
+    let as_stored = load(Dequantization::to(Dtype::F32).as_stored());
+    let both = "model.layers.0.mlp.both.weight";
+    assert_eq!(as_stored.get(both).unwrap().shape(), [64, 256]);
+    assert!(as_stored.get(both).unwrap().bytes().unwrap() == by_rows.get(both).unwrap().bytes().unwrap());
+    assert_eq!(as_stored.get(&format!("{ROW}.weight")).unwrap().shape(), [128, 64]);
+}
+
+/// One layer of gpt-oss, packed.
+fn gpt_oss([hidden, inner, experts]: [usize; 3]) -> Case {
+    let config = json!({
+        "architectures": ["GptOssForCausalLM"], "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
+        "hidden_size": hidden, "intermediate_size": inner, "num_local_experts": experts,
+        "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.mlp.router"]},
+    });
+    let mut case = Case::bare("gpt-oss").config("config.json", config);
+    for (name, rows, cols) in [("gate_up_proj", 2 * inner, hidden), ("down_proj", hidden, inner)] {
+        let name = format!("model.layers.0.mlp.experts.{name}");
+        let codes = case.codes(experts * rows * cols, 4);
+        let scales = case.power_scales(Dtype::U8, &[experts, rows, cols / 32]);
+        let blocks = nibbles_low_first(&codes);
+        case.store(format!("{name}_blocks"), Dtype::U8, &[experts, rows, cols / 32, 16], blocks);
+        case.store_floats(format!("{name}_scales"), &scales);
+    }
+    case.keep("model.layers.0.mlp.router.weight", Dtype::Bf16, &[experts, hidden]);
+    case
+}
+
+#[test]
+fn a_plain_copy_of_gpt_oss_has_its_experts_as_plain_checkpoints_do_and_is_cut_as_such() {
+    let (whole, out) = (Folder::on_disk(), Folder::on_disk());
+    gpt_oss([96, 64, 3]).write(whole.path());
+    let model = Model::open(whole.path()).unwrap();
+    let copy = out.path().join("plain");
+    convert(&model, &copy, &ConvertOptions::default().dequantize(Dtype::F32)).unwrap();
+    let copy = Model::open(&copy).unwrap();
+    for (rank, size) in [(0, 1), (0, 2), (1, 2)] {
+        let parallel = Parallel::rank(Ranks::alone().tp(rank, size));
+        let options = LoadOptions::default().parallel(parallel);
+        let numbers = options.clone().dequantize(Dequantization::to(Dtype::F32));
+        let (of_packed, of_copy) =
+            (model.load(&numbers).unwrap().tensors, copy.load(&options).unwrap().tensors);
+        for name in ["gate_up_proj", "down_proj"] {
+            let name = format!("model.layers.0.mlp.experts.{name}");
+            let (packed, plain) = (of_packed.get(&name).unwrap(), of_copy.get(&name).unwrap());
+            let [experts, rows, cols] = *packed.shape() else { panic!("{:?}", packed.shape()) };
+            assert_eq!(plain.shape(), [experts, cols, rows], "{name}, rank {rank} of {size}");
+            let (packed, plain) = (packed.to_vec::<f32>().unwrap(), plain.to_vec::<f32>().unwrap());
+            let (rows, cols) = (rows as usize, cols as usize);
+            let transposed =
+                |at: usize| at / (rows * cols) * rows * cols + at % cols * rows + at / cols % rows;
+            assert!(
+                (0..packed.len()).all(|at| packed[at].to_bits() == plain[transposed(at)].to_bits()),
+                "{name}, rank {rank} of {size}"
+            );
+        }
+    }
 }

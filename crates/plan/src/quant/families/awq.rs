@@ -49,6 +49,7 @@ pub(in crate::quant) fn recognize(
         family: Family::Awq,
         bits: 4,
         group_size: group_size(per_group, recipe.cols),
+        is_plain_transposed: false,
         is_symmetric: Some(false),
         members: members([
             (Role::Payload, Some(payload.id)),

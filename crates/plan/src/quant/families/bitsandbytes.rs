@@ -68,6 +68,7 @@ pub(in crate::quant) fn four_bits(scene: &Scene<'_>, state: &TensorRef<'_>) -> R
         family: Family::Bitsandbytes,
         bits: 4,
         group_size: Some(description.block),
+        is_plain_transposed: false,
         is_symmetric: None,
         members: members([
             (Role::Payload, Some(payload.id)),
@@ -169,6 +170,7 @@ pub(super) fn int8(scene: &Scene<'_>, payload: &TensorRef<'_>) -> Result<Group, 
         family: Family::Bitsandbytes,
         bits: 8,
         group_size: None,
+        is_plain_transposed: false,
         is_symmetric: Some(true),
         members: members([
             (Role::Payload, Some(payload.id)),

@@ -206,6 +206,7 @@ fn int4(
         family: Family::Modelopt,
         bits: 4,
         group_size: group_size(per_group, cols),
+        is_plain_transposed: false,
         is_symmetric: Some(true),
         members: members([
             (Role::Payload, Some(payload.id)),

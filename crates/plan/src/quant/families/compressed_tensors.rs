@@ -111,6 +111,7 @@ fn integers(
         family: Family::CompressedTensors,
         bits,
         group_size: per_group.and_then(|size| group_size(size, cols)),
+        is_plain_transposed: false,
         is_symmetric: Some(zeros.is_none()),
         members: members([
             (Role::Payload, Some(payload.id)),
@@ -337,6 +338,7 @@ pub(super) fn int8(
         family,
         bits: 8,
         group_size: group_size(size, cols),
+        is_plain_transposed: false,
         is_symmetric: Some(zeros.is_none()),
         members: members([
             (Role::Payload, Some(payload.id)),

@@ -53,6 +53,7 @@ pub(super) fn join(
         bits: 8,
         group_size: group_size(u64::from(grid.cols_per_group), size.cols)
             .filter(|_| grid.rows_per_group == 1),
+        is_plain_transposed: false,
         is_symmetric: None,
         members: members([
             (Role::Payload, Some(payload.id)),

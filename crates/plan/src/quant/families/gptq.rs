@@ -117,6 +117,7 @@ pub(in crate::quant) fn recognize(scene: &Scene<'_>, payload: &TensorRef<'_>) ->
         family: Family::Gptq,
         bits,
         group_size: group_size(per_group, cols),
+        is_plain_transposed: false,
         is_symmetric: Some(!is_zeros_read),
         members: members([
             (Role::Payload, Some(payload.id)),

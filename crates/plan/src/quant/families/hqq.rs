@@ -87,6 +87,7 @@ pub(in crate::quant) fn recognize(scene: &Scene<'_>, payload: &TensorRef<'_>) ->
         family: Family::Hqq,
         bits,
         group_size: group_size(per_group, last),
+        is_plain_transposed: false,
         is_symmetric: Some(false),
         members: list,
         recipe: Recipe {

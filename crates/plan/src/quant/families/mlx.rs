@@ -62,6 +62,7 @@ pub(in crate::quant) fn recognize(
         family,
         bits,
         group_size: group_size(per_group, size.cols),
+        is_plain_transposed: false,
         is_symmetric: (rule.mode == MlxMode::Affine).then_some(false),
         members: members([
             (Role::Payload, Some(payload.id)),

@@ -72,6 +72,7 @@ pub(super) fn join_laid_out(
         family: Family::Mx,
         bits: packing.bits,
         group_size: Some(BLOCK as u32),
+        is_plain_transposed: false,
         is_symmetric: None,
         members: members([
             (Role::Payload, Some(payload.id)),
@@ -95,10 +96,13 @@ pub(super) fn join_laid_out(
 
 /// Joins gpt-oss' experts: `X_blocks` `[E, N, K / 32, 16]` and `X_scales` `[E, N, K / 32]`, or `X.blocks` and `X.scales`.
 ///
+/// Plain checkpoints in transformers' names have `X` as `[E, K, N]`, those in OpenAI's as `[E, N, K]`.
+///
 /// # Source
-/// openai/gpt-oss, commit 7b583341, `gpt_oss/torch/weights.py`.
+/// openai/gpt-oss, commit 7b583341, `gpt_oss/torch/weights.py`; transformers, `integrations/mxfp4.py`.
 pub(in crate::quant) fn gpt_oss(scene: &Scene<'_>, payload: &TensorRef<'_>) -> Result<Group, QuantError> {
     let name = payload.info.name;
+    let is_transformers = name.ends_with("_blocks");
     let (stem, scales) = match (name.strip_suffix("_blocks"), name.strip_suffix(".blocks")) {
         (Some(stem), _) => (stem, "_scales"),
         (None, stem) => (stem.unwrap_or(name), ".scales"),
@@ -119,6 +123,7 @@ pub(in crate::quant) fn gpt_oss(scene: &Scene<'_>, payload: &TensorRef<'_>) -> R
         family: Family::Mx,
         bits: 4,
         group_size: Some(BLOCK as u32),
+        is_plain_transposed: is_transformers,
         is_symmetric: None,
         members: members([(Role::Payload, Some(payload.id)), (Role::Scale, Some(scale.id))]),
         recipe: Recipe {

@@ -58,6 +58,7 @@ pub(super) fn join(
         family: Family::Nvfp4,
         bits: 4,
         group_size: Some(BLOCK as u32),
+        is_plain_transposed: false,
         is_symmetric: None,
         members: members([
             (Role::Payload, Some(payload.id)),

@@ -26,6 +26,7 @@ pub(in crate::quant) fn recognize(payload: &TensorRef<'_>) -> Result<Group, Quan
         family: Family::Plain,
         bits: bits as u8,
         group_size: None,
+        is_plain_transposed: false,
         is_symmetric: None,
         members: members([(Role::Payload, Some(payload.id))]),
         recipe: Recipe::of(rows, cols, codes, element).into(),

@@ -54,6 +54,7 @@ pub(in crate::quant) fn integers(
         family: Family::Quark,
         bits: 4,
         group_size: per_group.and_then(|size| group_size(size, cols)),
+        is_plain_transposed: false,
         is_symmetric: Some(zeros.is_none()),
         members: members([
             (Role::Payload, Some(payload.id)),
@@ -157,6 +158,7 @@ pub(super) fn inline_scales(payload: &TensorRef<'_>, weight: &QuarkWeight) -> Re
         family: Family::Mx,
         bits: 4,
         group_size: Some(BLOCK as u32),
+        is_plain_transposed: false,
         is_symmetric: None,
         members: members([(Role::Payload, Some(payload.id))]),
         recipe: Recipe {

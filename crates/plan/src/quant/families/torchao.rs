@@ -175,6 +175,7 @@ fn int8(
         family: Family::Torchao,
         bits: 8,
         group_size: group_size(block[1], cols),
+        is_plain_transposed: false,
         is_symmetric: Some(zeros.is_none()),
         members: members([
             (Role::Payload, Some(payload.id)),
@@ -219,6 +220,7 @@ fn int4(
         family: Family::Torchao,
         bits: 4,
         group_size: group_size(per_group, cols),
+        is_plain_transposed: false,
         is_symmetric: Some(false),
         members: members([
             (Role::Payload, Some(payload.id)),
@@ -272,6 +274,7 @@ pub(super) fn mxfp8(
         family: Family::Mx,
         bits: 8,
         group_size: Some(BLOCK as u32),
+        is_plain_transposed: false,
         is_symmetric: None,
         members: members([(Role::Payload, Some(payload.id)), (Role::Scale, Some(scale.id))]),
         recipe: Recipe {
