@@ -249,6 +249,9 @@ impl Parallel {
             rules = rules.unmatched(unmatched);
         }
         let quantization = model.quantization()?;
+        if let Some(dequantize) = dequantize {
+            dequantize.made(&model.checkpoint)?; // Each glob matches something of the whole model, if not of the rank.
+        }
         let setup = Setup { quantization: Some(&quantization), dequantize, fuse: self.fuse.clone() };
         let partition = Partition::new(&model.checkpoint, &config, &rules, &setup).map_err(failed)?;
         if self.rules.is_some() && partition.is_unused() {

@@ -145,6 +145,7 @@ impl Partition<'_> {
         let is_swapped = rule.is_transposed && matches!(entry.origin, Origin::Stored(_));
         let (from_end, needs) = match &rule.how {
             How::Replicated => (None, 0),
+            How::Vocab { .. } | How::Column(_) if matches!(entry.origin, Origin::Factor(_)) => (None, 0),
             How::Vocab { .. } => (Some(ndim), 1),
             How::Row(_) if entry.is_bias => (None, 0),
             How::Row(split) if ndim == 1 && split.sections != Sections::Equal(1) => (None, 0),

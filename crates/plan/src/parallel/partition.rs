@@ -68,6 +68,8 @@ pub(super) enum Origin {
     Made(u32),
     /// A quantized tensor that stays as it is stored, by its group.
     Packed(u32),
+    /// A factor for each column of a quantized tensor made into numbers, which is handed over beside it.
+    Factor(TensorId),
 }
 
 impl<'a> Partition<'a> {
@@ -167,6 +169,7 @@ impl<'a> Partition<'a> {
     fn match_all(&mut self, setup: &Setup<'_>) -> Result<(), ParallelError> {
         let wanted = setup.fuse.wanted(self.rules)?;
         let globs = setup.dequantize.map(|dequantize| dequantize.globs.as_deref());
+        let is_folded = setup.dequantize.is_some_and(|dequantize| dequantize.fold);
         let mut is_hit = globs.flatten().map(matcher);
         let mut is_made =
             |name: &str| globs.is_some() && is_hit.as_mut().is_none_or(|is_hit| is_hit(&[name]));
@@ -180,11 +183,14 @@ impl<'a> Partition<'a> {
                     quant::Part::Member(group) => {
                         let number = group;
                         let group = &self.groups[group as usize];
-                        if group.payload() != tensor.id {
-                            continue; // It goes where its payload goes.
-                        }
                         name = &group.name;
-                        origin = if is_made(name) { Origin::Made(number) } else { Origin::Packed(number) };
+                        let is_made = is_made(name);
+                        origin = match group.role_of(tensor.id) {
+                            Some(Role::Payload) if is_made => Origin::Made(number),
+                            Some(Role::Payload) => Origin::Packed(number),
+                            Some(Role::Fold) if is_made && !is_folded => Origin::Factor(tensor.id),
+                            _ => continue, // It goes where its payload goes.
+                        };
                     }
                     quant::Part::PassedThrough(_) => is_passed = true,
                     quant::Part::Plain => {}
@@ -205,7 +211,8 @@ impl<'a> Partition<'a> {
             }
             self.check_numbers(name, found.layer, found.expert)?;
             let entry = self.entries.len() as u32; // At most one a tensor, of which there are at most 2^24.
-            let member = found.member.filter(|member| wanted[member.fusion as usize]);
+            let is_alone = matches!(origin, Origin::Factor(_));
+            let member = found.member.filter(|member| wanted[member.fusion as usize] && !is_alone);
             let is_bias = match found.rule {
                 Some((_, Leaf::Itself)) => name.ends_with("bias"),
                 Some((_, leaf)) => leaf == Leaf::Bias,
@@ -289,7 +296,7 @@ impl<'a> Partition<'a> {
     /// Returns the name that rules see.
     pub(super) fn name(&self, entry: &Entry) -> &'a str {
         match entry.origin {
-            Origin::Stored(id) => self.checkpoint.tensor(id).info.name,
+            Origin::Stored(id) | Origin::Factor(id) => self.checkpoint.tensor(id).info.name,
             Origin::Made(group) | Origin::Packed(group) => &self.groups[group as usize].name,
         }
     }
@@ -297,7 +304,7 @@ impl<'a> Partition<'a> {
     /// Returns the dtype of what is cut.
     pub(super) fn dtype(&self, entry: &Entry) -> Dtype {
         match entry.origin {
-            Origin::Stored(id) => self.checkpoint.tensor(id).info.dtype,
+            Origin::Stored(id) | Origin::Factor(id) => self.checkpoint.tensor(id).info.dtype,
             Origin::Packed(group) => self.checkpoint.tensor(self.groups[group as usize].payload()).info.dtype,
             Origin::Made(_) => self.made_dtype,
         }
@@ -306,7 +313,7 @@ impl<'a> Partition<'a> {
     /// Returns the shape that rules see.
     pub(super) fn shape(&self, entry: &Entry) -> &'a [u64] {
         match entry.origin {
-            Origin::Stored(id) => self.checkpoint.tensor(id).info.shape,
+            Origin::Stored(id) | Origin::Factor(id) => self.checkpoint.tensor(id).info.shape,
             Origin::Made(group) | Origin::Packed(group) => &self.groups[group as usize].shape,
         }
     }

@@ -299,7 +299,7 @@ struct Stack {
 /// Returns what a part of it is cut from; nothing for what stays packed, which is several tensors.
 fn source(origin: Origin) -> Option<Source> {
     match origin {
-        Origin::Stored(id) => Some(Source::Stored(id)),
+        Origin::Stored(id) | Origin::Factor(id) => Some(Source::Stored(id)),
         Origin::Made(group) => Some(Source::Made(group)),
         Origin::Packed(_) => None,
     }

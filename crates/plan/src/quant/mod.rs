@@ -82,6 +82,11 @@ impl Group {
         payload.expect("a group has one payload").1
     }
 
+    /// Returns what a stored tensor is to the group.
+    pub(crate) fn role_of(&self, id: TensorId) -> Option<Role> {
+        self.members.iter().find(|(_, member)| *member == id).map(|(role, _)| *role)
+    }
+
     /// Tells whether another's bytes become numbers the same way.
     pub(crate) fn has_recipe_of(&self, other: &Group) -> bool {
         Arc::ptr_eq(&self.recipe, &other.recipe) || self.recipe == other.recipe

@@ -17,7 +17,7 @@ pub(super) fn selected<'r>(
     let Some(dequantize) = &request.dequantize else {
         return Ok(request.tensors(checkpoint)?.into_iter().map(stored).collect());
     };
-    let (ids, groups) = chosen(checkpoint, request, dequantize, &made(checkpoint, dequantize)?)?;
+    let (ids, groups) = chosen(checkpoint, request, dequantize, &dequantize.made(checkpoint)?)?;
     let mut wanted: Vec<_> = ids.into_iter().map(stored).collect();
     let made = |group| Wanted::made(checkpoint, group, dequantize, request.device);
     wanted.extend(groups.into_iter().map(made));
@@ -26,13 +26,18 @@ pub(super) fn selected<'r>(
     Ok(wanted)
 }
 
-/// Returns the groups that are to be dequantized.
-fn made<'r>(checkpoint: &Checkpoint, dequantize: &'r Dequantize) -> Result<Vec<&'r Group>, PlanError> {
-    let Some(globs) = &dequantize.globs else { return Ok(dequantize.groups.iter().collect()) };
-    let mut globs = Globs::new(globs)?;
-    let made = dequantize.groups.iter().filter(|group| globs.is_hit(&group.name)).collect();
-    globs.check_each_hit(checkpoint)?;
-    Ok(made)
+impl Dequantize {
+    /// Returns the groups that are to be dequantized.
+    ///
+    /// # Errors
+    /// What globs that match nothing are.
+    pub fn made(&self, checkpoint: &Checkpoint) -> Result<Vec<&Group>, PlanError> {
+        let Some(globs) = &self.globs else { return Ok(self.groups.iter().collect()) };
+        let mut globs = Globs::new(globs)?;
+        let made = self.groups.iter().filter(|group| globs.is_hit(&group.name)).collect();
+        globs.check_each_hit(checkpoint)?;
+        Ok(made)
+    }
 }
 
 /// Chooses among the names of the *result*: those of groups that are made, and those of stored tensors that no such group

@@ -1,10 +1,12 @@
 //! Integers of ModelOpt and Quark.
 
 use serde_json::json;
-use tensorhaul::Dtype;
+use tensorhaul::parallel::{Parallel, Ranks, Rules};
+use tensorhaul::{Dequantization, Dtype, LoadOptions, Model};
 
 use crate::case::{Case, low_bytes};
 use crate::check::check;
+use crate::common::Folder;
 use crate::numbers::signed;
 use crate::pack::{awq_words, padded_words, transposed};
 
@@ -34,6 +36,39 @@ fn modelopt_s_factors_of_columns_fold_into_weights_on_request() {
     case.optional.push("model.layers.0.self_attn.o_proj.pre_quant_scale".to_owned());
     case.keep_the_usual();
     check(&case);
+}
+
+#[test]
+fn ranks_have_the_factors_of_their_columns_where_those_are_not_folded() {
+    let mut case = modelopt_int4("hf_quant_config.json");
+    let (row, column) = ("model.layers.0.self_attn.o_proj", "model.layers.0.mlp.up_proj");
+    let mut factors = Vec::new();
+    for (module, size) in [(row, [26, 96]), (column, [40, 128])] {
+        let own = case.offsets(Dtype::Bf16, &[size[1]]);
+        modelopt_layer(&mut case, module, size, 32, &|_| 1.0);
+        case.keep_floats(format!("{module}.pre_quant_scale"), &own);
+        factors.push(own.bytes);
+    }
+    let folder = Folder::on_disk();
+    case.write(folder.path());
+    let model = Model::open(folder.path()).unwrap();
+    let rules = format!(r#"{{"rules":{{"{row}":"row","{column}":"column"}}}}"#);
+    let rules = Rules::parse(&rules).unwrap();
+    for (rank, size) in [(0, 1), (0, 2), (1, 2)] {
+        let parallel = Parallel::rank(Ranks::alone().tp(rank, size)).rules(rules.clone());
+        let options = LoadOptions::default().parallel(parallel);
+        let tensors =
+            model.load(&options.clone().dequantize(Dequantization::to(Dtype::F32))).unwrap().tensors;
+        let factor = |module: &str| {
+            tensors.get(&format!("{module}.pre_quant_scale")).unwrap().bytes().unwrap().to_vec()
+        };
+        let len_bytes = 96 * 2 / size as usize;
+        assert_eq!(factor(row), factors[0][len_bytes * rank as usize..][..len_bytes]);
+        assert_eq!(factor(column), factors[1]);
+        assert_eq!(tensors.len(), 4);
+        let folded = options.dequantize(Dequantization::to(Dtype::F32).fold());
+        assert_eq!(model.load(&folded).unwrap().tensors.len(), 2);
+    }
 }
 
 #[test]

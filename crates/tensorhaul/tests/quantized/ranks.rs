@@ -232,3 +232,22 @@ fn a_plain_copy_of_gpt_oss_has_its_experts_as_plain_checkpoints_do_and_is_cut_as
         }
     }
 }
+
+#[test]
+fn what_is_to_be_dequantized_is_there_also_for_ranks() {
+    let case = case(gptq(Zeros::SymmetricV1, Order::Unsaid), false);
+    let folder = Folder::on_disk();
+    case.write(folder.path());
+    let load = |glob: &str| {
+        let dequantization = Dequantization::to(Dtype::F32).only([glob]);
+        let options = LoadOptions::default().dequantize(dequantization).parallel(parallel(0, 2));
+        Model::open(folder.path()).unwrap().load(&options)
+    };
+    assert_eq!(
+        load("*.down_proj.*").unwrap().tensors.get(&format!("{ROW}.weight")).unwrap().shape(),
+        [64, 128]
+    );
+    let error = load("*nothing*").map(drop).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::BadRequest);
+    assert!(error.one_line().contains(r#"no tensor matches "*nothing*""#), "{}", error.one_line());
+}
