@@ -1,5 +1,7 @@
 //! Quantized tensors that stay as they are stored: every member follows the cut of the result.
 
+use std::ops::Range;
+
 use smallvec::{SmallVec, smallvec};
 
 use super::ParallelError;
@@ -7,7 +9,7 @@ use super::cut::Cut;
 use crate::checkpoint::{Checkpoint, TensorId};
 use crate::dims::Dims;
 use crate::quant::{CutError, Group, Role};
-use crate::slice::Slice;
+use crate::slice::{Slice, SliceRange};
 
 /// A member of a quantized tensor as a rank has it.
 pub(super) struct MemberShare {
@@ -39,6 +41,9 @@ pub(super) fn members(
         let whole = |id| MemberShare::new(Slice::whole(), shape(id).into());
         return Ok(group.members.iter().map(|(_, id)| whole(*id)).collect());
     }
+    if cut.pieces.iter().all(Range::is_empty) {
+        return nothing(checkpoint, group, cut);
+    }
     let in_order = in_order.filter(|_| cut.pieces.len() == 1);
     match in_order.map(|in_order| pieces(checkpoint, in_order, cut)) {
         None => pieces(checkpoint, group, cut),
@@ -58,6 +63,31 @@ pub(super) fn members(
             Ok(shares)
         }
     }
+}
+
+/// Returns what a rank has that has nothing: each member without elements along the dimension that is cut, where it has that, and with those of all others.
+fn nothing(checkpoint: &Checkpoint, group: &Group, cut: &Cut) -> Result<Vec<MemberShare>, ParallelError> {
+    let of = |len: u64| pieces(checkpoint, group, &Cut { pieces: smallvec![0..len], ..cut.clone() });
+    let whole_len = group.shape[cut.dim];
+    // What some rank may have: the dimensions in which that differs from the whole are cut.
+    let some = of(1).or_else(|error| match &error {
+        ParallelError::StoredCut { error: cut, .. } => match **cut {
+            CutError::InsideUnit { multiple, .. } => of(multiple.min(whole_len)),
+            _ => Err(error),
+        },
+        _ => Err(error),
+    });
+    let (mut shares, wholes) = (some?, of(whole_len)?);
+    for (share, whole) in shares.iter_mut().zip(wholes) {
+        let is_cut = |dim: usize| share.shape[dim] != whole.shape[dim];
+        let range =
+            |(dim, range): (usize, &SliceRange)| if is_cut(dim) { SliceRange::from(0..0) } else { *range };
+        let slice = Slice::with_steps(share.slices[0].0.ranges().iter().enumerate().map(range));
+        let shape =
+            (0..share.shape.len()).map(|dim| if is_cut(dim) { 0 } else { share.shape[dim] }).collect();
+        *share = MemberShare::new(slice, shape);
+    }
+    Ok(shares)
 }
 
 fn pieces(checkpoint: &Checkpoint, group: &Group, cut: &Cut) -> Result<Vec<MemberShare>, ParallelError> {

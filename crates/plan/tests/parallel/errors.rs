@@ -516,6 +516,19 @@ fn packed_experts_are_shared_in_whole_blocks_and_their_biases_with_them() {
     assert_eq!(widths(None, 2), features(&[64, 32]));
     assert_eq!(widths(None, 3), features(&[32, 32, 32]));
     assert_eq!(widths(None, 4), features(&[32, 32, 32, 0]));
+    let setup = Setup { quantization: Some(&quantization), ..Setup::default() };
+    let partition = Partition::new(&checkpoint, &config, &rules, &setup).unwrap();
+    let share = partition.share(&Ranks::alone().tp(3, 4), DeviceId::Host).unwrap();
+    for (name, shape) in [
+        ("gate_up_proj_blocks", &[8, 0, 1, 16][..]),
+        ("gate_up_proj_scales", &[8, 0, 1]),
+        ("gate_up_proj_bias", &[8, 0]),
+        ("down_proj_blocks", &[8, 32, 0, 16]),
+        ("down_proj_scales", &[8, 32, 0]),
+    ] {
+        let find = |tensor: &&tensorhaul_plan::Assembled| tensor.name.ends_with(name);
+        assert_eq!(*share.assembly.tensors.iter().find(find).unwrap().shape, *shape, "{name}");
+    }
     assert_eq!(widths(Some(&dequantize), 2), features(&[48, 48]));
     assert_eq!(widths(Some(&dequantize), 4), features(&[24; 4]));
 }
