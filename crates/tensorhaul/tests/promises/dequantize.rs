@@ -8,6 +8,7 @@ use std::sync::Arc;
 use serde_json::Value;
 use tempfile::TempDir;
 use tensorhaul::convert::{ConvertOptions, convert};
+use tensorhaul::quant::Group;
 use tensorhaul::save::{SaveOptions, SaveTensor, save};
 use tensorhaul::{
     Dequantization, Dtype, EngineChoice, ErrorKind, ExternalMemory, Handover, LoadOptions, Model, Preference,
@@ -53,7 +54,7 @@ pub(crate) fn assert_is_expected<'t>(
     vector: &Vector,
     dtype: Dtype,
     result: impl Fn(&str) -> Option<&'t Tensor>,
-    bytes: impl Fn(&Tensor) -> Vec<u8>,
+    seen: impl Fn(&str, &Tensor) -> (Vec<u64>, Vec<u8>),
 ) {
     let expected = Model::open(&vector.expected).unwrap();
     let mut compared = 0;
@@ -64,15 +65,16 @@ pub(crate) fn assert_is_expected<'t>(
             continue;
         }
         let found = result(name).unwrap_or_else(|| panic!("{}: {name} is missing", vector.name));
-        assert_eq!(found.shape(), stored.info.shape, "{}: {name}", vector.name);
+        let (shape, bytes) = seen(name, found);
+        assert_eq!(shape, stored.info.shape, "{}: {name}", vector.name);
         if found.dtype() != dtype {
             // Not quantized: unchanged.
             let stored = Model::open(vector.folder.path()).unwrap().tensor(name).unwrap();
-            assert_eq!((found.dtype(), bytes(found)), (stored.dtype(), host(&stored)), "{}", vector.name);
+            assert_eq!((found.dtype(), bytes), (stored.dtype(), host(&stored)), "{}", vector.name);
             continue;
         }
         let wanted = expected.tensor(stored.info.name).unwrap();
-        let (found, wanted) = (bytes(found), wanted.bytes().unwrap());
+        let (found, wanted) = (bytes, wanted.bytes().unwrap());
         let width = dtype.bits() as usize / 8;
         for (index, (found, wanted)) in found.chunks(width).zip(wanted.chunks(width)).enumerate() {
             let value = |bytes: &[u8]| match bytes {
@@ -99,6 +101,10 @@ fn host(tensor: &Tensor) -> Vec<u8> {
     tensor.bytes().unwrap().to_vec()
 }
 
+fn as_it_is(_: &str, tensor: &Tensor) -> (Vec<u64>, Vec<u8>) {
+    (tensor.shape().to_vec(), host(tensor))
+}
+
 #[test]
 fn checkpoints_of_real_packers_become_what_was_packed() {
     for vector in vectors() {
@@ -108,7 +114,7 @@ fn checkpoints_of_real_packers_become_what_was_packed() {
                 for engine in [EngineChoice::Auto, EngineChoice::Pread, EngineChoice::IoUring] {
                     let options = to(dtype).engine(engine).in_place(in_place).staging_bytes(64 << 10);
                     let loaded = model.load(&options).unwrap();
-                    assert_is_expected(&vector, dtype, |name| loaded.tensors.get(name), host);
+                    assert_is_expected(&vector, dtype, |name| loaded.tensors.get(name), as_it_is);
                     assert!(loaded.report.promised.operations > 0);
                 }
             }
@@ -129,7 +135,7 @@ fn packed_bytes_wait_in_no_more_memory_than_allowed() {
             let options = to(Dtype::F32).transient_bytes(needed + extra).in_place(in_place);
             let loaded = model.load(&options.threads(3)).unwrap();
             assert!(loaded.report.promised.transient_bytes <= needed + extra, "{}", vector.name);
-            assert_is_expected(&vector, Dtype::F32, |name| loaded.tensors.get(name), host);
+            assert_is_expected(&vector, Dtype::F32, |name| loaded.tensors.get(name), as_it_is);
         }
     }
 }
@@ -181,6 +187,20 @@ fn numbers_land_in_the_callers_own_memory() {
     assert_eq!((found.address(), host(found)), (start.as_ptr().addr() as u64, host(tensor)));
 }
 
+/// Returns `[E, K, N]` as `[E, N, K]`.
+fn transposed(tensor: &Tensor) -> (Vec<u64>, Vec<u8>) {
+    let [experts, cols, rows] = *tensor.shape() else { panic!("{:?}", tensor.shape()) };
+    let (bytes, width) = (host(tensor), tensor.dtype().bits() as usize / 8);
+    let (rows, cols) = (rows as usize, cols as usize);
+    let matrices = bytes.chunks(rows * cols * width);
+    let element = |matrix: &[u8], at: usize| {
+        let place = at % cols * rows + at / cols;
+        matrix[place * width..][..width].to_vec()
+    };
+    let bytes = matrices.flat_map(|matrix| (0..rows * cols).flat_map(move |at| element(matrix, at)));
+    (vec![experts, rows as u64, cols as u64], bytes.collect())
+}
+
 #[test]
 fn a_plain_copy_holds_the_numbers_and_says_nothing_of_quantization() {
     for vector in vectors() {
@@ -192,7 +212,15 @@ fn a_plain_copy_holds_the_numbers_and_says_nothing_of_quantization() {
             let plain = Model::open(&out).unwrap();
             assert!(plain.quantization().unwrap().is_empty(), "{}", vector.name);
             let loaded = plain.load(&LoadOptions::default()).unwrap();
-            assert_is_expected(&vector, dtype, |name| loaded.tensors.get(name), host);
+            let quantization = model.quantization().unwrap();
+            let in_rows = |name: &str, tensor: &Tensor| {
+                let is_transposed = |group: &Group| group.name == name && group.is_plain_transposed;
+                match quantization.groups().iter().any(is_transposed) {
+                    true => transposed(tensor),
+                    false => as_it_is(name, tensor),
+                }
+            };
+            assert_is_expected(&vector, dtype, |name| loaded.tensors.get(name), in_rows);
             let config = fs::read_to_string(out.join("config.json")).unwrap();
             assert!(!config.contains("quant"), "{config}");
             let name = if dtype == Dtype::F32 { "float32" } else { "bfloat16" };
