@@ -4,7 +4,7 @@ use std::collections::{HashMap, VecDeque};
 use std::mem;
 use std::sync::Arc;
 
-use tensorhaul_device::{Device, DeviceError, Event, Location, Stream};
+use tensorhaul_device::{Allocation, Device, DeviceError, Event, Location, Stream};
 use tensorhaul_plan::{Place, Plan};
 
 use crate::assignment::Assignment;
@@ -18,8 +18,18 @@ pub(crate) struct FanOut {
     copies_of: HashMap<u32, Vec<u32>>,
     /// For each of these, how many copies are still under way.
     under_way: HashMap<u32, u32>,
-    /// For each device, the tensors being copied to it and the events behind them, oldest first.
-    running: Vec<VecDeque<(u32, Event)>>,
+    /// For each device, the copies to it, oldest first.
+    running: Vec<VecDeque<Running>>,
+}
+
+/// A copy under way.
+struct Running {
+    tensor: u32,
+    /// Behind it, on the device that it goes to.
+    event: Event,
+    to: Arc<dyn Device>,
+    /// What it reads.
+    source: Arc<dyn Allocation>,
 }
 
 impl FanOut {
@@ -68,7 +78,8 @@ impl FanOut {
         let queued = unsafe { to.copy_from_peer(peer, source_at, target_at, copy.len_bytes, Stream::Copy) };
         match queued.and_then(|()| to.record(Stream::Copy)) {
             Ok(event) => {
-                self.running[at].push_back((tensor, event));
+                let (to, source) = (Arc::clone(to), Arc::clone(source_arena));
+                self.running[at].push_back(Running { tensor, event, to, source });
                 *self.under_way.entry(source_number).or_default() += 1;
                 Ok(())
             }
@@ -85,13 +96,13 @@ impl FanOut {
         at: usize,
         device: &dyn Device,
     ) -> Option<(u32, Result<(), DeviceError>)> {
-        let (_, event) = self.running[at].front()?;
+        let Running { event, .. } = self.running[at].front()?;
         let over = match device.is_complete(event) {
             Ok(false) => return None,
             Ok(true) => Ok(()),
             Err(error) => Err(error),
         };
-        self.running[at].pop_front().map(|(tensor, _)| (tensor, over))
+        self.running[at].pop_front().map(|running| (running.tensor, over))
     }
 
     /// Counts a copy that went well; tells whether it was the last of its source, which can be handed over now.
@@ -108,6 +119,18 @@ impl FanOut {
         if drained.is_err() {
             let place = plan.tensors()[source as usize].place;
             mem::forget(Arc::clone(&prepared.arenas[place.arena as usize]));
+        }
+    }
+}
+
+impl Drop for FanOut {
+    /// Waits for copies that are still under way, as after a panic of the caller's: memory is freed behind the streams of its own device, and these are of
+    /// another.
+    fn drop(&mut self) {
+        for Running { event, to, source, .. } in self.running.iter_mut().flat_map(mem::take) {
+            if to.wait(&event).is_err() {
+                mem::forget(source); // Never reused, rather than read while it is.
+            }
         }
     }
 }

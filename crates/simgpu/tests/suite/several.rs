@@ -2,8 +2,11 @@
 
 use std::collections::BTreeSet;
 use std::num::NonZero;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
 use tensorhaul::save::{SaveOptions, SaveTensor, save};
 use tensorhaul::{
@@ -611,5 +614,24 @@ fn reads_for_several_devices_wait_for_what_lies_where_they_land_on_each() {
             }
         }
         sim.assert_clean(config);
+    }
+}
+
+#[test]
+fn a_callback_that_panics_frees_nothing_that_another_device_still_reads() {
+    let (_folder, model) = model();
+    let map = map(&[("f0.layers", &[id(0), id(1)]), ("", &[id(0)])]);
+    for calls in 1..12 {
+        let sim = Sim::new("devices=2;delay_us_of=1:40000");
+        let count = AtomicU32::new(0);
+        let options = options(&map).on_progress(move |_| {
+            assert!(count.fetch_add(1, Ordering::Relaxed) < calls, "enough of it");
+        });
+        let ended = catch_unwind(AssertUnwindSafe(|| model.load(&options).map(drop)));
+        assert!(ended.is_err(), "{calls}");
+        std::thread::sleep(Duration::from_millis(200)); // What is queued runs, or has run.
+        // Staging buffers that copies may still read from are leaked.
+        let violations = sim.report().violations;
+        assert!(violations.is_empty(), "panicked at call {calls}: {violations:?}");
     }
 }
