@@ -65,6 +65,10 @@ impl Table {
 
     fn parse_at(name: &str, text: &str, depth: u32) -> Result<Table, ParallelError> {
         let bad = |what: String| ParallelError::Rules { table: name.to_owned(), what };
+        // A list would be taken for the fields of a table in their order.
+        if !text.trim_start().starts_with('{') {
+            return Err(bad("not a JSON object".to_owned()));
+        }
         let mut table: Table = serde_json::from_str(text).map_err(|error| bad(error.to_string()))?;
         table.name = name.to_owned();
         let numbers = serde_json::to_vec(&table.numbers).expect("a JSON object is written as one");
@@ -176,7 +180,8 @@ enum OneOrMore {
 fn rule(line: Value) -> Result<Rule, String> {
     let line = match line {
         Value::String(word) => serde_json::json!({ "rule": word }),
-        other => other,
+        object @ Value::Object(_) => object,
+        other => return Err(format!("{other} is neither a rule's name nor an object")),
     };
     let Line { rule, by, sections, uneven, packed_block, stacked, transposed, pad_to } =
         serde_json::from_value(line).map_err(|error| error.to_string())?;

@@ -312,8 +312,10 @@ fn rules_that_say_nothing_sensible_are_refused_with_the_place() {
         (r#"{"rules":{},"fuse":[{"name":"x","target":"t","rows":[]}]}"#, "fuse \"x\": no rows"),
         (r#"{"rules":{},"extends":"nothing"}"#, "extends \"nothing\", which there is no table for"),
         (r#"{"rules":{},"colour":1}"#, "unknown field `colour`"),
-        (r#"[]"#, "invalid length 9"),
-        (r#""rules""#, "invalid type: string"),
+        ("[]", "not a JSON object"),
+        (r#""rules""#, "not a JSON object"),
+        (r#"{"rules":{"a":["column"]}}"#, "\"a\": [\"column\"] is neither a rule's name nor an object"),
+        (r#"{"rules":{"a":2}}"#, "\"a\": 2 is neither a rule's name nor an object"),
     ] {
         let text = error(rules);
         assert!(text.contains(expected) && text.starts_with("rules given: "), "{rules}: {text}");
