@@ -89,8 +89,8 @@ fn sizes_that_do_not_fit_the_model_name_those_that_do() {
             "tensor \"model.layers.0.mlp.gate_proj.weight\": 3 ranks cannot share 176 rows evenly; 1, 2, 4, 8 can",
         ),
         (&["--pp-size", "3", "--pp-stage", "0"], "3 pipeline stages need as many layers, the model has 2"),
-        (&["--layers", "1..5"], "layers 1..5 are none of the model's 2 (0..2)"),
-        (&["--layers", "1..1"], "layers 1..1 are none of the model's 2 (0..2)"),
+        (&["--layers", "1..5"], "layers 1..5 are not all among the model's 2 (0 to 1)"),
+        (&["--layers", "1..1"], "layers 1..1 are none; give the first and the one behind the last: 0..2"),
         (
             &["--ep-size", "2", "--ep-rank", "0"],
             "LlamaForCausalLM has no experts for 2 ranks to share; leave expert parallelism out",

@@ -72,8 +72,14 @@ fn stages_and_layers_that_are_not_there_are_refused_with_the_numbers() {
     );
     assert_eq!(
         refused(&llama(), Ranks::alone().layers(2..6)),
-        "layers 2..6 are none of the model's 5 (0..5)"
+        "layers 2..6 are not all among the model's 5 (0 to 4)"
     );
+    let predicting = models::deepseek("DeepseekV3ForCausalLM", &TINY);
+    assert_eq!(
+        refused(&predicting, Ranks::alone().layers(4..6)),
+        "layers 4..6 are not all among the model's 5 (0 to 4); those from 5 on, which predict further tokens, come with layer 4"
+    );
+    share(&predicting, Ranks::alone().layers(4..5), Fuse::No).unwrap();
     assert_eq!(
         refused(&llama(), Ranks::alone().tp(2, 2)),
         "tensor-parallel rank 2 is outside its group of 2 (0 to 1)"
