@@ -253,7 +253,7 @@ impl Partition<'_> {
         }
         let mut head_lens = self.entries.iter().filter_map(|entry| self.len_of_head(entry)).peekable();
         let Some(other_len) = head_lens.peek().copied() else { return Ok(()) };
-        if head_lens.any(|head_len| head_len * count == len) {
+        if head_lens.any(|head_len| head_len.checked_mul(count) == Some(len)) {
             return Ok(());
         }
         Err(ParallelError::Config {
