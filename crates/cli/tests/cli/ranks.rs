@@ -177,6 +177,43 @@ fn what_cannot_be_fused_is_told_or_refused_where_it_was_named() {
 }
 
 #[test]
+fn rules_of_the_callers_own_that_no_tensor_has_are_told() {
+    let folder = tempfile::tempdir().unwrap();
+    let text =
+        r#"{"extends":"LlamaForCausalLM","rules":{"layers.*.mlp.upproj":"column","lm_head":"replicated"}}"#;
+    let path = rules(folder.path(), text);
+    let told = "not used: rule \"layers.*.mlp.upproj\", which no tensor has";
+    let with = |args: &[&str]| plan(&[&["--rules", &path], args].concat());
+    let of_rank = ["--tp-size", "2", "--tp-rank", "1"];
+    let is_told = |text: &str, line: &str| {
+        let lines: Vec<&str> =
+            text.lines().map(str::trim).filter(|line| line.contains("which no tensor")).collect();
+        assert_eq!(lines, [line], "{text}");
+    };
+    is_told(&with(&of_rank).ok(), &told.replace("not used:", "not used      "));
+    is_told(&with(&[&of_rank[..], &["--by-rule"]].concat()).ok(), told);
+    is_told(&with(&["--tp-size", "2", "--all-ranks"]).ok(), told);
+    is_told(&with(&["--tp-size", "2", "--share", "node"]).ok(), told);
+    let patterns = serde_json::json!(["layers.*.mlp.upproj"]);
+    assert_eq!(with(&[&of_rank[..], &["--json"]].concat()).json()["unused_rules"], patterns);
+    let all: Value = serde_json::from_str(&with(&["--tp-size", "2", "--all-ranks", "--json"]).ok()).unwrap();
+    assert_eq!(all[1]["unused_rules"], patterns);
+
+    let more = [&["--unmatched", "replicate", "--rules", &path][..], &of_rank].concat();
+    let loaded = tensorhaul([&["load", tiny_llama(), "--json"][..], &more].concat()).json();
+    let fallbacks = loaded["fallbacks"].as_array().unwrap();
+    let unused =
+        fallbacks.iter().find(|fallback| fallback["what"] == "rule \"layers.*.mlp.upproj\" is not used");
+    assert_eq!(unused.unwrap()["why"], "no tensor of the model has it");
+    let out = folder.path().join("out");
+    let converted = tensorhaul([&["convert", tiny_llama(), out.to_str().unwrap()][..], &more].concat()).ok();
+    is_told(&converted, "unused    rule \"layers.*.mlp.upproj\", which no tensor has");
+
+    // The library's own tables have lines for what other models of a family have.
+    assert!(!plan(&of_rank).ok().contains("not used"));
+}
+
+#[test]
 fn all_ranks_are_those_of_the_group() {
     // Lines between the heading and the sum.
     let ranks = |ran: crate::Ran| -> Vec<String> {

@@ -1,6 +1,7 @@
 //! Rules as data: which tensors ranks cut, and how.
 
 use std::fmt;
+use std::ops::Range;
 
 use super::config::Count;
 use super::fuse::Fusion;
@@ -50,6 +51,8 @@ use super::{ModelConfig, ParallelError, huggingface};
 pub struct Rules {
     pub(super) name: String,
     pub(super) rules: Vec<(String, Rule)>,
+    /// For each line that a caller gave the rules that it stands for, of which the last has its pattern.
+    pub(super) given: Vec<Range<usize>>,
     pub(super) fusions: Vec<Fusion>,
     pub(super) prefixes: Vec<String>,
     pub(super) defaults: ModelConfig,
@@ -121,11 +124,13 @@ impl Rules {
     }
 
     fn of_architecture(architecture: &str) -> Result<Option<Rules>, ParallelError> {
-        table::of_architecture(architecture)?.map(Rules::compile).transpose()
+        let rules = table::of_architecture(architecture)?.map(Rules::compile).transpose()?;
+        Ok(rules.map(|rules| Rules { given: Vec::new(), ..rules }))
     }
 
     fn compile(table: Table) -> Result<Rules, ParallelError> {
-        let Table { name, prefixes, layers, experts, first, last, tied, defaults, rules, fuse, .. } = table;
+        let Table { name, prefixes, layers, experts, first, last, tied, defaults, rules, own, fuse, .. } =
+            table;
         let mut trie = Trie::new();
         for (number, prefix) in (0u32..).zip(&prefixes) {
             let mut insert = |pattern: &str, leaf: Leaf, mark| {
@@ -154,7 +159,7 @@ impl Rules {
             }
         }
         let unmatched = Unmatched::default();
-        Ok(Rules { name, rules, fusions: fuse, prefixes, defaults, tied, unmatched, trie })
+        Ok(Rules { name, rules, given: own, fusions: fuse, prefixes, defaults, tied, unmatched, trie })
     }
 }
 

@@ -52,6 +52,7 @@ impl Share {
                     tensors: Vec::with_capacity(partition.checkpoint.len()),
                     padding: Vec::new(),
                     unfused: partition.unfused.clone(),
+                    unused_rules: partition.unused_of_caller(),
                 },
                 entries: Vec::with_capacity(partition.checkpoint.len()),
             },

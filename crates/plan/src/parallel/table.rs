@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::marker::PhantomData;
+use std::ops::Range;
 
 use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
@@ -45,6 +46,9 @@ pub(super) struct Table {
     lines: Lines<Value>,
     #[serde(skip)]
     pub(super) rules: Vec<(String, Rule)>,
+    /// For each line of the text itself the rules that it stands for, of which the last has its pattern.
+    #[serde(skip)]
+    pub(super) own: Vec<Range<usize>>,
     #[serde(default)]
     pub(super) fuse: Vec<Fusion>,
 }
@@ -77,6 +81,7 @@ impl Table {
             let rule = rule(line).map_err(|what| bad(format!("{pattern:?}: {what}")))?;
             table.rules.push((pattern, rule));
         }
+        table.own = (0..table.rules.len()).map(|line| line..line + 1).collect();
         if let Some(base) = table.extends.take() {
             if depth == EXTENDS_MAX {
                 return Err(bad(format!("more than {EXTENDS_MAX} tables extend one another")));
