@@ -177,6 +177,24 @@ fn what_cannot_be_fused_is_told_or_refused_where_it_was_named() {
 }
 
 #[test]
+fn names_to_fuse_that_stand_behind_a_space_are_told_where_to_stand() {
+    let behind = |args: &[&str]| tensorhaul(args).error(2);
+    for args in
+        [["plan", tiny_llama(), "--fuse", "qkv,gate_up"], ["load", "--fuse", "qkv,gate_up", tiny_llama()]]
+    {
+        let said = behind(&args);
+        assert!(
+            said.contains("names to fuse stand behind an equals sign: --fuse=qkv,gate_up; see"),
+            "{said}"
+        );
+    }
+    for args in [["plan", "--fuse", tiny_llama(), "--bogus"], ["plan", "--fuse", "model", "--bogus"]] {
+        let said = behind(&args);
+        assert!(said.contains("'--bogus'") && !said.contains("equals"), "{said}");
+    }
+}
+
+#[test]
 fn rules_of_the_callers_own_that_no_tensor_has_are_told() {
     let folder = tempfile::tempdir().unwrap();
     let text =
