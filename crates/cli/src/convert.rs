@@ -113,6 +113,8 @@ impl Convert {
             |tensor: &str, elements| format!("{tensor:?}: {} became infinite", count(elements, "number"));
         list(&mut text, "overflow", report.overflowed.iter().map(|it| overflow(&it.tensor, it.elements)));
         list(&mut text, "unfused", report.unfused.iter().map(ToString::to_string));
+        let unused = |rule: &String| format!("rule {rule:?}, which no tensor has");
+        list(&mut text, "unused", report.unused_rules.iter().map(unused));
         list(&mut text, "left out", report.left_out.iter().map(|it| format!("{}: {}", it.what, it.why)));
         text
     }

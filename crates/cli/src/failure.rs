@@ -1,10 +1,13 @@
 //! How a command fails: one line on stderr, and an exit code that says whose move it is.
 
+use std::env;
+use std::ffi::OsString;
 use std::io::{self, Write};
 use std::panic;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use clap::error::{ContextKind, ContextValue};
 use tensorhaul::{Error, ErrorKind};
 
 use crate::output::printable;
@@ -60,7 +63,8 @@ impl Failure {
             text.trim().trim_start_matches("error: ").split("\n\n").map(str::trim).filter(is_said);
         let joined = |paragraph: &str| paragraph.split_whitespace().collect::<Vec<_>>().join(" ");
         let line = paragraphs.map(joined).collect::<Vec<_>>().join("; ");
-        Failure { line: Some(format!("{line}; see --help")), code: COMMAND_LINE }
+        let tip = tip_for_fuse(&error, env::args_os()).map_or_else(String::new, |tip| format!("; {tip}"));
+        Failure { line: Some(format!("{line}{tip}; see --help")), code: COMMAND_LINE }
     }
 
     /// Standard output does not take what is printed. A reader that has seen enough, as `head` has, is no
@@ -109,6 +113,20 @@ pub(crate) fn print_panics_as_one_line() {
             info.location().map(|place| format!(" ({}:{})", place.file(), place.line())).unwrap_or_default();
         eprint_line(&format!("this is a defect of tensorhaul, please report it: {text}{place}"));
     }));
+}
+
+/// The names of --fuse are optional, so that a word behind it stands for itself: where there is a word too many, it may have been for --fuse.
+fn tip_for_fuse(error: &clap::Error, args: impl Iterator<Item = OsString>) -> Option<String> {
+    match error.get(ContextKind::InvalidArg) {
+        Some(ContextValue::String(word)) if !word.starts_with('-') => {}
+        _ => return None,
+    }
+    let args: Vec<OsString> = args.collect();
+    let behind = args.windows(2).find(|pair| pair[0] == "--fuse").and_then(|pair| pair[1].to_str())?;
+    let is_names = behind.split(',').all(|name| {
+        !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
+    });
+    is_names.then(|| format!("names to fuse stand behind an equals sign: --fuse={behind}"))
 }
 
 fn eprint_line(line: &str) {

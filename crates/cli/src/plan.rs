@@ -112,6 +112,9 @@ impl PlanLoad {
             for unfused in &plan.unfused {
                 let _ = writeln!(text, "not fused: {}", printable(&unfused.to_string()));
             }
+            for rule in &plan.unused_rules {
+                let _ = writeln!(text, "not used: rule {rule:?}, which no tensor has");
+            }
         }
         print(text)
     }

@@ -95,6 +95,7 @@ pub(crate) fn print_plan(model: &Model, selection: &Selection, as_json: bool) ->
             rounds: share.round_count(),
             over_reads: share.plan().over_reads(),
             unfused: share.plan().unfused(),
+            unused_rules: share.plan().unused_rules(),
         });
     }
     let mut text = format!(
@@ -135,6 +136,9 @@ pub(crate) fn print_plan(model: &Model, selection: &Selection, as_json: bool) ->
     }
     for unfused in share.plan().unfused() {
         let _ = writeln!(text, "not fused: {}", printable(&unfused.to_string()));
+    }
+    for rule in share.plan().unused_rules() {
+        let _ = writeln!(text, "not used: rule {rule:?}, which no tensor has");
     }
     print(text)
 }
@@ -193,6 +197,7 @@ struct NodeShare<'s> {
     rounds: usize,
     over_reads: &'s [OverRead],
     unfused: &'s [Unfused],
+    unused_rules: &'s [String],
 }
 
 /// What one of them would do.

@@ -27,14 +27,14 @@ pub struct Launched {
 
 /// Finds out from the variables that launchers set; `None` where none did. `lookup` gives the value of a variable.
 ///
-/// Of launchers within each other the innermost counts: torchrun, then MPI's own, then Slurm, which also sets MPI's variables for the
-/// processes it starts.
+/// Of launchers within each other the innermost counts: torchrun, then MPI's own, then Slurm. Slurm sets some of MPICH's variables for the
+/// processes that it starts itself; MPICH's launcher is known from it by the places on the node, which only that counts so.
 ///
 /// # Errors
 /// [`LaunchError`] when only some of a launcher's variables are set, one is no number, or they contradict each other.
 pub fn launched(lookup: impl Fn(&str) -> Option<String>) -> Result<Option<Launched>, LaunchError> {
     let variables = Variables { lookup: &|name| lookup(name).filter(|value| !value.is_empty()) };
-    for launcher in [torchrun, open_mpi, slurm, mpich] {
+    for launcher in [torchrun, open_mpi, mpich, slurm] {
         if let Some(launched) = launcher(&variables)? {
             return check(launched).map(Some);
         }
@@ -75,6 +75,21 @@ fn open_mpi(variables: &Variables<'_>) -> Result<Option<Launched>, LaunchError> 
     Ok(Some(Launched { rank, size, local_rank, local_size, job, launcher: "Open MPI" }))
 }
 
+fn mpich(variables: &Variables<'_>) -> Result<Option<Launched>, LaunchError> {
+    const NAMES: [&str; 4] = ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"];
+    let is_of_slurm = variables.has("SLURM_STEP_ID") && !NAMES[2..].iter().all(|name| variables.has(name));
+    if is_of_slurm || !NAMES.iter().any(|name| variables.has(name)) {
+        return Ok(None);
+    }
+    let [rank, size, local_rank, local_size] = variables.numbers("MPI", NAMES)?;
+    // PMI_ID is the process's own rank. PMI_PORT is a port of the node's proxy, where it listens at one; else it is told by its process.
+    let job = match variables.has("PMI_PORT") {
+        true => variables.joined("mpi", &["PMI_PORT"]),
+        false => format!("mpi-of-process-{}", proxy(NAMES[2])),
+    };
+    Ok(Some(Launched { rank, size, local_rank, local_size, job, launcher: "MPI" }))
+}
+
 fn slurm(variables: &Variables<'_>) -> Result<Option<Launched>, LaunchError> {
     // A batch script has the job's variables, but is no step of it, and no rank.
     if !variables.has("SLURM_STEP_ID") {
@@ -91,20 +106,6 @@ fn slurm(variables: &Variables<'_>) -> Result<Option<Launched>, LaunchError> {
     let local_size = tasks_of_node(&text, node).ok_or_else(wrong)?;
     let job = variables.joined("slurm", &["SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_NODEID"]);
     Ok(Some(Launched { rank, size, local_rank, local_size, job, launcher: "Slurm" }))
-}
-
-fn mpich(variables: &Variables<'_>) -> Result<Option<Launched>, LaunchError> {
-    const NAMES: [&str; 4] = ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"];
-    if !NAMES.iter().any(|name| variables.has(name)) {
-        return Ok(None);
-    }
-    let [rank, size, local_rank, local_size] = variables.numbers("MPI", NAMES)?;
-    // PMI_ID is the process's own rank. PMI_PORT is a port of the node's proxy, where it listens at one; else it is told by its process.
-    let job = match variables.has("PMI_PORT") {
-        true => variables.joined("mpi", &["PMI_PORT"]),
-        false => format!("mpi-of-process-{}", proxy(NAMES[2])),
-    };
-    Ok(Some(Launched { rank, size, local_rank, local_size, job, launcher: "MPI" }))
 }
 
 /// Returns the process that launched the ranks of this node: the nearest above this one that was started without a rank's variable. What
@@ -292,6 +293,27 @@ mod tests {
             [("PMI_RANK", "0"), ("PMI_SIZE", "2"), ("MPI_LOCALRANKID", "0"), ("MPI_LOCALNRANKS", "2")];
         let parent = format!("mpi-of-process-{}", std::os::unix::process::parent_id());
         assert_eq!(places(&mpich), (0, 2, 0, 2, parent));
+    }
+
+    #[test]
+    fn mpi_within_a_step_of_slurm_is_who_counts() {
+        // One task of Slurm on the node, which launches two ranks there.
+        let step = [
+            ("SLURM_JOB_ID", "5"),
+            ("SLURM_STEP_ID", "0"),
+            ("SLURM_PROCID", "0"),
+            ("SLURM_NTASKS", "1"),
+            ("SLURM_LOCALID", "0"),
+            ("SLURM_NODEID", "0"),
+            ("SLURM_STEP_TASKS_PER_NODE", "1"),
+        ];
+        let within = |mpi: &[(&'static str, &'static str)]| of(&[&step, mpi].concat()).unwrap().unwrap();
+        let mpich =
+            [("PMI_RANK", "1"), ("PMI_SIZE", "2"), ("MPI_LOCALRANKID", "1"), ("MPI_LOCALNRANKS", "2")];
+        let found = within(&mpich);
+        assert_eq!((found.rank, found.size, found.local_rank, found.local_size), (1, 2, 1, 2));
+        assert_eq!(found.launcher, "MPI");
+        assert_eq!(within(&mpich[..2]).launcher, "Slurm", "which sets these of MPI's for its own");
     }
 
     #[test]

@@ -19,6 +19,8 @@ pub struct Assembly {
     pub padding: Vec<Padding>,
     /// What was to be fused and is not, which plans and reports tell.
     pub unfused: Vec<Unfused>,
+    /// Patterns of the caller's own rules that no tensor of the model has, which plans and reports tell.
+    pub unused_rules: Vec<String>,
 }
 
 /// Rows that a rank has past the end of a vocabulary.

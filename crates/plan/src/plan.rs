@@ -37,6 +37,7 @@ pub struct Plan {
     pub(crate) vain: Vec<Vain>,
     pub(crate) over_reads: OnceLock<Vec<OverRead>>,
     pub(crate) unfused: Vec<Unfused>,
+    pub(crate) unused_rules: Vec<String>,
     pub(crate) machine: Machine,
     pub(crate) promised: Promised,
 }
@@ -150,6 +151,11 @@ impl Plan {
     /// Returns what was to be fused and is not.
     pub fn unfused(&self) -> &[Unfused] {
         &self.unfused
+    }
+
+    /// Returns the patterns of the caller's own rules that no tensor of the model has: one may be a slip.
+    pub fn unused_rules(&self) -> &[String] {
+        &self.unused_rules
     }
 
     /// Returns the machine it was made for.

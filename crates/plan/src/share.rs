@@ -293,8 +293,10 @@ fn together(
         tensor.name = format!("rank{}{RANK_END}{}", rank_of_device(tensor.device), tensor.name);
     }
     // Ranks of one model are of one partition.
-    let unfused = assemblies.first().map_or(Vec::new(), |assembly| assembly.unfused.clone());
-    Ok(Assembly { tensors, padding, unfused })
+    let (unfused, unused_rules) = assemblies
+        .first()
+        .map_or_else(Default::default, |assembly| (assembly.unfused.clone(), assembly.unused_rules.clone()));
+    Ok(Assembly { tensors, padding, unfused, unused_rules })
 }
 
 /// Returns the padding of the tensors that are kept, by their places behind one another.

@@ -33,6 +33,8 @@ impl fmt::Display for Plan {
         writeln!(f, "peak host      {:>16} bytes", promised.peak_host_bytes)?;
         writeln!(f, "direct align   {:>16} bytes", self.machine().direct_align_bytes)?;
         self.unfused().iter().try_for_each(|unfused| writeln!(f, "not fused      {unfused}"))?;
+        let unused = |rule: &String| writeln!(f, "not used       rule {rule:?}, which no tensor has");
+        self.unused_rules().iter().try_for_each(unused)?;
 
         if !self.over_reads().is_empty() {
             writeln!(f, "\nread in vain beyond the bound")?;
@@ -153,15 +155,16 @@ fn after(f: &mut fmt::Formatter<'_>, read: &Read) -> fmt::Result {
 }
 
 impl Serialize for Plan {
-    /// Serializes `promised`, `over_reads`, `machine`, `files`, `arenas`, `operations`, `reads` and `tensors`, and `unfused` where
-    /// something was to be fused and is not; every number is bytes or an index into one of these lists.
+    /// Serializes `promised`, `over_reads`, `machine`, `files`, `arenas`, `operations`, `reads` and `tensors`; `unfused` where
+    /// something was to be fused and is not, and `unused_rules` where no tensor has one of the caller's own; every number is bytes or an index into one of these lists.
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let files = self.checkpoint().files().iter().map(|file| FileView {
             name: file.name(),
             len_bytes: file.len_bytes(),
             data_start_bytes: file.header().data_start_bytes(),
         });
-        let mut plan = serializer.serialize_struct("Plan", 8 + usize::from(!self.unfused().is_empty()))?;
+        let more = usize::from(!self.unfused().is_empty()) + usize::from(!self.unused_rules().is_empty());
+        let mut plan = serializer.serialize_struct("Plan", 8 + more)?;
         plan.serialize_field("promised", self.promised())?;
         plan.serialize_field("over_reads", self.over_reads())?;
         plan.serialize_field("machine", self.machine())?;
@@ -173,6 +176,10 @@ impl Serialize for Plan {
         match self.unfused() {
             [] => plan.skip_field("unfused")?,
             unfused => plan.serialize_field("unfused", unfused)?,
+        }
+        match self.unused_rules() {
+            [] => plan.skip_field("unused_rules")?,
+            unused => plan.serialize_field("unused_rules", unused)?,
         }
         plan.end()
     }

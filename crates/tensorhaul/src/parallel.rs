@@ -56,7 +56,8 @@ impl Parallel {
         Parallel { shares, ..Parallel::rank(Ranks::alone()) }
     }
 
-    /// Cuts by these rules. Default: those of the architecture that the model's `config.json` names.
+    /// Cuts by these rules. Default: those of the architecture that the model's `config.json` names. Patterns of rules that were
+    /// [given as text](Rules::parse) and that no tensor has are among the report's fallbacks.
     pub fn rules(self, rules: Rules) -> Self {
         Parallel { rules: Some(rules), ..self }
     }
@@ -97,6 +98,8 @@ pub struct RankPlan {
     pub over_reads: Vec<OverRead>,
     /// What was to be fused and is not.
     pub unfused: Vec<Unfused>,
+    /// Patterns of the caller's own rules that no tensor of the model has.
+    pub unused_rules: Vec<String>,
 }
 
 impl Model {
@@ -119,6 +122,7 @@ impl Model {
                 promised: *plan.promised(),
                 over_reads: plan.over_reads().to_vec(),
                 unfused: plan.unfused().to_vec(),
+                unused_rules: plan.unused_rules().to_vec(),
             })
         };
         let ranks: Vec<Ranks> = ranks.into_iter().collect();
@@ -196,7 +200,8 @@ pub(crate) fn assemble(model: &Inner, parallel: &Parallel, request: &mut Request
             let moved = |padding: Padding| Padding { tensor: padding.tensor + before, ..padding };
             assembly.padding.extend(share.padding.into_iter().map(moved));
             assembly.tensors.extend(share.tensors);
-            assembly.unfused = share.unfused; // The same on every rank.
+            // The same on every rank.
+            (assembly.unfused, assembly.unused_rules) = (share.unfused, share.unused_rules);
         }
         Ok(assembly)
     })?;
@@ -283,12 +288,14 @@ fn config(model: &Inner, may_be_missing: bool) -> Result<ModelConfig> {
     ModelConfig::parse(&text).map_err(|error| Error::new(ErrorKind::Malformed, error).in_file(&path))
 }
 
-/// Tells what could not be fused.
+/// Tells what could not be fused, and which of the caller's rules are for no tensor.
 pub(crate) fn fallbacks(plan: &Plan) -> impl Iterator<Item = Fallback> {
     let fallback = |Unfused { fusion, target, modules, why }: &Unfused| {
         Fallback::new(format!("{fusion} of {modules} modules stays unfused, first {target:?}"), why)
     };
-    plan.unfused().iter().map(fallback)
+    let unused =
+        |rule: &String| Fallback::new(format!("rule {rule:?} is not used"), "no tensor of the model has it");
+    plan.unfused().iter().map(fallback).chain(plan.unused_rules().iter().map(unused))
 }
 
 fn parallel_error(error: ParallelError, model: &Inner) -> Error {

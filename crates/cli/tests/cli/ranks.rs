@@ -89,8 +89,8 @@ fn sizes_that_do_not_fit_the_model_name_those_that_do() {
             "tensor \"model.layers.0.mlp.gate_proj.weight\": 3 ranks cannot share 176 rows evenly; 1, 2, 4, 8 can",
         ),
         (&["--pp-size", "3", "--pp-stage", "0"], "3 pipeline stages need as many layers, the model has 2"),
-        (&["--layers", "1..5"], "layers 1..5 are none of the model's 2 (0..2)"),
-        (&["--layers", "1..1"], "layers 1..1 are none of the model's 2 (0..2)"),
+        (&["--layers", "1..5"], "layers 1..5 are not all among the model's 2 (0 to 1)"),
+        (&["--layers", "1..1"], "layers 1..1 are none; give the first and the one behind the last: 0..2"),
         (
             &["--ep-size", "2", "--ep-rank", "0"],
             "LlamaForCausalLM has no experts for 2 ranks to share; leave expert parallelism out",
@@ -174,6 +174,61 @@ fn what_cannot_be_fused_is_told_or_refused_where_it_was_named() {
     assert!(said.ends_with("no tensor of the model goes into a fused \"gone\"; leave it out"), "{said}");
     let said = with(&["--fuse=kv"]).error(2);
     assert!(said.contains("the rules fuse no \"kv\"; they fuse "), "{said}");
+}
+
+#[test]
+fn names_to_fuse_that_stand_behind_a_space_are_told_where_to_stand() {
+    let behind = |args: &[&str]| tensorhaul(args).error(2);
+    for args in
+        [["plan", tiny_llama(), "--fuse", "qkv,gate_up"], ["load", "--fuse", "qkv,gate_up", tiny_llama()]]
+    {
+        let said = behind(&args);
+        assert!(
+            said.contains("names to fuse stand behind an equals sign: --fuse=qkv,gate_up; see"),
+            "{said}"
+        );
+    }
+    for args in [["plan", "--fuse", tiny_llama(), "--bogus"], ["plan", "--fuse", "model", "--bogus"]] {
+        let said = behind(&args);
+        assert!(said.contains("'--bogus'") && !said.contains("equals"), "{said}");
+    }
+}
+
+#[test]
+fn rules_of_the_callers_own_that_no_tensor_has_are_told() {
+    let folder = tempfile::tempdir().unwrap();
+    let text =
+        r#"{"extends":"LlamaForCausalLM","rules":{"layers.*.mlp.upproj":"column","lm_head":"replicated"}}"#;
+    let path = rules(folder.path(), text);
+    let told = "not used: rule \"layers.*.mlp.upproj\", which no tensor has";
+    let with = |args: &[&str]| plan(&[&["--rules", &path], args].concat());
+    let of_rank = ["--tp-size", "2", "--tp-rank", "1"];
+    let is_told = |text: &str, line: &str| {
+        let lines: Vec<&str> =
+            text.lines().map(str::trim).filter(|line| line.contains("which no tensor")).collect();
+        assert_eq!(lines, [line], "{text}");
+    };
+    is_told(&with(&of_rank).ok(), &told.replace("not used:", "not used      "));
+    is_told(&with(&[&of_rank[..], &["--by-rule"]].concat()).ok(), told);
+    is_told(&with(&["--tp-size", "2", "--all-ranks"]).ok(), told);
+    is_told(&with(&["--tp-size", "2", "--share", "node"]).ok(), told);
+    let patterns = serde_json::json!(["layers.*.mlp.upproj"]);
+    assert_eq!(with(&[&of_rank[..], &["--json"]].concat()).json()["unused_rules"], patterns);
+    let all: Value = serde_json::from_str(&with(&["--tp-size", "2", "--all-ranks", "--json"]).ok()).unwrap();
+    assert_eq!(all[1]["unused_rules"], patterns);
+
+    let more = [&["--unmatched", "replicate", "--rules", &path][..], &of_rank].concat();
+    let loaded = tensorhaul([&["load", tiny_llama(), "--json"][..], &more].concat()).json();
+    let fallbacks = loaded["fallbacks"].as_array().unwrap();
+    let unused =
+        fallbacks.iter().find(|fallback| fallback["what"] == "rule \"layers.*.mlp.upproj\" is not used");
+    assert_eq!(unused.unwrap()["why"], "no tensor of the model has it");
+    let out = folder.path().join("out");
+    let converted = tensorhaul([&["convert", tiny_llama(), out.to_str().unwrap()][..], &more].concat()).ok();
+    is_told(&converted, "unused    rule \"layers.*.mlp.upproj\", which no tensor has");
+
+    // The library's own tables have lines for what other models of a family have.
+    assert!(!plan(&of_rank).ok().contains("not used"));
 }
 
 #[test]

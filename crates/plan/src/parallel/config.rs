@@ -68,7 +68,6 @@ impl ModelConfig {
 
     /// Fills in what is not there.
     pub(super) fn or(mut self, defaults: &ModelConfig) -> ModelConfig {
-        let is_without_kv_heads = self.kv_heads.is_none();
         for (own, default) in [
             (&mut self.layers, defaults.layers),
             (&mut self.heads, defaults.heads),
@@ -79,21 +78,23 @@ impl ModelConfig {
         ] {
             *own = own.or(default);
         }
-        if is_without_kv_heads && defaults.kv_heads.is_none() {
-            self.kv_heads = self.heads;
-        }
         self
     }
 
     pub(super) fn count(&self, count: Count) -> Result<u64, ParallelError> {
         let (number, key) = match count {
-            Count::Heads => (self.heads, "num_attention_heads"),
-            Count::KvHeads => (self.kv_heads, "num_key_value_heads"),
+            Count::KvHeads if self.kv_heads.is_some() || self.heads.is_none() => {
+                (self.kv_heads, "num_key_value_heads")
+            }
+            Count::Heads | Count::KvHeads => (self.heads, "num_attention_heads"),
             Count::Intermediate => (self.intermediate, "intermediate_size"),
         };
-        number.filter(|number| *number > 0).ok_or_else(|| ParallelError::Config {
-            what: format!("{key} is not there, and a rule counts it"),
-        })
+        let what = match number {
+            Some(0) => format!("{key} is 0, and a rule counts it"),
+            Some(number) => return Ok(number),
+            None => format!("{key} is not there, and a rule counts it"),
+        };
+        Err(ParallelError::Config { what })
     }
 }
 

@@ -208,6 +208,9 @@ impl Partition<'_> {
             Sections::Counted(counts) => {
                 let numbers = counts.iter().map(|count| self.config.count(*count));
                 let numbers = numbers.collect::<Result<Vec<u64>, _>>()?;
+                if tp.size > 1 && counts.contains(&Count::KvHeads) {
+                    self.check_kv_heads(entry, len, numbers.iter().sum())?;
+                }
                 let unit = len / numbers.iter().sum::<u64>();
                 let of_heads = self.config.head_dim.filter(|_| counts.contains(&Count::KvHeads));
                 if unit * numbers.iter().sum::<u64>() != len
@@ -239,6 +242,38 @@ impl Partition<'_> {
             }
         }
         Ok(at_least_one(pieces))
+    }
+
+    /// Holds a number of KV heads that is a guess against the length of the other heads of the model: `count` heads, KV heads among them, are
+    /// `len` elements.
+    ///
+    /// A configuration without the number means as many as queries have, or a number that was forgotten: then a head would be cut in two.
+    fn check_kv_heads(&self, entry: &Entry, len: u64, count: u64) -> Result<(), ParallelError> {
+        if self.config.kv_heads.is_some() || self.config.head_dim.is_some() {
+            return Ok(()); // A number that is given, or heads whose length is checked already.
+        }
+        let mut head_lens = self.entries.iter().filter_map(|entry| self.len_of_head(entry)).peekable();
+        let Some(other_len) = head_lens.peek().copied() else { return Ok(()) };
+        if head_lens.any(|head_len| head_len.checked_mul(count) == Some(len)) {
+            return Ok(());
+        }
+        Err(ParallelError::Config {
+            what: format!(
+                "num_key_value_heads is not there, and is not num_attention_heads: tensor {:?} has {len} elements for \
+                 {count} heads, others have {other_len} for each; add the key",
+                self.name(entry)
+            ),
+        })
+    }
+
+    /// Returns the length of a head of a tensor that is counted by heads alone.
+    fn len_of_head(&self, entry: &Entry) -> Option<u64> {
+        let Sections::Counted(counts) = &self.rule_of(entry).split()?.sections else { return None };
+        let is_of_heads = counts.iter().all(|count| *count == Count::Heads);
+        let shape = self.shape(entry);
+        let len = shape[self.dim(entry, shape).ok()??];
+        let count = self.config.heads.filter(|_| is_of_heads)? * counts.len() as u64;
+        len.is_multiple_of(count).then(|| len / count)
     }
 
     /// Says which sizes would cut a packed tensor between what is together, where its rule shares a single section evenly.

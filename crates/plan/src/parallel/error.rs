@@ -51,6 +51,8 @@ pub enum ParallelError {
         end: u64,
         /// Layers of the model.
         layers: u64,
+        /// Layers behind those, which predict further tokens.
+        predict_layers: u64,
     },
     /// `config.json` does not say what is needed.
     Config {
@@ -248,6 +250,18 @@ impl fmt::Display for Unfit {
 /// The most names that one error lists.
 pub const NAMED_MAX: usize = 20;
 
+impl ParallelError {
+    /// Says of a range of layers how many lie behind those that it may name.
+    pub(super) fn with_predict_layers(self, predict_layers: u64) -> ParallelError {
+        match self {
+            ParallelError::LayerRange { start, end, layers, .. } => {
+                ParallelError::LayerRange { start, end, layers, predict_layers }
+            }
+            other => other,
+        }
+    }
+}
+
 impl fmt::Display for ParallelError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         use ParallelError as E;
@@ -269,8 +283,26 @@ impl fmt::Display for ParallelError {
                      {ep_size} that share experts and {tp_size} that share matrices must be a multiple of one another"
                 )
             }
-            E::LayerRange { start, end, layers } => {
-                write!(f, "layers {start}..{end} are none of the model's {layers} (0..{layers})")
+            E::LayerRange { start, end, layers, .. } if start >= end => {
+                let all = layers.max(&1);
+                write!(
+                    f,
+                    "layers {start}..{end} are none; give the first and the one behind the last: 0..{all}"
+                )
+            }
+            E::LayerRange { start, end, layers: 0, .. } => {
+                write!(f, "layers {start}..{end} are not the model's, which has none")
+            }
+            E::LayerRange { start, end, layers, predict_layers } => {
+                let last = layers - 1;
+                write!(f, "layers {start}..{end} are not all among the model's {layers} (0 to {last})")?;
+                match predict_layers {
+                    0 => Ok(()),
+                    _ => write!(
+                        f,
+                        "; those from {layers} on, which predict further tokens, come with layer {last}"
+                    ),
+                }
             }
             E::Config { what } => write!(f, "config.json: {what}"),
             E::UnknownArchitecture { found, known } => {

@@ -20,10 +20,14 @@ pub(super) fn parse(text: &str) -> Result<Option<Table>, ParallelError> {
             let known = WORDS.iter().flat_map(|(words, _)| *words).copied().collect();
             return Err(ParallelError::UnknownWord { pattern, word, known });
         };
+        let first = table.rules.len();
         for (name, of_one) in saved_names(&pattern) {
             table.rules.push((name, if of_one { unpacked(&rule) } else { rule.clone() }));
         }
+        // What is whole may stand for a module without a tensor, whose activations the word is about.
+        let is_of_tensors = rule.how != How::Replicated || rule.is_stacked;
         table.rules.push((pattern, rule));
+        table.own.extend(is_of_tensors.then_some(first..table.rules.len()));
     }
     Ok(Some(table))
 }

@@ -147,18 +147,27 @@ impl<'a> Partition<'a> {
         Share::new(self, ranks, device)
     }
 
-    /// Returns the patterns of rules that no tensor has. Tables have many, because families share them; in rules of the caller's own one
-    /// may be a slip.
+    /// Returns the patterns of rules that no tensor has. Tables have many, because families share them.
     pub fn unused(&self) -> impl Iterator<Item = &'a str> {
+        let rules = self.rules.rules.iter().take(self.rules.line_count).zip(self.is_used());
+        rules.filter(|(_, is_used)| !is_used).map(|((pattern, _), _)| pattern.as_str())
+    }
+
+    /// Returns the patterns that no tensor has of rules that the caller [gave](Rules::parse): one may be a slip.
+    pub fn unused_of_caller(&self) -> Vec<String> {
+        if self.rules.given.is_empty() {
+            return Vec::new();
+        }
+        let is_used = self.is_used();
+        let unused = self.rules.given.iter().filter(|rules| !is_used[(*rules).clone()].contains(&true));
+        unused.map(|rules| self.rules.rules[rules.end - 1].0.clone()).collect()
+    }
+
+    /// Tells for each rule whether a tensor has it.
+    fn is_used(&self) -> Vec<bool> {
         let mut is_used = vec![false; self.rules.rules.len()];
         self.entries.iter().filter_map(|entry| entry.rule).for_each(|rule| is_used[rule as usize] = true);
-        self.rules
-            .rules
-            .iter()
-            .take(self.rules.line_count)
-            .zip(is_used)
-            .filter(|(_, is_used)| !is_used)
-            .map(|((pattern, _), _)| pattern.as_str())
+        is_used
     }
 
     /// Tells whether no tensor has any of the rules.

@@ -174,8 +174,8 @@ impl Layers {
                 Ok(first(stage)..first(stage + 1))
             }
             Layers::Range(ref range) if range.start < range.end && range.end <= count => Ok(range.clone()),
-            Layers::Range(ref range) => {
-                Err(ParallelError::LayerRange { start: range.start, end: range.end, layers: count })
+            Layers::Range(Range { start, end }) => {
+                Err(ParallelError::LayerRange { start, end, layers: count, predict_layers: 0 })
             }
         }
     }
@@ -277,6 +277,11 @@ mod tests {
             "expert-parallel rank: a group of 0 has no ranks; 1 is the least"
         );
         let empty = Ranks::alone().layers(3..3).layers.range(4).unwrap_err();
-        assert_eq!(empty.to_string(), "layers 3..3 are none of the model's 4 (0..4)");
+        assert_eq!(
+            empty.to_string(),
+            "layers 3..3 are none; give the first and the one behind the last: 0..4"
+        );
+        let of_none = Ranks::alone().layers(0..1).layers.range(0).unwrap_err();
+        assert_eq!(of_none.to_string(), "layers 0..1 are not the model's, which has none");
     }
 }

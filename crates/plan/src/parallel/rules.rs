@@ -1,6 +1,7 @@
 //! Rules as data: which tensors ranks cut, and how.
 
 use std::fmt;
+use std::ops::Range;
 
 use super::config::Count;
 use super::fuse::Fusion;
@@ -54,6 +55,8 @@ pub struct Rules {
     /// The table's own lines, then those of tensors that are stored fused.
     pub(super) rules: Vec<(String, Rule)>,
     pub(super) line_count: usize,
+    /// For each line that a caller gave the rules that it stands for, of which the last has its pattern.
+    pub(super) given: Vec<Range<usize>>,
     pub(super) fusions: Vec<Fusion>,
     pub(super) prefixes: Vec<String>,
     pub(super) defaults: ModelConfig,
@@ -125,12 +128,14 @@ impl Rules {
     }
 
     fn of_architecture(architecture: &str) -> Result<Option<Rules>, ParallelError> {
-        table::of_architecture(architecture)?.map(Rules::compile).transpose()
+        let rules = table::of_architecture(architecture)?.map(Rules::compile).transpose()?;
+        Ok(rules.map(|rules| Rules { given: Vec::new(), ..rules }))
     }
 
     fn compile(table: Table) -> Result<Rules, ParallelError> {
-        let Table { name, prefixes, layers, experts, first, last, tied, defaults, mut rules, fuse, .. } =
-            table;
+        let Table {
+            name, prefixes, layers, experts, first, last, tied, defaults, mut rules, own, fuse, ..
+        } = table;
         let line_count = rules.len();
         rules.extend(fuse.iter().filter_map(|fusion| fusion.stored(&rules)).collect::<Vec<_>>());
         let mut trie = Trie::new();
@@ -161,7 +166,18 @@ impl Rules {
             }
         }
         let unmatched = Unmatched::default();
-        Ok(Rules { name, rules, line_count, fusions: fuse, prefixes, defaults, tied, unmatched, trie })
+        Ok(Rules {
+            name,
+            rules,
+            line_count,
+            given: own,
+            fusions: fuse,
+            prefixes,
+            defaults,
+            tied,
+            unmatched,
+            trie,
+        })
     }
 }
 

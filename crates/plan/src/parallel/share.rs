@@ -52,6 +52,7 @@ impl Share {
                     tensors: Vec::with_capacity(partition.checkpoint.len()),
                     padding: Vec::new(),
                     unfused: partition.unfused.clone(),
+                    unused_rules: partition.unused_of_caller(),
                 },
                 entries: Vec::with_capacity(partition.checkpoint.len()),
             },
@@ -95,8 +96,11 @@ impl Share {
 impl Partition<'_> {
     fn layers_of(&self, ranks: &Ranks) -> Result<Range<u64>, ParallelError> {
         let is_all = ranks.layers == Ranks::alone().layers;
+        let predict_layers = self.config.predict_layers;
         match self.config.layers {
-            Some(layers) => ranks.layers.range(layers),
+            Some(layers) => {
+                ranks.layers.range(layers).map_err(|error| error.with_predict_layers(predict_layers))
+            }
             None if is_all => Ok(0..u64::MAX),
             None => Err(ParallelError::Config {
                 what: "num_hidden_layers is not there, and stages count it".to_owned(),

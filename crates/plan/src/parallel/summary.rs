@@ -26,6 +26,8 @@ pub struct Summary {
     pub kinds: Vec<Kind>,
     /// What was to be fused and is not.
     pub unfused: Vec<Unfused>,
+    /// Patterns of the caller's own rules that no tensor of the model has.
+    pub unused_rules: Vec<String>,
 }
 
 /// Tensors whose names differ by their numbers alone, and which are alike.
@@ -62,7 +64,8 @@ pub struct Kept {
 }
 
 impl fmt::Display for Summary {
-    /// Prints for each kind a line `names  rule  dtype [stored shape][what is kept] -> [shape] xcount  bytes`, and what could not be fused.
+    /// Prints for each kind a line `names  rule  dtype [stored shape][what is kept] -> [shape] xcount  bytes`, what could not be
+    /// fused, and which rules are not used.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{}: {} tensors, {} bytes", self.ranks, self.tensors, self.bytes)?;
         let width = self.kinds.iter().map(|kind| kind.names.len()).max().unwrap_or(0);
@@ -78,7 +81,10 @@ impl fmt::Display for Summary {
             }
             writeln!(f, "  {} bytes", kind.bytes)?;
         }
-        self.unfused.iter().try_for_each(|unfused| writeln!(f, "  not fused: {unfused}"))
+        self.unfused.iter().try_for_each(|unfused| writeln!(f, "  not fused: {unfused}"))?;
+        self.unused_rules
+            .iter()
+            .try_for_each(|rule| writeln!(f, "  not used: rule {rule:?}, which no tensor has"))
     }
 }
 
@@ -139,6 +145,7 @@ impl Partition<'_> {
             bytes: kinds.iter().map(|kind| kind.bytes).sum(),
             kinds,
             unfused: share.assembly.unfused.clone(),
+            unused_rules: share.assembly.unused_rules.clone(),
         }
     }
 

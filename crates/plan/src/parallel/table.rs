@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::marker::PhantomData;
+use std::ops::Range;
 
 use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
@@ -45,6 +46,9 @@ pub(super) struct Table {
     lines: Lines<Value>,
     #[serde(skip)]
     pub(super) rules: Vec<(String, Rule)>,
+    /// For each line of the text itself the rules that it stands for, of which the last has its pattern.
+    #[serde(skip)]
+    pub(super) own: Vec<Range<usize>>,
     #[serde(default)]
     pub(super) fuse: Vec<Fusion>,
 }
@@ -65,6 +69,10 @@ impl Table {
 
     fn parse_at(name: &str, text: &str, depth: u32) -> Result<Table, ParallelError> {
         let bad = |what: String| ParallelError::Rules { table: name.to_owned(), what };
+        // A list would be taken for the fields of a table in their order.
+        if !text.trim_start().starts_with('{') {
+            return Err(bad("not a JSON object".to_owned()));
+        }
         let mut table: Table = serde_json::from_str(text).map_err(|error| bad(error.to_string()))?;
         table.name = name.to_owned();
         let numbers = serde_json::to_vec(&table.numbers).expect("a JSON object is written as one");
@@ -73,6 +81,7 @@ impl Table {
             let rule = rule(line).map_err(|what| bad(format!("{pattern:?}: {what}")))?;
             table.rules.push((pattern, rule));
         }
+        table.own = (0..table.rules.len()).map(|line| line..line + 1).collect();
         if let Some(base) = table.extends.take() {
             if depth == EXTENDS_MAX {
                 return Err(bad(format!("more than {EXTENDS_MAX} tables extend one another")));
@@ -176,7 +185,8 @@ enum OneOrMore {
 fn rule(line: Value) -> Result<Rule, String> {
     let line = match line {
         Value::String(word) => serde_json::json!({ "rule": word }),
-        other => other,
+        object @ Value::Object(_) => object,
+        other => return Err(format!("{other} is neither a rule's name nor an object")),
     };
     let Line { rule, by, sections, uneven, packed_block, stacked, transposed, pad_to } =
         serde_json::from_value(line).map_err(|error| error.to_string())?;

@@ -75,6 +75,7 @@ pub(crate) fn plan(
         vain: Vec::new(),
         over_reads: OnceLock::new(),
         unfused: request.assembly.as_ref().map_or(Vec::new(), |assembly| assembly.unfused.clone()),
+        unused_rules: request.assembly.as_ref().map_or(Vec::new(), |assembly| assembly.unused_rules.clone()),
         machine: machine.clone(),
         promised: Promised::default(),
     };

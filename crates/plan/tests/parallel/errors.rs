@@ -72,8 +72,14 @@ fn stages_and_layers_that_are_not_there_are_refused_with_the_numbers() {
     );
     assert_eq!(
         refused(&llama(), Ranks::alone().layers(2..6)),
-        "layers 2..6 are none of the model's 5 (0..5)"
+        "layers 2..6 are not all among the model's 5 (0 to 4)"
     );
+    let predicting = models::deepseek("DeepseekV3ForCausalLM", &TINY);
+    assert_eq!(
+        refused(&predicting, Ranks::alone().layers(4..6)),
+        "layers 4..6 are not all among the model's 5 (0 to 4); those from 5 on, which predict further tokens, come with layer 4"
+    );
+    share(&predicting, Ranks::alone().layers(4..5), Fuse::No).unwrap();
     assert_eq!(
         refused(&llama(), Ranks::alone().tp(2, 2)),
         "tensor-parallel rank 2 is outside its group of 2 (0 to 1)"
@@ -90,6 +96,56 @@ fn stages_and_layers_that_are_not_there_are_refused_with_the_numbers() {
         "config.json: num_hidden_layers is not there, and stages count it"
     );
     share(&without_count, Ranks::alone().tp(0, 2), Fuse::No).unwrap();
+}
+
+#[test]
+fn kv_heads_that_the_configuration_does_not_count_are_as_long_as_the_others() {
+    let without = |sizes: &Sizes, model: fn(&Sizes) -> Model, keys: &[&str]| {
+        let mut model = model(sizes);
+        for key in keys {
+            model.config = model.config.replace(key, "other");
+        }
+        model
+    };
+    let (llama, few) =
+        (|sizes: &Sizes| models::llama("LlamaForCausalLM", sizes), Sizes { kv_heads: 6, ..TINY });
+    let both = ["num_key_value_heads", "head_dim"];
+    let tp = Ranks::alone().tp(1, 2);
+    let half = Sizes { kv_heads: 12, ..TINY };
+    let line = |tensor: &str, has: &str| {
+        format!(
+            "config.json: num_key_value_heads is not there, and is not num_attention_heads: tensor \"model.layers.0.self_attn.{tensor}.weight\" \
+             has {has} heads, others have 2 for each; add the key"
+        )
+    };
+    assert_eq!(refused(&without(&half, llama, &both), tp.clone()), line("k_proj", "24 elements for 24"));
+    assert_eq!(refused(&without(&few, llama, &both), tp.clone()), line("k_proj", "12 elements for 24"));
+    // q, k and v in one: 24 + 2 * 6 heads of 2, which could be 72 of 1.
+    assert_eq!(
+        refused(&without(&few, models::phi3, &both), tp.clone()),
+        line("qkv_proj", "72 elements for 72")
+    );
+    let with_length = refused(&without(&half, llama, &both[..1]), tp.clone());
+    assert!(with_length.ends_with("dimension 0 of 24 is not made of 24 kv heads of 2"), "{with_length}");
+    for model in [llama, models::phi3] {
+        share(&without(&TINY, model, &both), tp.clone(), Fuse::No).unwrap();
+        share(&without(&half, model, &both[1..]), tp.clone(), Fuse::No).unwrap();
+    }
+    share(&without(&half, llama, &both), Ranks::alone().pp(0, 2), Fuse::No).unwrap(); // No head is cut.
+}
+
+#[test]
+fn a_number_of_0_is_not_one_that_is_missing() {
+    let with = |from: &str, to: &str| {
+        let mut model = llama();
+        model.config = model.config.replace(from, to);
+        refused(&model, Ranks::alone().tp(0, 2))
+    };
+    let (heads, kv_heads) = ("\"num_attention_heads\":24", "\"num_key_value_heads\":6");
+    let line = |what: &str| format!("config.json: {what}, and a rule counts it");
+    assert_eq!(with(heads, "\"num_attention_heads\":0"), line("num_attention_heads is 0"));
+    assert_eq!(with(heads, "\"other\":0"), line("num_attention_heads is not there"));
+    assert_eq!(with(kv_heads, "\"num_key_value_heads\":0"), line("num_key_value_heads is 0"));
 }
 
 #[test]
@@ -262,8 +318,10 @@ fn rules_that_say_nothing_sensible_are_refused_with_the_place() {
         (r#"{"rules":{},"fuse":[{"name":"x","target":"t","rows":[]}]}"#, "fuse \"x\": no rows"),
         (r#"{"rules":{},"extends":"nothing"}"#, "extends \"nothing\", which there is no table for"),
         (r#"{"rules":{},"colour":1}"#, "unknown field `colour`"),
-        (r#"[]"#, "invalid length 9"),
-        (r#""rules""#, "invalid type: string"),
+        ("[]", "not a JSON object"),
+        (r#""rules""#, "not a JSON object"),
+        (r#"{"rules":{"a":["column"]}}"#, "\"a\": [\"column\"] is neither a rule's name nor an object"),
+        (r#"{"rules":{"a":2}}"#, "\"a\": 2 is neither a rule's name nor an object"),
     ] {
         let text = error(rules);
         assert!(text.contains(expected) && text.starts_with("rules given: "), "{rules}: {text}");

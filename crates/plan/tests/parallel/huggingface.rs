@@ -147,6 +147,15 @@ fn rules_that_no_tensor_has_are_told() {
     let rules = Rules::parse(r#"{"layers.*.a":"colwise","layers.*.q_porj":"colwise"}"#).unwrap();
     let partition = Partition::new(&checkpoint, &ModelConfig::default(), &rules, &Setup::default()).unwrap();
     assert_eq!(partition.unused().collect::<Vec<_>>(), ["layers.*.q_porj"]);
+    assert_eq!(partition.unused_of_caller(), ["layers.*.q_porj"]);
+
+    // Packed experts are rules for several names, of which files have one; words about activations may be for no tensor.
+    let model = model(&[("layers.0.mlp.experts.0.w1", &[4, 4])]);
+    let plan = r#"{"layers.*.mlp.experts.gate_up_proj":"packed_colwise","layers.*.mlp.experts.down_proj":"rowwise",
+                   "layers.*.mlp.experts":"moe_tp_experts","layers.*.mlp.w1s":"grouped_gemm"}"#;
+    let (checkpoint, rules) = (model.checkpoint(), Rules::parse(plan).unwrap());
+    let partition = Partition::new(&checkpoint, &ModelConfig::default(), &rules, &Setup::default()).unwrap();
+    assert_eq!(partition.unused_of_caller(), ["layers.*.mlp.experts.down_proj", "layers.*.mlp.w1s"]);
 }
 
 #[test]

@@ -155,9 +155,9 @@ pub fn convert(model: &Model, out_dir: &Path, options: &ConvertOptions) -> Resul
         (None, None) => stored(model),
         _ => planned(model, &load, &request, &batches, &mut left_out)?,
     };
-    let unfused = request.assembly.as_ref().map_or(Vec::new(), |assembly| {
+    let (unfused, unused_rules) = request.assembly.as_ref().map_or_else(Default::default, |assembly| {
         left_out.extend(padding(assembly));
-        assembly.unfused.clone()
+        (assembly.unfused.clone(), assembly.unused_rules.clone())
     });
     let Selected { tensors, kept, tensors_cast, tensors_dequantized, bytes_before } =
         select(model, parts, options.cast, &overflowed);
@@ -191,6 +191,7 @@ pub fn convert(model: &Model, out_dir: &Path, options: &ConvertOptions) -> Resul
         overflowed: overflowed.into_inner(),
         left_out,
         unfused,
+        unused_rules,
         seconds,
         gb_per_s: saved.bytes as f64 / seconds / 1e9,
     })

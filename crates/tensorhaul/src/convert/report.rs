@@ -33,6 +33,8 @@ pub struct ConvertReport {
     pub left_out: Vec<LeftOut>,
     /// What was to be fused and is not.
     pub unfused: Vec<Unfused>,
+    /// Patterns of the caller's own rules that no tensor of the model has.
+    pub unused_rules: Vec<String>,
     /// From the call until the files had their names.
     pub seconds: f64,
     /// `bytes` by `seconds`, in 1e9 bytes a second.
