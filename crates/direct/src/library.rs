@@ -112,6 +112,11 @@ impl Library {
             // Somebody's configuration file may force it. Where this cannot be said, what is asked below still holds.
             let _ = library.set_parameter(sys::PARAMETER_FORCE_COMPATIBILITY, false);
         }
+        if vendor == Vendor::Nvidia && Kernel::examine().nvidia_fs.is_none() {
+            // Without nvidia-fs the kernel's P2PDMA is the only way into the device, and it is off unless asked for. Releases before
+            // 1.14 do not know it, and refuse.
+            let _ = library.set_parameter(sys::PARAMETER_USE_PCI_P2PDMA, true);
+        }
         // SAFETY: takes nothing; the device is current.
         let status = unsafe { (library.table.driver_open)() };
         match library.check("DriverOpen", status) {

@@ -196,6 +196,8 @@ pub(crate) const BATCH_TIMEOUT: c_int = 0x20;
 pub(crate) const PARAMETER_ALLOW_COMPATIBILITY: c_int = 1;
 /// `CUFILE_PARAM_FORCE_COMPAT_MODE`.
 pub(crate) const PARAMETER_FORCE_COMPATIBILITY: c_int = 2;
+/// `CUFILE_PARAM_USE_PCIP2PDMA`, since 1.14.
+pub(crate) const PARAMETER_USE_PCI_P2PDMA: c_int = 7;
 /// `CU_FILE_ALLOW_COMPAT_MODE`, a bit of the control flags.
 pub(crate) const CONTROL_ALLOW_COMPATIBILITY: c_uint = 1 << 1;
 

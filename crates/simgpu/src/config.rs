@@ -51,6 +51,8 @@ pub(crate) struct Config {
     /// `direct=0`: storage cannot write into devices, as without a kernel that lets it; libraries for it fall back where they may.
     /// Default: 1.
     pub(crate) direct: bool,
+    /// `direct_p2pdma=1`: cuFile has no nvidia-fs, and writes into devices only where it is told to use the kernel's P2PDMA. Default: 0.
+    pub(crate) direct_p2pdma: bool,
     /// `direct_parameters=0`: cuFile has no parameters, as in old releases. Default: 1.
     pub(crate) direct_parameters: bool,
     /// `direct_insists=1`: cuFile takes the setting that forbids compatibility mode, and stays in it. Default: 0.
@@ -104,6 +106,7 @@ impl Default for Config {
             nccl: 22_703,
             gfx: "gfx942:sramecc+:xnack-".to_owned(),
             direct: true,
+            direct_p2pdma: false,
             direct_parameters: true,
             direct_insists: false,
             direct_short: 0,
@@ -135,6 +138,7 @@ impl Config {
                 "batches" => config.batches = number()? != 0,
                 "peers" => config.peers = number()? != 0,
                 "direct" => config.direct = number()? != 0,
+                "direct_p2pdma" => config.direct_p2pdma = number()? != 0,
                 "direct_parameters" => config.direct_parameters = number()? != 0,
                 "direct_insists" => config.direct_insists = number()? != 0,
                 "direct_short" => config.direct_short = number()?,
