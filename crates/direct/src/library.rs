@@ -177,6 +177,16 @@ impl Library {
     }
 
     fn control_flags(&self) -> Option<u32> {
+        Some(self.properties()?.control_flags)
+    }
+
+    /// Returns how many reads go into a batch at most, where NVIDIA's library tells; AMD's, which has no batches, lays its properties out otherwise.
+    pub(crate) fn batch_entries_max(&self) -> Option<u32> {
+        let properties = self.properties().filter(|_| self.vendor == Vendor::Nvidia)?;
+        (properties.batch_entries_max > 0).then_some(properties.batch_entries_max)
+    }
+
+    fn properties(&self) -> Option<Properties> {
         let mut properties = Properties {
             major_version: 0,
             minor_version: 0,
@@ -184,11 +194,16 @@ impl Library {
             max_direct_io: 0,
             status_flags: 0,
             control_flags: 0,
-            rest: [0; 32],
+            feature_flags: 0,
+            max_device_cache: 0,
+            per_buffer_cache: 0,
+            max_device_pinned: 0,
+            batch_entries_max: 0,
+            rest: [0; 64],
         };
         // SAFETY: larger than the structure of any release.
         let status = unsafe { self.table.driver_properties?(&raw mut properties) };
-        (status.code == 0).then_some(properties.control_flags)
+        (status.code == 0).then_some(properties)
     }
 
     /// Returns the device it was opened inside.

@@ -5,6 +5,7 @@
 //! 0.2: the same, with [`Properties`] laid out otherwise, and its own way to ask for a version.
 
 use std::ffi::{c_char, c_int, c_uint, c_void};
+use std::mem;
 use std::path::{Path, PathBuf};
 
 use libloading::Library;
@@ -144,8 +145,16 @@ pub(crate) struct Properties {
     pub(crate) max_direct_io: u64,
     pub(crate) status_flags: c_uint,
     pub(crate) control_flags: c_uint,
-    pub(crate) rest: [u64; 32],
+    // From here on NVIDIA's alone.
+    pub(crate) feature_flags: c_uint,
+    pub(crate) max_device_cache: c_uint,
+    pub(crate) per_buffer_cache: c_uint,
+    pub(crate) max_device_pinned: c_uint,
+    /// `max_batch_io_size`: entries, not bytes.
+    pub(crate) batch_entries_max: c_uint,
+    pub(crate) rest: [c_uint; 64],
 }
+const _: () = assert!(mem::offset_of!(Properties, batch_entries_max) == 48);
 
 /// `CUfileIOParams_t`, `hipFileIOParams_t`.
 #[repr(C)]

@@ -59,6 +59,8 @@ pub(crate) struct Config {
     pub(crate) direct_insists: bool,
     /// `direct_short=N`: every N-th direct read brings about half of what is asked for; 0 for none. Default: 0.
     pub(crate) direct_short: u64,
+    /// `direct_batch=N`: cuFile takes so many reads in a batch, and sets up none for more. Default: 128.
+    pub(crate) direct_batch: u32,
     /// `direct_told=STATUS:N`: the first N times that reads in batches are asked for, the first of them is told with this status, though it
     /// goes on. Default: what is told is over.
     pub(crate) direct_told: (i32, u64),
@@ -110,6 +112,7 @@ impl Default for Config {
             direct_parameters: true,
             direct_insists: false,
             direct_short: 0,
+            direct_batch: 128,
             direct_told: (0, 0),
             forward: None,
         }
@@ -142,6 +145,7 @@ impl Config {
                 "direct_parameters" => config.direct_parameters = number()? != 0,
                 "direct_insists" => config.direct_insists = number()? != 0,
                 "direct_short" => config.direct_short = number()?,
+                "direct_batch" => config.direct_batch = number()? as u32,
                 "direct_told" => {
                     let (status, count) = value.split_once(':').ok_or_else(wrong)?;
                     let status = status.parse().map_err(|_| wrong())?;

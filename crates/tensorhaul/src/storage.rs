@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tensorhaul_device::{Allocation, Device, STORAGE_ALIGN_BYTES};
-use tensorhaul_direct::{Direct, DirectFile, Library};
+use tensorhaul_direct::{Direct, DirectFile, DirectMode, Library};
 use tensorhaul_plan::{Brought, DeviceId, InPlace, Place, Plan, Read, Route, plan::Target};
 
 pub(crate) use trial::{Hope, plan};
@@ -144,8 +144,14 @@ impl Storage {
             );
             fallbacks.push(Fallback::new(what, unregistered.error));
         }
-        if let (_, Some(why)) = direct.mode() {
-            fallbacks.push(Fallback::new("direct storage reads on threads instead of in batches", why));
+        if let (mode, Some(why)) = direct.mode() {
+            let what = match mode {
+                DirectMode::Batch { entries } => {
+                    format!("direct storage reads in batches of {entries}, fewer than asked for")
+                }
+                _ => "direct storage reads on threads instead of in batches".to_owned(),
+            };
+            fallbacks.push(Fallback::new(what, why));
         }
         Some(direct)
     }

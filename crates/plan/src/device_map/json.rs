@@ -197,7 +197,10 @@ mod tests {
         assert_eq!(error.to_string(), "device map entry \"a\": 3 is no vendor's; write cuda:3 or rocm:3");
         let json = br#"{"model.layers": [0, 1], "": "cpu"}"#;
         let error = DeviceMap::from_json(json, DeviceId::Host).unwrap_err();
-        assert!(error.to_string().starts_with("device map entry \"model.layers\": 0 is no vendor's"), "{error}");
+        assert!(
+            error.to_string().starts_with("device map entry \"model.layers\": 0 is no vendor's"),
+            "{error}"
+        );
     }
 
     #[test]
@@ -211,7 +214,9 @@ mod tests {
             text(r#"{"a": ["cpu", "disk"]}"#),
             "device map entry \"a\": a load leaves nothing on disk; map it to cpu, or do not select it"
         );
-        for json in [r#"{"a": ["tpu", 0, "cpu"], "b": 0}"#, r#"{"a": [0, "tpu", [1]]}"#, r#"{"a": [0, "tpu"]}"#] {
+        for json in
+            [r#"{"a": ["tpu", 0, "cpu"], "b": 0}"#, r#"{"a": [0, "tpu", [1]]}"#, r#"{"a": [0, "tpu"]}"#]
+        {
             assert!(text(json).starts_with("device map entry \"a\": \"tpu\" names no device"), "{json}");
         }
         assert_eq!(text(r#"{"a": 0, "a": 1}"#), "device map entry \"a\" is there twice");

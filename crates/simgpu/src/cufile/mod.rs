@@ -123,6 +123,10 @@ pub(crate) struct Properties {
     sizes: [usize; 2],
     status_flags: c_uint,
     control_flags: c_uint,
+    feature_flags: c_uint,
+    caches: [c_uint; 3],
+    max_batch_io_size: c_uint,
+    max_batch_io_timeout_msecs: c_uint,
 }
 
 fn status(name: &'static str, act: impl FnOnce(&mut Machine) -> Result<(), i32>) -> Status {
@@ -340,7 +344,16 @@ unsafe fn properties(vendor: Vendor, name: &'static str, target: *mut Properties
             return Err(INTERNAL); // Not implemented.
         }
         let control_flags = c_uint::from(machine.storage.compatible) << 1;
-        let properties = Properties { versions: [2, 17], sizes: [0; 2], status_flags: 0, control_flags };
+        let properties = Properties {
+            versions: [2, 17],
+            sizes: [0; 2],
+            status_flags: 0,
+            control_flags,
+            feature_flags: 0,
+            caches: [0; 3],
+            max_batch_io_size: machine.config.direct_batch,
+            max_batch_io_timeout_msecs: 5,
+        };
         // SAFETY: the caller passes room for more than this.
         unsafe { target.write(properties) };
         Ok(())

@@ -107,7 +107,6 @@ fn a_batch_that_cannot_be_waited_for_fails_the_load_and_is_over_once_its_reads_a
     let model = Model::open(checkpoint(folder.path())).unwrap();
     let batches = options(Preference::Required).direct_mode(DirectMode::Batch { entries: 4 });
     for (fault, why) in [
-        ("cuFileBatchIOSetUp:1:5039", "cuFileBatchIOSetUp returned 5039"),
         ("cuFileBatchIOGetStatus:1:5041", "cuFileBatchIOGetStatus returned 5041"),
         ("cuFileBatchIOGetStatus:2:5041", "cuFileBatchIOGetStatus returned 5041"),
     ] {
@@ -115,6 +114,28 @@ fn a_batch_that_cannot_be_waited_for_fails_the_load_and_is_over_once_its_reads_a
         let line = model.load(&batches).unwrap_err().one_line();
         assert!(line.contains(why) && !line.contains("under way"), "{fault}: {line}");
         sim.assert_clean(fault);
+    }
+}
+
+#[test]
+fn a_batch_that_is_refused_or_too_large_is_told_and_the_load_goes_on() {
+    let folder = folder();
+    let model = Model::open(checkpoint(folder.path())).unwrap();
+    let batches = options(Preference::Required).direct_mode(DirectMode::Batch { entries: 4 });
+    let refused = "direct storage reads on threads instead of in batches: \
+                   cuFileBatchIOSetUp returned 5039 (batch could not be set up)";
+    let bounded =
+        "direct storage reads in batches of 3, fewer than asked for: the library takes 3 reads in a batch";
+    for (config, told, in_batches) in
+        [("fail=cuFileBatchIOSetUp:1:5039", refused, false), ("direct_batch=3", bounded, true)]
+    {
+        let sim = machine(config);
+        let loaded = model.load(&batches).unwrap();
+        assert_same_bytes(&model, &loaded);
+        assert_eq!(reasons(&loaded), [told], "{config}");
+        assert_eq!(sim.report().calls("cuFileBatchRead") > 0, in_batches, "{config}");
+        drop(loaded);
+        sim.assert_clean(config);
     }
 }
 

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::thread;
 
-use tensorhaul_device::Device;
 use tensorhaul::{Model, Preference};
+use tensorhaul_device::Device;
 use tensorhaul_direct::{Compatibility, Kernel, Library, Probe};
 use tensorhaul_io::OpenFile;
 
