@@ -30,10 +30,8 @@ impl Cuda {
         let mut cuda = Cuda { table, version: 0 };
         let path = cuda.table.path.display().to_string();
         // SAFETY: the only argument must be 0.
-        cuda.check("cuInit", unsafe { (cuda.table.cuInit)(0) }).map_err(|error| match error.code {
-            sys::NO_DEVICE => format!("{path}: {error}: a driver is installed, but it sees no GPU (CUDA_VISIBLE_DEVICES?)"),
-            _ => format!("{path}: {error}: the driver and the kernel module may differ in version; reboot or reinstall it"),
-        })?;
+        cuda.check("cuInit", unsafe { (cuda.table.cuInit)(0) })
+            .map_err(|error| format!("{path}: {error}: {}", likely_cause(error.code)))?;
         // SAFETY: writes one integer. A failure leaves 0, which is printed as unknown.
         let _ = unsafe { (cuda.table.cuDriverGetVersion)(&raw mut cuda.version) };
         Ok(cuda)
@@ -64,6 +62,26 @@ impl Cuda {
         }
         // SAFETY: the driver's static, terminated string.
         unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned()
+    }
+}
+
+/// Returns why a driver that is there does not start, and what to do.
+///
+/// # Source
+/// NVIDIA, CUDA driver API, `CUresult`.
+fn likely_cause(code: c_int) -> &'static str {
+    match code {
+        sys::NO_DEVICE => "a driver is installed, but it sees no GPU (CUDA_VISIBLE_DEVICES?)",
+        sys::SYSTEM_NOT_READY => {
+            "the system is not ready; where GPUs are joined by NVSwitch (HGX, DGX), start the service nvidia-fabricmanager, of the driver's version"
+        }
+        sys::SYSTEM_DRIVER_MISMATCH => {
+            "the driver and the kernel module differ in version; reboot, or install one version of both"
+        }
+        sys::COMPAT_NOT_SUPPORTED => {
+            "a forward compatibility driver (cuda-compat) was found, which this device does not take; take it off the library path"
+        }
+        _ => "a driver is installed, but does not start; nvidia-smi and the kernel's log may say more",
     }
 }
 
