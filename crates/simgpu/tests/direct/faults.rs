@@ -102,6 +102,30 @@ fn a_read_that_fails_later_fails_the_load_with_file_and_code() {
 }
 
 #[test]
+fn a_read_that_fails_where_direct_storage_is_preferred_says_what_would_work() {
+    let folder = folder();
+    let model = Model::open(checkpoint(folder.path())).unwrap();
+    evict_all(folder.path());
+    let remedy = "load without direct storage, through the staging ring";
+    for (code, preference, is_told) in [
+        (5, Preference::Preferred, true),
+        (5012, Preference::Preferred, true),
+        (719, Preference::Preferred, false),
+        (5012, Preference::Required, false),
+    ] {
+        evict_all(folder.path());
+        let sim = machine(&format!("fail=cuFileRead:{}:{code}", FILES + 1));
+        let error = model.load(&options_of_long_ones(preference)).unwrap_err();
+        let line = error.one_line();
+        assert_eq!(line.contains(remedy), is_told, "{code}: {line}");
+        assert!(error.tensor().is_some() && error.bytes().is_some(), "{line}");
+        sim.fail("");
+        let loaded = model.load(&options_of_long_ones(Preference::Off)).unwrap();
+        assert_eq!(loaded.report.bytes_direct_storage, 0);
+    }
+}
+
+#[test]
 fn a_batch_that_cannot_be_waited_for_fails_the_load_and_is_over_once_its_reads_are() {
     let folder = folder();
     let model = Model::open(checkpoint(folder.path())).unwrap();
