@@ -208,6 +208,9 @@ fn folder(folder: &Folder) -> String {
 
 /// What reads straight into a device, past the host.
 fn storage(storage: &DirectStorageFact) -> String {
+    if !storage.needed {
+        return "loads do not need it: reads land in memory that is shared with the host".to_owned();
+    }
     if let Some(why) = &storage.why {
         return format!("does not work: {why}");
     }

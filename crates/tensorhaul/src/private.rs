@@ -106,6 +106,9 @@ fn attempt(model: &Inner, options: &LoadOptions, cancel: &Cancel, emit: &mut Emi
         Side::new(*id, found, is_able)
     });
     let sides: Vec<_> = sides.collect();
+    if options.direct_storage == Preference::Required && options.in_place != Preference::Off {
+        storage::check_has_use(sides.iter().map(|side| (side.id, side.is_able)))?;
+    }
     thread::scope(|scope| {
         let (mut sides, peers) = before_the_plan(sides, &request, options, scope)?;
         let able: Vec<_> = sides.iter().map(|side| (side.id, side.is_able)).collect();

@@ -157,6 +157,18 @@ impl Storage {
     }
 }
 
+/// Refuses to require direct storage where no device has memory that it reads into: of the devices, and whether reads land in their memory anyway.
+pub(crate) fn check_has_use(mut devices: impl Iterator<Item = (DeviceId, bool)> + Clone) -> Result<()> {
+    if devices.clone().any(|(_, is_able)| !is_able) {
+        return Ok(());
+    }
+    let Some((device, _)) = devices.find(|(device, _)| *device != DeviceId::Host) else { return Ok(()) };
+    Err(Error::bad_request(format!(
+        "direct storage is required, and reads into devices with memory of their own; the memory of {device} is the host's, where reads \
+         land in place without it"
+    )))
+}
+
 /// The way into a device's memory for every file; what a load is planned with that requires direct storage.
 pub(crate) fn route_for_all(device: DeviceId) -> Route {
     Route { device, files: None, is_hosts: false, read_len_bytes_max: READ_LEN_BYTES_MAX }

@@ -76,9 +76,15 @@ fn doctor_tries_direct_storage_into_every_device() {
 fn doctor_tells_of_memory_that_is_shared_with_the_host() {
     let folder = folder();
     let path = folder.path().to_str().unwrap();
-    assert!(on_machine("integrated=1", &["doctor", path]).ok().contains("memory shared with the host"));
+    let text = on_machine("integrated=1", &["doctor", path]).ok();
+    assert!(text.contains("memory shared with the host"), "{text}");
+    assert!(
+        text.contains("into cuda:0: loads do not need it: reads land in memory that is shared"),
+        "{text}"
+    );
     let value = on_machine("integrated=1", &["doctor", "--json", path]).json();
     assert_eq!(value["devices"][1]["shares_memory"], true, "{value}");
+    assert_eq!(value["direct_storage"][0]["needed"], false, "{value}");
     let value = on_machine("", &["doctor", "--json", path]).json();
     assert_eq!(value["devices"][1]["shares_memory"], false, "{value}");
 }

@@ -303,3 +303,23 @@ fn it_is_never_opened_without_a_device() {
     assert!(line.contains("direct storage is required, and reads into devices"), "{line}");
     sim.assert_clean("no device");
 }
+
+#[test]
+fn it_is_not_required_of_a_device_whose_memory_is_the_hosts() {
+    let folder = folder();
+    let model = Model::open(checkpoint(folder.path())).unwrap();
+    let sim = machine("integrated=1");
+    let error = model.load(&options(Preference::Required)).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::BadRequest);
+    let line = error.one_line();
+    let why = "direct storage is required, and reads into devices with memory of their own; the memory of cuda:0 is the host's";
+    assert!(line.contains(why), "{line}");
+    assert_eq!(sim.report().calls("cuFileDriverOpen"), 0);
+    // Preferred, it has no use there; with memory of the device's own it has.
+    let loaded = model.load(&options(Preference::Preferred)).unwrap();
+    assert_eq!((loaded.report.bytes_direct_storage, reasons(&loaded).len()), (0, 0));
+    drop(loaded);
+    let own = options(Preference::Required).in_place(Preference::Off);
+    assert!(model.load(&own).unwrap().report.bytes_direct_storage > 0);
+    sim.assert_clean("memory of the host's");
+}

@@ -16,6 +16,8 @@ use super::folders::{Folder, sample};
 pub struct DirectStorageFact {
     /// The device.
     pub device: String,
+    /// Whether loads have a use for it: where the device's memory is the host's, reads land in it anyway, and the library is not opened.
+    pub needed: bool,
     /// Whether the library opened, out of compatibility mode.
     pub works: bool,
     /// Whose library it is: `cuFile` or `hipFile`.
@@ -61,6 +63,7 @@ pub(super) fn examine(devices: &[Arc<dyn Device>], folders: &[Folder]) -> Vec<Di
 fn examine_one(device: &Arc<dyn Device>, vendor: Vendor, folders: &[Folder]) -> DirectStorageFact {
     let mut fact = DirectStorageFact {
         device: device.id().to_string(),
+        needed: !device.capabilities().in_place,
         works: false,
         kind: vendor.library(),
         library: None,
@@ -70,6 +73,9 @@ fn examine_one(device: &Arc<dyn Device>, vendor: Vendor, folders: &[Folder]) -> 
         remedy: None,
         folders: Vec::new(),
     };
+    if !fact.needed {
+        return fact;
+    }
     match Library::open(device, Compatibility::Refused) {
         Ok(library) => {
             (fact.works, fact.library, fact.version) = (true, Some(library.path()), library.version());
