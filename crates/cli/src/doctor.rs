@@ -188,7 +188,7 @@ fn page_cache(cachestat: &Feature) -> String {
 
 fn driver(driver: &DriverFact) -> String {
     if let Some(why) = &driver.why {
-        return format!("not found: {why}");
+        return format!("{}: {why}", if driver.found { "does not work" } else { "not found" });
     }
     let module = driver.kernel_module.as_ref().map(|version| format!("kernel module {version}"));
     let facts = [driver.library.clone(), driver.version.clone(), module];

@@ -6,7 +6,8 @@ use std::ptr;
 
 use tensorhaul_device::gpu::{
     BatchPiece, CallError, CaptureMode, CompileError, Compiled, Context, DeviceFacts, Driver, EventHandle,
-    FunctionHandle, LaunchShape, Meaning, ModuleHandle, Peer, PeerCopy, Rows, StreamHandle, call::pointer,
+    FunctionHandle, LaunchShape, Meaning, ModuleHandle, NoDriver, Peer, PeerCopy, Rows, StreamHandle,
+    call::pointer,
 };
 use tensorhaul_plan::DeviceId;
 
@@ -21,17 +22,15 @@ pub struct Cuda {
 
 impl Cuda {
     /// Loads the first of these libraries and initializes it; the error is a sentence with the likely cause.
-    pub(crate) fn load(candidates: &[PathBuf]) -> Result<Cuda, String> {
+    pub(crate) fn load(candidates: &[PathBuf]) -> Result<Cuda, NoDriver> {
         let table = Table::load(candidates).map_err(|error| {
-            format!(
-                "{error}; NVIDIA's driver is not installed, or not visible in this container (--gpus all)"
-            )
+            error.no_driver("NVIDIA's driver is not installed, or not visible in this container (--gpus all)")
         })?;
         let mut cuda = Cuda { table, version: 0 };
         let path = cuda.table.path.display().to_string();
         // SAFETY: the only argument must be 0.
         cuda.check("cuInit", unsafe { (cuda.table.cuInit)(0) })
-            .map_err(|error| format!("{path}: {error}: {}", likely_cause(error.code)))?;
+            .map_err(|error| NoDriver::Fails(format!("{path}: {error}: {}", likely_cause(error.code))))?;
         // SAFETY: writes one integer. A failure leaves 0, which is printed as unknown.
         let _ = unsafe { (cuda.table.cuDriverGetVersion)(&raw mut cuda.version) };
         Ok(cuda)

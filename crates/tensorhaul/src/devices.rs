@@ -5,7 +5,7 @@ use std::mem;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
-use tensorhaul_device::gpu::{self, Driver, topology};
+use tensorhaul_device::gpu::{self, Driver, NoDriver, topology};
 use tensorhaul_device::host::Host;
 use tensorhaul_device::{Allocation, Capabilities, Device, DeviceError, Near, Stream};
 use tensorhaul_plan::DeviceId;
@@ -192,7 +192,7 @@ impl Found {
 /// Returns every device of a device's vendor; of the host, itself.
 pub(crate) fn of_vendor(id: DeviceId) -> Result<Vec<DeviceId>> {
     let Some(vendor) = Vendor::of(id) else { return Ok(vec![DeviceId::Host]) };
-    let unavailable = |why| DeviceError::Unavailable { device: id, why };
+    let unavailable = |why: NoDriver| DeviceError::Unavailable { device: id, why: why.to_string() };
     let driver = (vendor.driver)().map_err(unavailable)?;
     let count = driver.device_count().map_err(|error| DeviceError::Driver { device: id, error })?;
     Ok((0..count).map(|ordinal| driver.device_id(ordinal)).collect())

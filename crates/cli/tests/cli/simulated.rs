@@ -103,6 +103,28 @@ fn a_device_that_does_not_open_is_told_and_the_others_are_tried() {
 }
 
 #[test]
+fn doctor_has_advice_for_what_does_not_work() {
+    let folder = folder();
+    let args = ["doctor", folder.path().to_str().unwrap()];
+    let text = on_machine("fail=cuInit:1:802", &args).ok();
+    assert!(text.contains("cuda: does not work: ") && !text.contains("cuda: not found"), "{text}");
+    assert!(text.contains("the driver for cuda is installed and does not work: "), "{text}");
+    let text = on_machine("devices=2;fail=cuDevicePrimaryCtxRetain:1:46", &args).ok();
+    assert!(
+        text.contains("another process has the device") && text.contains("-> end what else uses it"),
+        "{text}"
+    );
+    let text = on_machine("devices=2;direct=0", &args).ok();
+    assert_eq!(text.matches("direct storage by cuFile does not work (").count(), 1, "{text}");
+    let value = on_machine("devices=2;direct=0", &[&args[..], &["--json"]].concat()).json();
+    let advice = value["advice"].as_array().unwrap();
+    assert!(
+        advice.iter().any(|advice| advice["remedy"].as_str().unwrap().contains("use_pci_p2pdma")),
+        "{value}"
+    );
+}
+
+#[test]
 fn ranks_on_devices_of_one_process_miss_no_copies_of_each_other() {
     let args = ["load", tiny_llama(), "--json", "--unmatched", "replicate", "--tp-devices", "cuda:0,cuda:1"];
     for machine in ["devices=2", "devices=2;peers=0"] {

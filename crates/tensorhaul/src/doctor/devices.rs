@@ -8,7 +8,7 @@ use std::thread;
 
 use serde::Serialize;
 use tensorhaul_device::Device;
-use tensorhaul_device::gpu::topology;
+use tensorhaul_device::gpu::{NoDriver, topology};
 use tensorhaul_plan::DeviceId;
 
 use super::Advice;
@@ -24,8 +24,10 @@ use crate::vendors::{VENDORS, Vendor};
 pub struct DriverFact {
     /// What its devices are called.
     pub name: &'static str,
-    /// Whether it is there and answers.
+    /// Whether its library is there.
     pub found: bool,
+    /// Whether it answers.
+    pub works: bool,
     /// The file of its library.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub library: Option<String>,
@@ -35,7 +37,7 @@ pub struct DriverFact {
     /// The version of the kernel's part of it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kernel_module: Option<String>,
-    /// Why there is none, with the likely cause.
+    /// Why it does not work, with the likely cause.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub why: Option<String>,
 }
@@ -136,7 +138,7 @@ fn devices_of(vendor: &Vendor) -> Vec<DeviceFact> {
     let fails = |why: String| vec![DeviceFact { why: Some(why), ..DeviceFact::new(vendor.name) }];
     let driver = match (vendor.driver)() {
         Ok(driver) => driver,
-        Err(why) => return fails(why),
+        Err(why) => return fails(why.to_string()),
     };
     let count = match driver.device_count() {
         Ok(0) => return fails("the driver sees no device".to_owned()),
@@ -200,6 +202,15 @@ fn speed(device: &dyn Device) -> Result<CopySpeed> {
     Link::new(device, COPY_LEN_BYTES.min(free_bytes.max(1) as usize))?.speed()
 }
 
+/// A device that its driver sees and that does not open is worth a look; one that is not there is the driver's affair.
+pub(super) fn advise_repair(device: &DeviceFact) -> Option<Advice> {
+    let why = device.why.as_ref().filter(|_| device.name.contains(':'))?;
+    Some(Advice {
+        what: format!("{} does not work: {why}", device.name),
+        remedy: "end what else uses it, or reset it (nvidia-smi --gpu-reset, amd-smi reset); until then name another with --device".to_owned(),
+    })
+}
+
 /// A slot or riser with fewer lanes than the device has is the commonest reason for slow copies.
 pub(super) fn advise(device: &DeviceFact) -> Option<Advice> {
     let link = device.link.as_ref()?;
@@ -225,14 +236,30 @@ impl DriverFact {
             Ok(driver) => {
                 let (name, version) = (driver.library(), driver.version());
                 let library = mapped_file(&name).unwrap_or(name);
-                DriverFact { found: true, library: Some(library), version: Some(version), ..fact }
+                DriverFact {
+                    found: true,
+                    works: true,
+                    library: Some(library),
+                    version: Some(version),
+                    ..fact
+                }
             }
-            Err(why) => DriverFact { why: Some(why), ..fact },
+            Err(why) => {
+                let found = matches!(why, NoDriver::Fails(_));
+                DriverFact { found, why: Some(why.to_string()), ..fact }
+            }
         }
     }
 
-    /// A machine without GPUs lacks nothing.
+    /// A machine without GPUs and drivers lacks nothing.
     pub(super) fn advise(&self) -> Option<Advice> {
+        if let Some(why) = self.why.as_ref().filter(|_| self.found) {
+            return Some(Advice {
+                what: format!("the driver for {} is installed and does not work: {why}", self.name),
+                remedy: "do what its answer says; until then loads go to other devices, or to the host"
+                    .to_owned(),
+            });
+        }
         let vendor = VENDORS.iter().find(|vendor| vendor.name == self.name)?;
         self.why.as_ref().filter(|_| has_device_of(vendor))?;
         let maker = vendor.maker;

@@ -7,8 +7,8 @@ use serde::Serialize;
 use tensorhaul_device::Device;
 use tensorhaul_direct::{Compatibility, Kernel, Library, Probe, Refusal, Vendor};
 
-use super::Feature;
 use super::folders::{Folder, sample};
+use super::{Advice, Feature};
 
 /// Direct storage into one device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -84,6 +84,31 @@ fn examine_one(device: &Arc<dyn Device>, vendor: Vendor, folders: &[Folder]) -> 
         Err(refusal) => (fact.why, fact.remedy) = (Some(refusal.to_string()), refusal.remedy()),
     }
     fact
+}
+
+/// What stands in the way of direct storage, once for all devices and folders that share it.
+pub(super) fn advise(facts: &[DirectStorageFact]) -> Vec<Advice> {
+    let mut advice: Vec<Advice> = Vec::new();
+    for fact in facts {
+        let whole = fact.remedy.iter().map(|remedy| (fact.kind.to_owned(), &fact.why, remedy));
+        let folders = fact.folders.iter().filter_map(|folder| {
+            Some((
+                format!("{} from {}", fact.kind, folder.path),
+                &folder.verdict.why,
+                folder.remedy.as_ref()?,
+            ))
+        });
+        for (what, why, remedy) in whole.chain(folders) {
+            let why = why.as_deref().unwrap_or_default();
+            let what =
+                format!("direct storage by {what} does not work ({why}): reads make a stop in host memory");
+            let told = Advice { what, remedy: remedy.clone() };
+            if !advice.contains(&told) {
+                advice.push(told);
+            }
+        }
+    }
+    advice
 }
 
 fn try_folder(device: &Arc<dyn Device>, library: &Arc<Library>, folder: &Folder) -> DirectFolder {
