@@ -150,9 +150,18 @@ impl Error {
 
     /// Returns the device at fault.
     pub fn device(&self) -> Option<DeviceId> {
+        self.device_error().and_then(DeviceError::device)
+    }
+
+    /// Tells whether a device that is there failed, and not that there is none.
+    pub(crate) fn is_of_device_there(&self) -> bool {
+        self.device_error().is_some_and(|error| !matches!(error, DeviceError::Unavailable { .. }))
+    }
+
+    fn device_error(&self) -> Option<&DeviceError> {
         let what = &self.0.what;
         let read = || what.downcast_ref().and_then(device_error);
-        what.downcast_ref().or_else(read).and_then(DeviceError::device)
+        what.downcast_ref().or_else(read)
     }
 
     /// Returns the bytes of the file at fault, counted from its start.

@@ -69,7 +69,8 @@ fn doctor_tries_direct_storage_into_every_device() {
     // What stands in the way of one device alone is told of that one.
     let text = on_machine("devices=2;fail=cuFileRead:2:5008", &["doctor", path]).ok();
     assert!(text.contains("into cuda:0: cuFile") && text.contains("into cuda:1: cuFile"), "{text}");
-    assert_eq!(text.matches("cuFileRead returned 5008 (not supported on this file)").count(), 1, "{text}");
+    let told = text.matches("cuFileRead returned 5008 (not supported on this file)").count();
+    assert_eq!(told, 2, "of the one device, and once among the advice: {text}");
 }
 
 #[test]
@@ -122,6 +123,21 @@ fn doctor_has_advice_for_what_does_not_work() {
         advice.iter().any(|advice| advice["remedy"].as_str().unwrap().contains("use_pci_p2pdma")),
         "{value}"
     );
+}
+
+#[test]
+fn a_device_that_is_lost_fails_the_selftest_with_the_promise_that_it_broke() {
+    let args = ["doctor", "--selftest", "--device", "cuda:0"];
+    // While it is examined, and while it is tried.
+    for (nth, broken) in
+        [(3, "  the device opens: cuda:0: "), (30, "  bytes come back as they went, at every")]
+    {
+        let ran = on_machine(&format!("fail=cuMemcpyHtoDAsync_v2:{nth}:700"), &args);
+        assert_eq!(ran.code, Some(3), "{ran:?}");
+        assert!(ran.stdout.contains("cuda:0: FAILED: ") && ran.stdout.contains(broken), "{ran:?}");
+    }
+    let ran = on_machine("fail=cuDevicePrimaryCtxRetain:1:46;fail=cuDevicePrimaryCtxRetain:2:46", &args[..2]);
+    assert_eq!(ran.code, Some(3), "what does not open is not left out: {ran:?}");
 }
 
 #[test]
