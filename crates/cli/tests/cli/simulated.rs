@@ -141,6 +141,27 @@ fn a_device_that_is_lost_fails_the_selftest_with_the_promise_that_it_broke() {
 }
 
 #[test]
+fn auto_tells_of_a_driver_that_fails_when_it_means_the_host() {
+    let load = |machine: &str, args: &[&str]| {
+        let value = on_machine(machine, &[&["load", tiny_llama(), "--json"], args].concat()).json();
+        (value["device"].as_str().unwrap().to_owned(), value["fallbacks"].to_string())
+    };
+    for args in [&[][..], &["--device-map", "auto"]] {
+        let (device, told) = load("fail=cuInit:1:802;fail=hipInit:1:100", args);
+        assert_eq!(device, "host", "{told}");
+        assert!(
+            told.contains("because cuda was passed over") && told.contains("nvidia-fabricmanager"),
+            "{told}"
+        );
+        assert!(told.contains("because rocm was passed over"), "{told}");
+    }
+    let (device, told) = load("fail=cuInit:1:802", &[]);
+    assert!(device == "rocm:0" && !told.contains("passed over"), "{told}");
+    let (device, told) = load("fail=cuInit:1:802;fail=hipInit:1:100", &["--device", "host"]);
+    assert!(device == "host" && !told.contains("passed over"), "{told}");
+}
+
+#[test]
 fn ranks_on_devices_of_one_process_miss_no_copies_of_each_other() {
     let args = ["load", tiny_llama(), "--json", "--unmatched", "replicate", "--tp-devices", "cuda:0,cuda:1"];
     for machine in ["devices=2", "devices=2;peers=0"] {
