@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use clap::Args;
 use serde::Serialize;
 use tensorhaul::doctor::{
-    CopySpeed, DeviceFact, DirectFolder, DirectStorageFact, Doctor, DriverFact, Feature, Folder, PciPlace,
-    PeerFact,
+    CopySpeed, DeviceFact, DirectFolder, DirectStorageFact, Doctor, DriverFact, Feature, Folder, KernelFact,
+    PciPlace, PeerFact,
 };
 use tensorhaul::selftest::{self, Verdict};
 
@@ -278,9 +278,18 @@ fn device(device: &DeviceFact) -> String {
     let near = device.host_node.map(|node| format!("nearest to memory node {node}"));
     let place = device.pci.as_ref().map(PciPlace::to_string);
     let link = device.link.as_ref().map(ToString::to_string);
-    let facts = [device.description.clone(), memory, shared, place, near, link, copies];
+    let kernels = device.kernels.as_ref().map(kernels);
+    let facts = [device.description.clone(), memory, shared, place, near, link, copies, kernels];
     let facts: Vec<_> = facts.into_iter().flatten().collect();
     if facts.is_empty() { "works".to_owned() } else { format!("works: {}", facts.join(", ")) }
+}
+
+fn kernels(kernels: &KernelFact) -> String {
+    match (kernels.works, &kernels.why) {
+        (true, None) => "kernels built in".to_owned(),
+        (true, Some(why)) => format!("kernels compiled on this machine ({why})"),
+        (false, why) => format!("no kernels ({})", why.as_deref().unwrap_or_default()),
+    }
 }
 
 /// Powers of two lose their look in units of 1000.

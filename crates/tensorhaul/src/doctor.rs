@@ -16,7 +16,7 @@ use serde::Serialize;
 use tensorhaul_io::probe;
 
 pub(crate) use devices::devices;
-pub use devices::{DeviceFact, DriverFact, PciLink};
+pub use devices::{DeviceFact, DriverFact, KernelFact, PciLink};
 pub use folders::Folder;
 pub use peers::{PeerFact, Reach};
 pub use place::PciPlace;

@@ -162,6 +162,23 @@ fn auto_tells_of_a_driver_that_fails_when_it_means_the_host() {
 }
 
 #[test]
+fn doctor_tells_which_devices_have_kernels() {
+    let folder = folder();
+    let path = folder.path().to_str().unwrap();
+    let text = on_machine("", &["doctor", path]).ok();
+    assert_eq!(text.matches("kernels built in").count(), 2, "{text}");
+    let machine = "fail=cuModuleLoadData:1:218;gfx=gfx906;fail=hiprtcCompileProgram:1:6";
+    let value = on_machine(machine, &["doctor", "--json", path]).json();
+    for (device, known) in [(1, "sm_80 and newer"), (2, "gfx90a")] {
+        let kernels = &value["devices"][device]["kernels"];
+        assert_eq!(kernels["works"], false, "{value}");
+        assert!(kernels["why"].as_str().unwrap().contains(known), "{kernels}");
+    }
+    let text = on_machine("gfx=gfx906", &["doctor", path]).ok();
+    assert!(text.contains("kernels compiled on this machine (this build has none for gfx906"), "{text}");
+}
+
+#[test]
 fn ranks_on_devices_of_one_process_miss_no_copies_of_each_other() {
     let args = ["load", tiny_llama(), "--json", "--unmatched", "replicate", "--tp-devices", "cuda:0,cuda:1"];
     for machine in ["devices=2", "devices=2;peers=0"] {

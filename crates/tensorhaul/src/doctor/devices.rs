@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::thread;
 
 use serde::Serialize;
-use tensorhaul_device::Device;
 use tensorhaul_device::gpu::{NoDriver, topology};
+use tensorhaul_device::{Device, OperationKind};
 use tensorhaul_plan::DeviceId;
 
 use super::Advice;
@@ -73,9 +73,44 @@ pub struct DeviceFact {
     /// Speed of copies from and to pinned memory, measured for some milliseconds.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub copies: Option<CopySpeed>,
+    /// Whether kernels run on it, for dequantizing and casts; found out by loading one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kernels: Option<KernelFact>,
     /// The driver's library and version.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub driver: Option<String>,
+}
+
+/// Whether kernels run on a device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct KernelFact {
+    /// Whether they do. Without them tensors load as they are stored.
+    pub works: bool,
+    /// Why this build's own do not fit and what compiles them instead, on this machine; or why there are none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub why: Option<String>,
+}
+
+impl KernelFact {
+    /// Loads one, which compiles it where this build has none for the device.
+    fn of(device: &dyn Device) -> KernelFact {
+        match device.prepare(OperationKind::Cast) {
+            Ok(_) => {
+                let is_compiled = |(what, _): &(String, String)| what.contains("compiled on this machine");
+                let told = device.fallbacks().into_iter().find(is_compiled);
+                KernelFact { works: true, why: told.map(|(_, why)| why) }
+            }
+            Err(error) => {
+                let driver = Vendor::of(device.id()).and_then(|vendor| (vendor.driver)().ok());
+                let known = driver.map_or_else(String::new, |driver| driver.architectures());
+                let why = error.to_string();
+                let names_them = why.contains(&known);
+                let why = if names_them { why } else { format!("{why}; this build has them for {known}") };
+                KernelFact { works: false, why: Some(why) }
+            }
+        }
+    }
 }
 
 impl DeviceFact {
@@ -187,6 +222,7 @@ pub(super) fn open(facts: &mut [DeviceFact]) -> Vec<Arc<dyn Device>> {
     {
         Ok((speed, device)) => {
             fact.copies = Some(speed);
+            fact.kernels = Some(KernelFact::of(&*device));
             Some(device)
         }
         Err(error) => {
