@@ -29,8 +29,10 @@ impl Cuda {
         let mut cuda = Cuda { table, version: 0 };
         let path = cuda.table.path.display().to_string();
         // SAFETY: the only argument must be 0.
-        cuda.check("cuInit", unsafe { (cuda.table.cuInit)(0) })
-            .map_err(|error| NoDriver::Fails(format!("{path}: {error}: {}", likely_cause(error.code))))?;
+        cuda.check("cuInit", unsafe { (cuda.table.cuInit)(0) }).map_err(|error| {
+            let why = format!("{path}: {error}: {}", likely_cause(error.code));
+            if error.code == sys::NO_DEVICE { NoDriver::NoDevice(why) } else { NoDriver::Fails(why) }
+        })?;
         // SAFETY: writes one integer. A failure leaves 0, which is printed as unknown.
         let _ = unsafe { (cuda.table.cuDriverGetVersion)(&raw mut cuda.version) };
         Ok(cuda)

@@ -42,12 +42,13 @@ impl Rocm {
         let mut rocm = Rocm { table, version: 0, compiler: OnceLock::new(), compiled: Mutex::default() };
         let path = rocm.table.path.display().to_string();
         // SAFETY: the only argument must be 0.
-        rocm.check("hipInit", unsafe { (rocm.table.hipInit)(0) }).map_err(|error| {
-            let cause = match error.code {
-                sys::NO_DEVICE | sys::INVALID_DEVICE => why_no_device(),
-                _ => "the runtime and the amdgpu kernel module may not fit together",
-            };
-            NoDriver::Fails(format!("{path}: {error}: {cause}"))
+        rocm.check("hipInit", unsafe { (rocm.table.hipInit)(0) }).map_err(|error| match error.code {
+            sys::NO_DEVICE | sys::INVALID_DEVICE => {
+                NoDriver::NoDevice(format!("{path}: {error}: {}", why_no_device()))
+            }
+            _ => NoDriver::Fails(format!(
+                "{path}: {error}: the runtime and the amdgpu kernel module may not fit together"
+            )),
         })?;
         // SAFETY: writes one integer. A failure leaves 0, which is printed as unknown.
         let _ = unsafe { (rocm.table.hipRuntimeGetVersion)(&raw mut rocm.version) };

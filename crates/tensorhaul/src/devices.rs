@@ -11,6 +11,7 @@ use tensorhaul_device::{Allocation, Capabilities, Device, DeviceError, Near, Str
 use tensorhaul_plan::DeviceId;
 use tensorhaul_stage::{Layout, Pinned, Ring};
 
+use crate::doctor;
 use crate::error::{Error, ErrorKind, Result};
 use crate::report::Fallback;
 use crate::storage;
@@ -52,7 +53,7 @@ pub fn default_device() -> DeviceId {
 }
 
 /// Returns the [`default_device`] and, where it is the host because a driver that is installed does not work, that and why, for
-/// [`LoadOptions::fallbacks`](crate::LoadOptions::fallbacks). A driver that is not installed is not missed.
+/// [`LoadOptions::fallbacks`](crate::LoadOptions::fallbacks). A driver that is not installed is not missed, nor is one without a device on the bus.
 pub fn default_device_told() -> (DeviceId, Vec<Fallback>) {
     let (mut largest, mut told) = ((0, DeviceId::Host), Vec::new());
     for vendor in VENDORS {
@@ -63,8 +64,9 @@ pub fn default_device_told() -> (DeviceId, Vec<Fallback>) {
         let driver = match (vendor.driver)() {
             Ok(driver) => driver,
             Err(NoDriver::Missing(_)) => continue,
-            Err(NoDriver::Fails(why)) => {
-                told.push(pass_over(why));
+            Err(NoDriver::NoDevice(_)) if !doctor::has_device_of(vendor) => continue,
+            Err(why) => {
+                told.push(pass_over(why.to_string()));
                 continue;
             }
         };

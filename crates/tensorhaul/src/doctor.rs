@@ -15,8 +15,8 @@ use rustix::process::{Resource, getrlimit};
 use serde::Serialize;
 use tensorhaul_io::probe;
 
-pub(crate) use devices::devices;
 pub use devices::{DeviceFact, DriverFact, KernelFact, PciLink};
+pub(crate) use devices::{devices, has_device_of};
 pub use folders::Folder;
 pub use peers::{PeerFact, Reach};
 pub use place::PciPlace;

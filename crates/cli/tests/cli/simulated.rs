@@ -147,7 +147,7 @@ fn auto_tells_of_a_driver_that_fails_when_it_means_the_host() {
         (value["device"].as_str().unwrap().to_owned(), value["fallbacks"].to_string())
     };
     for args in [&[][..], &["--device-map", "auto"]] {
-        let (device, told) = load("fail=cuInit:1:802;fail=hipInit:1:100", args);
+        let (device, told) = load("fail=cuInit:1:802;fail=hipInit:1:3", args);
         assert_eq!(device, "host", "{told}");
         assert!(
             told.contains("because cuda was passed over") && told.contains("nvidia-fabricmanager"),
@@ -157,7 +157,7 @@ fn auto_tells_of_a_driver_that_fails_when_it_means_the_host() {
     }
     let (device, told) = load("fail=cuInit:1:802", &[]);
     assert!(device == "rocm:0" && !told.contains("passed over"), "{told}");
-    let (device, told) = load("fail=cuInit:1:802;fail=hipInit:1:100", &["--device", "host"]);
+    let (device, told) = load("fail=cuInit:1:802;fail=hipInit:1:3", &["--device", "host"]);
     assert!(device == "host" && !told.contains("passed over"), "{told}");
 }
 

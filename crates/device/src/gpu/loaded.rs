@@ -6,18 +6,20 @@ use std::sync::{Arc, OnceLock};
 
 use super::FORKED;
 
-/// Why a driver cannot be used: in either case a sentence with the likely cause.
+/// Why a driver cannot be used: in each case a sentence with the likely cause.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum NoDriver {
     /// Its library is not there, or not in this build.
     Missing(String),
+    /// Its library is there, and sees no device: on many machines there is none to see.
+    NoDevice(String),
     /// Its library is there, and does not start, or not in this process.
     Fails(String),
 }
 
 impl fmt::Display for NoDriver {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (NoDriver::Missing(why) | NoDriver::Fails(why)) = self;
+        let (NoDriver::Missing(why) | NoDriver::NoDevice(why) | NoDriver::Fails(why)) = self;
         f.write_str(why)
     }
 }

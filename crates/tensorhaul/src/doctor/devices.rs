@@ -28,6 +28,8 @@ pub struct DriverFact {
     pub found: bool,
     /// Whether it answers.
     pub works: bool,
+    /// Whether it does not start, for another reason than that it sees no device.
+    pub fails: bool,
     /// The file of its library.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub library: Option<String>,
@@ -281,15 +283,16 @@ impl DriverFact {
                 }
             }
             Err(why) => {
-                let found = matches!(why, NoDriver::Fails(_));
-                DriverFact { found, why: Some(why.to_string()), ..fact }
+                let found = !matches!(why, NoDriver::Missing(_));
+                let fails = matches!(why, NoDriver::Fails(_));
+                DriverFact { found, fails, why: Some(why.to_string()), ..fact }
             }
         }
     }
 
     /// A machine without GPUs and drivers lacks nothing.
     pub(super) fn advise(&self) -> Option<Advice> {
-        if let Some(why) = self.why.as_ref().filter(|_| self.found) {
+        if let Some(why) = self.why.as_ref().filter(|_| self.fails) {
             return Some(Advice {
                 what: format!("the driver for {} is installed and does not work: {why}", self.name),
                 remedy: "do what its answer says; until then loads go to other devices, or to the host"
@@ -320,7 +323,7 @@ fn mapped_file(name: &str) -> Option<String> {
 }
 
 /// Tells whether a device of a vendor is on the PCI bus that is there to be used.
-fn has_device_of(vendor: &Vendor) -> bool {
+pub(crate) fn has_device_of(vendor: &Vendor) -> bool {
     let devices = fs::read_dir("/sys/bus/pci/devices").into_iter().flatten().flatten();
     devices.map(|entry| entry.path()).any(|device| {
         let read = |name: &str| fs::read_to_string(device.join(name)).unwrap_or_default();
