@@ -55,7 +55,9 @@ impl Selection {
 
     /// As [`Selection::options`], of all ranks where `is_of_all`.
     pub(crate) fn options_of(&self, model: &Model, is_of_all: bool) -> Result<LoadOptions, Failure> {
-        self.options_on(model, is_of_all, self.device().unwrap_or_else(tensorhaul::default_device))
+        let (device, fallbacks) =
+            self.device().map_or_else(tensorhaul::default_device_told, |device| (device, Vec::new()));
+        Ok(self.options_on(model, is_of_all, device)?.fallbacks(fallbacks))
     }
 
     /// Returns the device that is named.

@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use clap::Args;
 use serde::Serialize;
 use tensorhaul::doctor::{
-    CopySpeed, DeviceFact, DirectFolder, DirectStorageFact, Doctor, DriverFact, Feature, Folder, PciPlace,
-    PeerFact,
+    CopySpeed, DeviceFact, DirectFolder, DirectStorageFact, Doctor, DriverFact, Feature, Folder, KernelFact,
+    PciPlace, PeerFact,
 };
 use tensorhaul::selftest::{self, Verdict};
 
@@ -55,8 +55,9 @@ impl Examine {
     }
 
     fn try_devices(&self, doctor: &Doctor) -> Outcome {
-        let works = |device: &&DeviceFact| device.works;
-        let all = || doctor.devices.iter().filter(works).filter_map(|device| device.name.parse().ok());
+        // What is there and does not work fails; a kind of device of which there is none has no number.
+        let is_there = |device: &&DeviceFact| device.works || device.name.contains(':');
+        let all = || doctor.devices.iter().filter(is_there).filter_map(|device| device.name.parse().ok());
         let devices = self.device.map_or_else(
             || all().collect(),
             |device| vec![device.named().unwrap_or_else(tensorhaul::default_device)],
@@ -188,7 +189,7 @@ fn page_cache(cachestat: &Feature) -> String {
 
 fn driver(driver: &DriverFact) -> String {
     if let Some(why) = &driver.why {
-        return format!("not found: {why}");
+        return format!("{}: {why}", if driver.found { "does not work" } else { "not found" });
     }
     let module = driver.kernel_module.as_ref().map(|version| format!("kernel module {version}"));
     let facts = [driver.library.clone(), driver.version.clone(), module];
@@ -208,6 +209,9 @@ fn folder(folder: &Folder) -> String {
 
 /// What reads straight into a device, past the host.
 fn storage(storage: &DirectStorageFact) -> String {
+    if !storage.needed {
+        return "loads do not need it: reads land in memory that is shared with the host".to_owned();
+    }
     if let Some(why) = &storage.why {
         return format!("does not work: {why}");
     }
@@ -274,9 +278,18 @@ fn device(device: &DeviceFact) -> String {
     let near = device.host_node.map(|node| format!("nearest to memory node {node}"));
     let place = device.pci.as_ref().map(PciPlace::to_string);
     let link = device.link.as_ref().map(ToString::to_string);
-    let facts = [device.description.clone(), memory, shared, place, near, link, copies];
+    let kernels = device.kernels.as_ref().map(kernels);
+    let facts = [device.description.clone(), memory, shared, place, near, link, copies, kernels];
     let facts: Vec<_> = facts.into_iter().flatten().collect();
     if facts.is_empty() { "works".to_owned() } else { format!("works: {}", facts.join(", ")) }
+}
+
+fn kernels(kernels: &KernelFact) -> String {
+    match (kernels.works, &kernels.why) {
+        (true, None) => "kernels built in".to_owned(),
+        (true, Some(why)) => format!("kernels compiled on this machine ({why})"),
+        (false, why) => format!("no kernels ({})", why.as_deref().unwrap_or_default()),
+    }
 }
 
 /// Powers of two lose their look in units of 1000.

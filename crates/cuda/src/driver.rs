@@ -6,7 +6,8 @@ use std::ptr;
 
 use tensorhaul_device::gpu::{
     BatchPiece, CallError, CaptureMode, CompileError, Compiled, Context, DeviceFacts, Driver, EventHandle,
-    FunctionHandle, LaunchShape, Meaning, ModuleHandle, Peer, PeerCopy, Rows, StreamHandle, call::pointer,
+    FunctionHandle, LaunchShape, Meaning, ModuleHandle, NoDriver, Peer, PeerCopy, Rows, StreamHandle,
+    call::pointer,
 };
 use tensorhaul_plan::DeviceId;
 
@@ -21,18 +22,16 @@ pub struct Cuda {
 
 impl Cuda {
     /// Loads the first of these libraries and initializes it; the error is a sentence with the likely cause.
-    pub(crate) fn load(candidates: &[PathBuf]) -> Result<Cuda, String> {
+    pub(crate) fn load(candidates: &[PathBuf]) -> Result<Cuda, NoDriver> {
         let table = Table::load(candidates).map_err(|error| {
-            format!(
-                "{error}; NVIDIA's driver is not installed, or not visible in this container (--gpus all)"
-            )
+            error.no_driver("NVIDIA's driver is not installed, or not visible in this container (--gpus all)")
         })?;
         let mut cuda = Cuda { table, version: 0 };
         let path = cuda.table.path.display().to_string();
         // SAFETY: the only argument must be 0.
-        cuda.check("cuInit", unsafe { (cuda.table.cuInit)(0) }).map_err(|error| match error.code {
-            sys::NO_DEVICE => format!("{path}: {error}: a driver is installed, but it sees no GPU (CUDA_VISIBLE_DEVICES?)"),
-            _ => format!("{path}: {error}: the driver and the kernel module may differ in version; reboot or reinstall it"),
+        cuda.check("cuInit", unsafe { (cuda.table.cuInit)(0) }).map_err(|error| {
+            let why = format!("{path}: {error}: {}", likely_cause(error.code));
+            if error.code == sys::NO_DEVICE { NoDriver::NoDevice(why) } else { NoDriver::Fails(why) }
         })?;
         // SAFETY: writes one integer. A failure leaves 0, which is printed as unknown.
         let _ = unsafe { (cuda.table.cuDriverGetVersion)(&raw mut cuda.version) };
@@ -64,6 +63,26 @@ impl Cuda {
         }
         // SAFETY: the driver's static, terminated string.
         unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned()
+    }
+}
+
+/// Returns why a driver that is there does not start, and what to do.
+///
+/// # Source
+/// NVIDIA, CUDA driver API, `CUresult`.
+fn likely_cause(code: c_int) -> &'static str {
+    match code {
+        sys::NO_DEVICE => "a driver is installed, but it sees no GPU (CUDA_VISIBLE_DEVICES?)",
+        sys::SYSTEM_NOT_READY => {
+            "the system is not ready; where GPUs are joined by NVSwitch (HGX, DGX), start the service nvidia-fabricmanager, of the driver's version"
+        }
+        sys::SYSTEM_DRIVER_MISMATCH => {
+            "the driver and the kernel module differ in version; reboot, or install one version of both"
+        }
+        sys::COMPAT_NOT_SUPPORTED => {
+            "a forward compatibility driver (cuda-compat) was found, which this device does not take; take it off the library path"
+        }
+        _ => "a driver is installed, but does not start; nvidia-smi and the kernel's log may say more",
     }
 }
 

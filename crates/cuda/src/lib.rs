@@ -19,7 +19,7 @@ use std::sync::Arc;
 
 pub use driver::Cuda;
 use tensorhaul_device::DeviceError;
-use tensorhaul_device::gpu::{Found, Gpu, Loaded};
+use tensorhaul_device::gpu::{Found, Gpu, Loaded, NoDriver};
 use tensorhaul_plan::DeviceId;
 
 /// Opens a device by its ordinal in the driver's order (`CUDA_VISIBLE_DEVICES` applies).
@@ -37,7 +37,8 @@ pub fn open(ordinal: u32) -> Result<Gpu<Cuda>, DeviceError> {
 /// [`DeviceError::Unavailable`] when there is no driver or no such device, with the likely cause;
 /// [`DeviceError::Driver`] when a call failed.
 pub fn find(ordinal: u32) -> Result<Found<Cuda>, DeviceError> {
-    let unavailable = |why| DeviceError::Unavailable { device: DeviceId::Cuda(ordinal), why };
+    let unavailable =
+        |why: NoDriver| DeviceError::Unavailable { device: DeviceId::Cuda(ordinal), why: why.to_string() };
     Found::new(driver().map_err(unavailable)?, ordinal)
 }
 
@@ -45,7 +46,7 @@ pub fn find(ordinal: u32) -> Result<Found<Cuda>, DeviceError> {
 ///
 /// # Errors
 /// A sentence with the likely cause. In a child forked after the first call: that it was.
-pub fn driver() -> Result<Arc<Cuda>, String> {
+pub fn driver() -> Result<Arc<Cuda>, NoDriver> {
     DRIVER.get(|| Cuda::load(&candidates()))
 }
 

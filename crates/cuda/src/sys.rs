@@ -136,6 +136,12 @@ pub(crate) const SUCCESS: c_int = 0;
 pub(crate) const OUT_OF_MEMORY: c_int = 2;
 /// `CUDA_ERROR_NO_DEVICE`.
 pub(crate) const NO_DEVICE: c_int = 100;
+/// `CUDA_ERROR_SYSTEM_NOT_READY`.
+pub(crate) const SYSTEM_NOT_READY: c_int = 802;
+/// `CUDA_ERROR_SYSTEM_DRIVER_MISMATCH`.
+pub(crate) const SYSTEM_DRIVER_MISMATCH: c_int = 803;
+/// `CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE`.
+pub(crate) const COMPAT_NOT_SUPPORTED: c_int = 804;
 /// `CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED`.
 pub(crate) const PEER_ACCESS_ALREADY_ENABLED: c_int = 704;
 /// `CUDA_ERROR_NOT_SUPPORTED`.

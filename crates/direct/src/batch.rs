@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::ffi::{c_int, c_uint, c_void};
 use std::mem;
 use std::ptr;
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -11,16 +12,14 @@ use tensorhaul_io::{Counts, Done, Feed, Job, Next, ReadCause, ReadError, Sink};
 use tensorhaul_plan::Extent;
 
 use crate::engine::{Direct, cause, landing};
-use crate::library::Library;
+use crate::library::{Library, within};
 use crate::pieces::{next_piece, resume_at};
 use crate::sys::{self, BatchEvent, BatchHandle, BatchRead};
 
-/// Reads the feed's jobs in batches; the error is what stood in the way of the first.
-pub(crate) fn run(direct: &Direct, entries: u32, feed: &dyn Feed, sink: &dyn Sink) -> Result<Counts, String> {
-    let batch = Batch::set_up(&direct.library, entries)?;
-    let slots = (0..entries).map(|_| None).collect();
-    let run = Run { direct, batch, sink, slots, again: VecDeque::new(), counts: Counts::default() };
-    Ok(run.run(feed))
+/// Reads the feed's jobs in batches.
+pub(crate) fn run(direct: &Direct, batch: &mut Batch, feed: &dyn Feed, sink: &dyn Sink) -> Counts {
+    let slots = (0..batch.entries).map(|_| None).collect();
+    Run { direct, batch, sink, slots, again: VecDeque::new(), counts: Counts::default() }.run(feed)
 }
 
 /// A job that is being read, and how much of it is there.
@@ -32,7 +31,7 @@ struct Active {
 
 struct Run<'r> {
     direct: &'r Direct,
-    batch: Batch<'r>,
+    batch: &'r mut Batch,
     sink: &'r dyn Sink,
     /// Jobs in flight, by the number their reads carry.
     slots: Vec<Option<Active>>,
@@ -271,21 +270,27 @@ fn state(status: c_int) -> State {
 }
 
 /// A batch of the library's.
-struct Batch<'b> {
-    library: &'b Library,
+pub(crate) struct Batch {
+    library: Arc<Library>,
     handle: BatchHandle,
+    /// How many reads it takes at once.
+    entries: u32,
     /// Whether reads of it may be under way that nobody waits for: it is then never destroyed.
     is_lost: bool,
 }
 
-impl<'b> Batch<'b> {
-    fn set_up(library: &'b Library, entries: u32) -> Result<Batch<'b>, String> {
+// SAFETY: the library asks for no thread in particular, and a batch is used by one at a time.
+unsafe impl Send for Batch {}
+
+impl Batch {
+    /// Sets a batch up for so many reads, with the device current; the error is why there is none.
+    pub(crate) fn set_up(library: &Arc<Library>, entries: u32) -> Result<Batch, String> {
         let set_up = library.table().batch_set_up.ok_or("the library has no batches")?;
         let mut handle = ptr::null_mut::<c_void>();
         // SAFETY: writes the handle.
         let status = unsafe { set_up(&raw mut handle, entries) };
         library.check("BatchIOSetUp", status).map_err(|error| error.to_string())?;
-        Ok(Batch { library, handle, is_lost: false })
+        Ok(Batch { library: Arc::clone(library), handle, entries, is_lost: false })
     }
 
     /// # Safety
@@ -328,11 +333,16 @@ impl<'b> Batch<'b> {
     }
 }
 
-impl Drop for Batch<'_> {
+impl Drop for Batch {
     fn drop(&mut self) {
-        if let Some(destroy) = self.library.table().batch_destroy.filter(|_| !self.is_lost) {
-            // SAFETY: set up above, not used again, and every read of it is over.
-            unsafe { destroy(self.handle) };
+        if self.is_lost || !self.library.is_ours() {
+            return;
+        }
+        if let Some(destroy) = self.library.table().batch_destroy {
+            within(&**self.library.device(), || {
+                // SAFETY: set up above, not used again, and every read of it is over.
+                unsafe { destroy(self.handle) };
+            });
         }
     }
 }

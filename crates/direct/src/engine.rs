@@ -3,7 +3,7 @@
 use std::io;
 use std::mem;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use tensorhaul_device::{Allocation, Device};
@@ -12,7 +12,7 @@ use tensorhaul_io::{
 };
 use tensorhaul_plan::Extent;
 
-use crate::batch;
+use crate::batch::{self, Batch};
 use crate::library::{Library, ReadFailed};
 use crate::pieces::{next_piece, resume_at};
 use crate::probe::DirectFile;
@@ -29,9 +29,9 @@ pub enum DirectMode {
         /// How many; at least one.
         count: u32,
     },
-    /// One thread that submits reads in batches, where the library has them; else threads.
+    /// One thread that submits reads in batches, where the library has them and sets one up; else threads.
     Batch {
-        /// Reads in flight at once; at least one.
+        /// Reads in flight at once; at least one, and at most what the library takes in a batch.
         entries: u32,
     },
 }
@@ -48,12 +48,16 @@ impl Default for DirectMode {
 /// Where a library stops answering, reads may be under way for ever. Everything they use is then kept for the life of the process: the
 /// memory, its registration, the files and theirs, the library and the device.
 pub struct Direct {
-    // Dropped in this order: buffers and files are deregistered before the library may close.
+    // Dropped in this order: buffers and files are deregistered, when no batch is left, before the library may close.
+    /// Where reads go in batches, between runs.
+    batch: Mutex<Option<Batch>>,
     pub(crate) buffers: Vec<Buffer>,
     files: Arc<[Option<DirectFile>]>,
     pub(crate) library: Arc<Library>,
     device: Arc<dyn Device>,
     mode: DirectMode,
+    /// Why it is not the mode that was asked for, if it is not.
+    why: Option<String>,
     /// Whether reads may be under way that nobody waits for.
     is_lost: AtomicBool,
 }
@@ -98,18 +102,21 @@ impl Direct {
                 buffers.push(Buffer { _registered: registered.ok(), allocation: Arc::clone(allocation) });
             }
         };
+        let mut reads = (DirectMode::default(), None, None);
         // A device that cannot be made current fails the first read, which says so.
-        let _ = device.enter(&mut register);
+        let _ = device.enter(&mut || {
+            register();
+            reads = reads_with(library, mode);
+        });
+        let (mode, batch, why) = reads;
         let (device, library) = (Arc::clone(device), Arc::clone(library));
-        (Direct { buffers, files, library, device, mode, is_lost: AtomicBool::new(false) }, unregistered)
+        let (batch, is_lost) = (Mutex::new(batch), AtomicBool::new(false));
+        (Direct { batch, buffers, files, library, device, mode, why, is_lost }, unregistered)
     }
 
     /// Returns the calls it reads with, and why they are not those asked for, if they are not.
-    pub fn mode(&self) -> (DirectMode, Option<&'static str>) {
-        match (self.mode, self.library.lacks_batches()) {
-            (DirectMode::Batch { .. }, Some(why)) => (DirectMode::default(), Some(why)),
-            (mode, _) => (mode, None),
-        }
+    pub fn mode(&self) -> (DirectMode, Option<&str>) {
+        (self.mode, self.why.as_deref())
     }
 
     /// Reads jobs one after another on the calling thread, inside the device.
@@ -223,16 +230,43 @@ impl Direct {
         total.into_inner().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn run_batches(&self, entries: u32, feed: &dyn Feed, sink: &dyn Sink) -> Counts {
-        let mut result = Ok(Counts::default());
-        let inside = self.device.enter(&mut || result = batch::run(self, entries, feed, sink));
-        match inside.map_err(|error| error.to_string()).and(result) {
-            Ok(counts) => counts,
-            Err(why) => {
-                self.answer_all(feed, sink, &why);
-                Counts::default()
-            }
+    /// One run at a time has the batch; another that begins meanwhile is answered.
+    fn run_batches(&self, feed: &dyn Feed, sink: &dyn Sink) -> Counts {
+        let mut counts = Counts::default();
+        let Some(mut batch) = self.batch().take() else {
+            self.answer_all(feed, sink, "another run of this engine has its batch");
+            return counts;
+        };
+        let inside = self.device.enter(&mut || counts = batch::run(self, &mut batch, feed, sink));
+        *self.batch() = Some(batch);
+        if let Err(error) = inside {
+            self.answer_all(feed, sink, &error.to_string());
         }
+        counts
+    }
+
+    /// A panic elsewhere leaves a batch that is whole, or none.
+    fn batch(&self) -> MutexGuard<'_, Option<Batch>> {
+        self.batch.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Decides with which calls the library reads, by use, with the device current: a batch is set up, or there is a reason why not.
+fn reads_with(library: &Arc<Library>, mode: DirectMode) -> (DirectMode, Option<Batch>, Option<String>) {
+    let DirectMode::Batch { entries: asked } = mode else { return (mode, None, None) };
+    let asked = asked.max(1);
+    let most = library.batch_entries_max().unwrap_or(asked);
+    let entries = asked.min(most);
+    let batch = match library.lacks_batches() {
+        Some(why) => Err(why.to_owned()),
+        None => Batch::set_up(library, entries),
+    };
+    match batch {
+        Ok(batch) => {
+            let why = (entries < asked).then(|| format!("the library takes {most} reads in a batch"));
+            (DirectMode::Batch { entries }, Some(batch), why)
+        }
+        Err(why) => (DirectMode::default(), None, Some(why)),
     }
 }
 
@@ -242,9 +276,9 @@ impl Engine for Direct {
     }
 
     fn run(&self, feed: &dyn Feed, sink: &dyn Sink) -> Counts {
-        match self.mode().0 {
+        match self.mode {
             DirectMode::Threads { count } => self.run_threads(count, feed, sink),
-            DirectMode::Batch { entries } => self.run_batches(entries.max(1), feed, sink),
+            DirectMode::Batch { .. } => self.run_batches(feed, sink),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! What the kernel says of its part in direct storage: facts for messages, never a decision.
+//! What the kernel says of its part in direct storage: facts for messages and for what a library is told, never a verdict.
 
 use std::fs;
 use std::path::Path;

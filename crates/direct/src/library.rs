@@ -112,6 +112,11 @@ impl Library {
             // Somebody's configuration file may force it. Where this cannot be said, what is asked below still holds.
             let _ = library.set_parameter(sys::PARAMETER_FORCE_COMPATIBILITY, false);
         }
+        if vendor == Vendor::Nvidia && Kernel::examine().nvidia_fs.is_none() {
+            // Without nvidia-fs the kernel's P2PDMA is the only way into the device, and it is off unless asked for. Releases before
+            // 1.14 do not know it, and refuse.
+            let _ = library.set_parameter(sys::PARAMETER_USE_PCI_P2PDMA, true);
+        }
         // SAFETY: takes nothing; the device is current.
         let status = unsafe { (library.table.driver_open)() };
         match library.check("DriverOpen", status) {
@@ -172,6 +177,16 @@ impl Library {
     }
 
     fn control_flags(&self) -> Option<u32> {
+        Some(self.properties()?.control_flags)
+    }
+
+    /// Returns how many reads go into a batch at most, where NVIDIA's library tells; AMD's, which has no batches, lays its properties out otherwise.
+    pub(crate) fn batch_entries_max(&self) -> Option<u32> {
+        let properties = self.properties().filter(|_| self.vendor == Vendor::Nvidia)?;
+        (properties.batch_entries_max > 0).then_some(properties.batch_entries_max)
+    }
+
+    fn properties(&self) -> Option<Properties> {
         let mut properties = Properties {
             major_version: 0,
             minor_version: 0,
@@ -179,11 +194,16 @@ impl Library {
             max_direct_io: 0,
             status_flags: 0,
             control_flags: 0,
-            rest: [0; 32],
+            feature_flags: 0,
+            max_device_cache: 0,
+            per_buffer_cache: 0,
+            max_device_pinned: 0,
+            batch_entries_max: 0,
+            rest: [0; 64],
         };
         // SAFETY: larger than the structure of any release.
         let status = unsafe { self.table.driver_properties?(&raw mut properties) };
-        (status.code == 0).then_some(properties.control_flags)
+        (status.code == 0).then_some(properties)
     }
 
     /// Returns the device it was opened inside.

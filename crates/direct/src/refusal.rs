@@ -73,7 +73,10 @@ impl Refusal {
                 Some("install AMD's hipFile (ROCm 7.2 or later), or name it in TENSORHAUL_HIPFILE_LIBRARY".to_owned())
             }
             Refusal::Open { vendor: Vendor::Nvidia, .. } | Refusal::FirstRead { vendor: Vendor::Nvidia, .. } => Some(
-                "load the kernel module nvidia-fs, or run a kernel with CONFIG_PCI_P2PDMA; NVIDIA's gdscheck -p tells more".to_owned(),
+                "load the kernel module nvidia-fs; or run a kernel with CONFIG_PCI_P2PDMA, set properties.use_pci_p2pdma to true in \
+                 cufile.json, and on x86 give NVIDIA's module NVreg_RegistryDwords=\"RMForceStaticBar1=1;RmForceDisableIomapWC=1\"; \
+                 NVIDIA's gdscheck -p tells more"
+                    .to_owned(),
             ),
             Refusal::Open { vendor: Vendor::Amd, .. } | Refusal::FirstRead { vendor: Vendor::Amd, .. } => Some(
                 "run a kernel with CONFIG_PCI_P2PDMA and amdgpu-dkms 30.20.1 or later; AMD's ais-check tells more".to_owned(),

@@ -5,6 +5,7 @@
 //! 0.2: the same, with [`Properties`] laid out otherwise, and its own way to ask for a version.
 
 use std::ffi::{c_char, c_int, c_uint, c_void};
+use std::mem;
 use std::path::{Path, PathBuf};
 
 use libloading::Library;
@@ -144,8 +145,16 @@ pub(crate) struct Properties {
     pub(crate) max_direct_io: u64,
     pub(crate) status_flags: c_uint,
     pub(crate) control_flags: c_uint,
-    pub(crate) rest: [u64; 32],
+    // From here on NVIDIA's alone.
+    pub(crate) feature_flags: c_uint,
+    pub(crate) max_device_cache: c_uint,
+    pub(crate) per_buffer_cache: c_uint,
+    pub(crate) max_device_pinned: c_uint,
+    /// `max_batch_io_size`: entries, not bytes.
+    pub(crate) batch_entries_max: c_uint,
+    pub(crate) rest: [c_uint; 64],
 }
+const _: () = assert!(mem::offset_of!(Properties, batch_entries_max) == 48);
 
 /// `CUfileIOParams_t`, `hipFileIOParams_t`.
 #[repr(C)]
@@ -196,6 +205,8 @@ pub(crate) const BATCH_TIMEOUT: c_int = 0x20;
 pub(crate) const PARAMETER_ALLOW_COMPATIBILITY: c_int = 1;
 /// `CUFILE_PARAM_FORCE_COMPAT_MODE`.
 pub(crate) const PARAMETER_FORCE_COMPATIBILITY: c_int = 2;
+/// `CUFILE_PARAM_USE_PCIP2PDMA`, since 1.14.
+pub(crate) const PARAMETER_USE_PCI_P2PDMA: c_int = 7;
 /// `CU_FILE_ALLOW_COMPAT_MODE`, a bit of the control flags.
 pub(crate) const CONTROL_ALLOW_COMPATIBILITY: c_uint = 1 << 1;
 

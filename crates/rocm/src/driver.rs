@@ -8,8 +8,8 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 
 use tensorhaul_device::gpu::{
     BatchPiece, CallError, CaptureMode, CompileError, Compiled, Context, DeviceFacts, Driver, EventHandle,
-    FunctionHandle, LaunchShape, Meaning, ModuleHandle, Peer, PeerCopy, Rows, StreamHandle, call::pointer,
-    table,
+    FunctionHandle, LaunchShape, Meaning, ModuleHandle, NoDriver, Peer, PeerCopy, Rows, StreamHandle,
+    call::pointer, table,
 };
 use tensorhaul_plan::DeviceId;
 
@@ -31,20 +31,24 @@ pub struct Rocm {
 impl Rocm {
     /// Takes the runtime that the process holds, or loads the first of these libraries, and initializes it; the error is a
     /// sentence with the likely cause.
-    pub(crate) fn load(candidates: &[PathBuf]) -> Result<Rocm, String> {
+    pub(crate) fn load(candidates: &[PathBuf]) -> Result<Rocm, NoDriver> {
         let table = match table::held("libamdhip64.so") {
             Some((library, path)) => Table::look_up(library, &path),
             None => Table::load(candidates),
         };
         let table = table.map_err(|error| {
-            format!("{error}; AMD's ROCm is not installed, or not visible in this container (--device=/dev/kfd --device=/dev/dri)")
+            error.no_driver("AMD's ROCm is not installed, or not visible in this container (--device=/dev/kfd --device=/dev/dri)")
         })?;
         let mut rocm = Rocm { table, version: 0, compiler: OnceLock::new(), compiled: Mutex::default() };
         let path = rocm.table.path.display().to_string();
         // SAFETY: the only argument must be 0.
         rocm.check("hipInit", unsafe { (rocm.table.hipInit)(0) }).map_err(|error| match error.code {
-            sys::NO_DEVICE | sys::INVALID_DEVICE => format!("{path}: {error}: {}", why_no_device()),
-            _ => format!("{path}: {error}: the runtime and the amdgpu kernel module may not fit together"),
+            sys::NO_DEVICE | sys::INVALID_DEVICE => {
+                NoDriver::NoDevice(format!("{path}: {error}: {}", why_no_device()))
+            }
+            _ => NoDriver::Fails(format!(
+                "{path}: {error}: the runtime and the amdgpu kernel module may not fit together"
+            )),
         })?;
         // SAFETY: writes one integer. A failure leaves 0, which is printed as unknown.
         let _ = unsafe { (rocm.table.hipRuntimeGetVersion)(&raw mut rocm.version) };

@@ -29,7 +29,7 @@ use std::sync::Arc;
 
 pub use driver::Rocm;
 use tensorhaul_device::DeviceError;
-use tensorhaul_device::gpu::{Found, Gpu, Loaded};
+use tensorhaul_device::gpu::{Found, Gpu, Loaded, NoDriver};
 use tensorhaul_plan::DeviceId;
 
 /// Opens a device by its ordinal in the runtime's order (`HIP_VISIBLE_DEVICES` and `ROCR_VISIBLE_DEVICES` apply).
@@ -47,7 +47,8 @@ pub fn open(ordinal: u32) -> Result<Gpu<Rocm>, DeviceError> {
 /// [`DeviceError::Unavailable`] when there is no runtime or no such device, with the likely cause;
 /// [`DeviceError::Driver`] when a call failed.
 pub fn find(ordinal: u32) -> Result<Found<Rocm>, DeviceError> {
-    let unavailable = |why| DeviceError::Unavailable { device: DeviceId::Rocm(ordinal), why };
+    let unavailable =
+        |why: NoDriver| DeviceError::Unavailable { device: DeviceId::Rocm(ordinal), why: why.to_string() };
     Found::new(driver().map_err(unavailable)?, ordinal)
 }
 
@@ -55,7 +56,7 @@ pub fn find(ordinal: u32) -> Result<Found<Rocm>, DeviceError> {
 ///
 /// # Errors
 /// A sentence with the likely cause. In a child forked after the first call: that it was.
-pub fn driver() -> Result<Arc<Rocm>, String> {
+pub fn driver() -> Result<Arc<Rocm>, NoDriver> {
     DRIVER.get(|| Rocm::load(&candidates()))
 }
 

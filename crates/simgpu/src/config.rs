@@ -51,12 +51,16 @@ pub(crate) struct Config {
     /// `direct=0`: storage cannot write into devices, as without a kernel that lets it; libraries for it fall back where they may.
     /// Default: 1.
     pub(crate) direct: bool,
+    /// `direct_p2pdma=1`: cuFile has no nvidia-fs, and writes into devices only where it is told to use the kernel's P2PDMA. Default: 0.
+    pub(crate) direct_p2pdma: bool,
     /// `direct_parameters=0`: cuFile has no parameters, as in old releases. Default: 1.
     pub(crate) direct_parameters: bool,
     /// `direct_insists=1`: cuFile takes the setting that forbids compatibility mode, and stays in it. Default: 0.
     pub(crate) direct_insists: bool,
     /// `direct_short=N`: every N-th direct read brings about half of what is asked for; 0 for none. Default: 0.
     pub(crate) direct_short: u64,
+    /// `direct_batch=N`: cuFile takes so many reads in a batch, and sets up none for more. Default: 128.
+    pub(crate) direct_batch: u32,
     /// `direct_told=STATUS:N`: the first N times that reads in batches are asked for, the first of them is told with this status, though it
     /// goes on. Default: what is told is over.
     pub(crate) direct_told: (i32, u64),
@@ -104,9 +108,11 @@ impl Default for Config {
             nccl: 22_703,
             gfx: "gfx942:sramecc+:xnack-".to_owned(),
             direct: true,
+            direct_p2pdma: false,
             direct_parameters: true,
             direct_insists: false,
             direct_short: 0,
+            direct_batch: 128,
             direct_told: (0, 0),
             forward: None,
         }
@@ -135,9 +141,11 @@ impl Config {
                 "batches" => config.batches = number()? != 0,
                 "peers" => config.peers = number()? != 0,
                 "direct" => config.direct = number()? != 0,
+                "direct_p2pdma" => config.direct_p2pdma = number()? != 0,
                 "direct_parameters" => config.direct_parameters = number()? != 0,
                 "direct_insists" => config.direct_insists = number()? != 0,
                 "direct_short" => config.direct_short = number()?,
+                "direct_batch" => config.direct_batch = number()? as u32,
                 "direct_told" => {
                     let (status, count) = value.split_once(':').ok_or_else(wrong)?;
                     let status = status.parse().map_err(|_| wrong())?;

@@ -5,12 +5,13 @@ use std::mem;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
-use tensorhaul_device::gpu::{self, Driver, topology};
+use tensorhaul_device::gpu::{self, Driver, NoDriver, topology};
 use tensorhaul_device::host::Host;
 use tensorhaul_device::{Allocation, Capabilities, Device, DeviceError, Near, Stream};
 use tensorhaul_plan::DeviceId;
 use tensorhaul_stage::{Layout, Pinned, Ring};
 
+use crate::doctor;
 use crate::error::{Error, ErrorKind, Result};
 use crate::report::Fallback;
 use crate::storage;
@@ -48,17 +49,49 @@ pub fn release_devices() {
 /// Returns the device that `auto` means: the accelerator with the most memory, whoever the vendor, or the host where
 /// there is none. What is free of it only a context could tell, which takes tenths of a second on each.
 pub fn default_device() -> DeviceId {
-    let mut largest = (0, DeviceId::Host);
-    for driver in VENDORS.iter().filter_map(|vendor| (vendor.driver)().ok()) {
-        for ordinal in 0..driver.device_count().unwrap_or(0) {
-            let total_bytes = driver.describe(ordinal).map_or(0, |facts| facts.total_bytes);
+    default_device_told().0
+}
+
+/// Returns the [`default_device`] and, where it is the host because a driver that is installed does not work, that and why, for
+/// [`LoadOptions::fallbacks`](crate::LoadOptions::fallbacks). A driver that is not installed is not missed, nor is one without a device on the bus.
+pub fn default_device_told() -> (DeviceId, Vec<Fallback>) {
+    let (mut largest, mut told) = ((0, DeviceId::Host), Vec::new());
+    for vendor in VENDORS {
+        let pass_over = |why: String| {
+            let what = format!("the default device is the host, because {} was passed over", vendor.name);
+            Fallback::new(what, why)
+        };
+        let driver = match (vendor.driver)() {
+            Ok(driver) => driver,
+            Err(NoDriver::Missing(_)) => continue,
+            Err(NoDriver::NoDevice(_)) if !doctor::has_device_of(vendor) => continue,
+            Err(why) => {
+                told.push(pass_over(why.to_string()));
+                continue;
+            }
+        };
+        let count = driver.device_count().unwrap_or_else(|error| {
+            told.push(pass_over(error.to_string()));
+            0
+        });
+        for ordinal in 0..count {
+            let total_bytes = match driver.describe(ordinal) {
+                Ok(facts) => facts.total_bytes,
+                Err(error) => {
+                    told.push(pass_over(error.to_string()));
+                    0
+                }
+            };
             // Of equals the first, which is where people look.
             if total_bytes > largest.0 {
                 largest = (total_bytes, driver.device_id(ordinal));
             }
         }
     }
-    largest.1
+    match largest.1 {
+        DeviceId::Host => (DeviceId::Host, told),
+        device => (device, Vec::new()),
+    }
 }
 
 /// A device that is there: what a plan needs of it is known, whether or not it is open for work.
@@ -192,7 +225,7 @@ impl Found {
 /// Returns every device of a device's vendor; of the host, itself.
 pub(crate) fn of_vendor(id: DeviceId) -> Result<Vec<DeviceId>> {
     let Some(vendor) = Vendor::of(id) else { return Ok(vec![DeviceId::Host]) };
-    let unavailable = |why| DeviceError::Unavailable { device: id, why };
+    let unavailable = |why: NoDriver| DeviceError::Unavailable { device: id, why: why.to_string() };
     let driver = (vendor.driver)().map_err(unavailable)?;
     let count = driver.device_count().map_err(|error| DeviceError::Driver { device: id, error })?;
     Ok((0..count).map(|ordinal| driver.device_id(ordinal)).collect())

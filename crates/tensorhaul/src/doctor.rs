@@ -15,8 +15,8 @@ use rustix::process::{Resource, getrlimit};
 use serde::Serialize;
 use tensorhaul_io::probe;
 
-pub(crate) use devices::devices;
-pub use devices::{DeviceFact, DriverFact, PciLink};
+pub use devices::{DeviceFact, DriverFact, KernelFact, PciLink};
+pub(crate) use devices::{devices, has_device_of};
 pub use folders::Folder;
 pub use peers::{PeerFact, Reach};
 pub use place::PciPlace;
@@ -175,8 +175,10 @@ impl Doctor {
                 "no huge pages: fresh memory is slower to touch, a private load by up to half".to_owned();
             add(what, "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled");
         }
-        advice.extend(self.devices.iter().filter_map(devices::advise));
         advice.extend(self.drivers.iter().filter_map(DriverFact::advise));
+        advice.extend(self.devices.iter().filter_map(devices::advise_repair));
+        advice.extend(self.devices.iter().filter_map(devices::advise));
+        advice.extend(storage::advise(&self.direct_storage));
         advice.extend(self.folders.iter().filter_map(Folder::advise));
         advice
     }
@@ -309,6 +311,7 @@ mod tests {
         doctor.cachestat = Feature::new(Err("Function not implemented".to_owned()));
         doctor.huge_pages = Some("never".to_owned());
         (doctor.devices, doctor.drivers, doctor.folders) = (Vec::new(), Vec::new(), Vec::new());
+        doctor.direct_storage = Vec::new();
         assert_eq!(doctor.advise().len(), 4);
         doctor.io_uring = doctor.registered_buffers.clone();
         let what: Vec<String> = doctor.advise().into_iter().map(|advice| advice.what).collect();

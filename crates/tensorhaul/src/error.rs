@@ -27,6 +27,8 @@ struct Inner {
     what: Box<dyn StdError + Send + Sync>,
     /// Whether the text of `what` already begins with the file.
     names_file: bool,
+    /// What would work, where `what` cannot know it.
+    remedy: Option<&'static str>,
 }
 
 /// Whose move it is.
@@ -57,7 +59,15 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 impl Error {
     pub(crate) fn new(kind: ErrorKind, what: impl Into<Box<dyn StdError + Send + Sync>>) -> Error {
         let what = what.into();
-        Error(Box::new(Inner { kind, file: None, tensor: None, bytes: None, what, names_file: false }))
+        Error(Box::new(Inner {
+            kind,
+            file: None,
+            tensor: None,
+            bytes: None,
+            what,
+            names_file: false,
+            remedy: None,
+        }))
     }
 
     pub(crate) fn bad_request(what: impl Into<String>) -> Error {
@@ -117,6 +127,12 @@ impl Error {
         wrapped
     }
 
+    /// Says what would work, behind what happened.
+    pub(crate) fn with_remedy(mut self, remedy: &'static str) -> Error {
+        self.0.remedy = Some(remedy);
+        self
+    }
+
     /// Returns whose move it is.
     pub fn kind(&self) -> ErrorKind {
         self.0.kind
@@ -134,9 +150,18 @@ impl Error {
 
     /// Returns the device at fault.
     pub fn device(&self) -> Option<DeviceId> {
+        self.device_error().and_then(DeviceError::device)
+    }
+
+    /// Tells whether a device that is there failed, and not that there is none.
+    pub(crate) fn is_of_device_there(&self) -> bool {
+        self.device_error().is_some_and(|error| !matches!(error, DeviceError::Unavailable { .. }))
+    }
+
+    fn device_error(&self) -> Option<&DeviceError> {
         let what = &self.0.what;
         let read = || what.downcast_ref().and_then(device_error);
-        what.downcast_ref().or_else(read).and_then(DeviceError::device)
+        what.downcast_ref().or_else(read)
     }
 
     /// Returns the bytes of the file at fault, counted from its start.
@@ -166,7 +191,8 @@ impl fmt::Display for Error {
         if let Some(tensor) = self.tensor().filter(|tensor| !what.contains(&format!("{tensor:?}"))) {
             write!(f, "tensor {tensor:?}: ")?;
         }
-        f.write_str(&what)
+        f.write_str(&what)?;
+        self.0.remedy.map_or(Ok(()), |remedy| write!(f, " ({remedy})"))
     }
 }
 

@@ -49,11 +49,13 @@ pub(crate) fn run(
         return Err(Error::bad_request(what));
     }
     tracing::debug!(path = %model.path.display(), ?options, "loading");
-    if is_mapped(model, options)? {
-        mapped::run(model, options, cancel, emit)
+    let mut report = if is_mapped(model, options)? {
+        mapped::run(model, options, cancel, emit)?
     } else {
-        private::run(model, options, cancel, emit)
-    }
+        private::run(model, options, cancel, emit)?
+    };
+    report.fallbacks.extend(options.fallbacks.iter().cloned());
+    Ok(report)
 }
 
 /// Returns the buffers that the caller's staging budget gives each of so many devices.

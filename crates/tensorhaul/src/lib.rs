@@ -78,7 +78,7 @@ mod vendors;
 pub use asynchronous::{LoadFuture, ProgressStream};
 #[cfg(feature = "cudarc")]
 pub use cuda_slice::BorrowedSlice;
-pub use devices::{default_device, release_devices};
+pub use devices::{default_device, default_device_told, release_devices};
 pub use error::{Error, ErrorKind, Result};
 pub use external::{Allocator, ExternalMemory};
 pub use loaded::{IntoIter, Loaded, Tensors};

@@ -12,6 +12,7 @@ use crate::external::{Allocator, ExternalMemory};
 use crate::parallel::Parallel;
 use crate::progress::Progress;
 use crate::quantized::Dequantization;
+use crate::report::Fallback;
 
 /// How to load. What to load is the [`Request`].
 ///
@@ -29,6 +30,7 @@ pub struct LoadOptions {
     pub(crate) in_place: Preference,
     pub(crate) direct_storage: Preference,
     pub(crate) direct_mode: DirectMode,
+    pub(crate) fallbacks: Vec<Fallback>,
     pub(crate) direct_compatibility: Compatibility,
     pub(crate) resident: bool,
     pub(crate) checksums: bool,
@@ -55,6 +57,7 @@ impl Default for LoadOptions {
             in_place: Preference::Preferred,
             direct_storage: Preference::Off,
             direct_mode: DirectMode::default(),
+            fallbacks: Vec::new(),
             direct_compatibility: Compatibility::Refused,
             resident: false,
             checksums: false,
@@ -126,6 +129,12 @@ impl LoadOptions {
     /// a library without them reads on threads, and the report says so.
     pub fn direct_mode(self, direct_mode: DirectMode) -> Self {
         LoadOptions { direct_mode, ..self }
+    }
+
+    /// What was decided otherwise than preferred before the load, such as the [default device](crate::default_device_told): the report tells it
+    /// with its own fallbacks. Default: nothing.
+    pub fn fallbacks(self, fallbacks: Vec<Fallback>) -> Self {
+        LoadOptions { fallbacks, ..self }
     }
 
     /// Whether the library of direct storage may read into host memory and copy from there where storage cannot write into the device

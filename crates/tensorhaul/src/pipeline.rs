@@ -15,13 +15,14 @@ use crate::arrivals::Arrivals;
 use crate::assignment::Assignment;
 use crate::cancel::Cancel;
 use crate::checksum::{self, Hashing};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::gate::Gate;
 use crate::handover::Emit;
 use crate::model::Inner;
-use crate::options::LoadOptions;
+use crate::options::{LoadOptions, Preference};
 use crate::prepare::{Prepared, PreparedDevice, Preparing};
 use crate::queue::Queue;
+use crate::storage;
 
 /// An engine and the reads it does, in order, all for one device.
 pub(crate) struct Lane {
@@ -210,7 +211,14 @@ impl Transfer<'_> {
             stored.file_offset_bytes + stored.info.len_bytes() > at_bytes
         });
         let tensor = incomplete.map(|tensor| plan.name(tensor));
-        Error::read(error, &model.file_path(read.extent.file as usize), tensor)
+        let is_at_end = matches!(error.cause, ReadCause::End { .. });
+        let error = Error::read(error, &model.file_path(read.extent.file as usize), tensor);
+        let is_preferred = self.options.direct_storage == Preference::Preferred;
+        // The library took the file and read its first page: nothing was read twice, and the caller may do without.
+        if is_preferred && error.kind() == ErrorKind::Io && !is_at_end && storage::is_by_storage(plan, read) {
+            return error.with_remedy("load without direct storage, through the staging ring");
+        }
+        error
     }
 }
 

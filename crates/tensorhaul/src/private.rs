@@ -106,6 +106,9 @@ fn attempt(model: &Inner, options: &LoadOptions, cancel: &Cancel, emit: &mut Emi
         Side::new(*id, found, is_able)
     });
     let sides: Vec<_> = sides.collect();
+    if options.direct_storage == Preference::Required && options.in_place != Preference::Off {
+        storage::check_has_use(sides.iter().map(|side| (side.id, side.is_able)))?;
+    }
     thread::scope(|scope| {
         let (mut sides, peers) = before_the_plan(sides, &request, options, scope)?;
         let able: Vec<_> = sides.iter().map(|side| (side.id, side.is_able)).collect();
@@ -555,7 +558,7 @@ fn late_fallbacks(done: &Transferred, prepared: &Prepared) -> Vec<Fallback> {
     fallbacks
 }
 
-/// Tells which devices got through the staging ring what another has too, because they do not reach its memory.
+/// Tells which devices got through the staging ring, or by reads of their own, what another has too, and why it did not come from there.
 fn out_of_reach(plan: &Plan, assignment: &Assignment) -> Vec<Fallback> {
     let mut staged: HashMap<_, BTreeSet<DeviceId>> = HashMap::new();
     for tensor in plan.tensors().iter().filter(|tensor| tensor.copy_of.is_none()) {
@@ -570,9 +573,18 @@ fn out_of_reach(plan: &Plan, assignment: &Assignment) -> Vec<Fallback> {
         source != target && is_alike && !plan.machine().peers.contains(&(*source, *target))
     };
     let missed: BTreeSet<_> = pairs.filter(is_missed).collect();
+    let is_hosts = |device: DeviceId| {
+        plan.machine().in_place.routes.iter().any(|route| route.device == device && route.is_hosts)
+    };
     let told = |(source, target): (DeviceId, DeviceId)| {
         let what = format!("{target}: what {source} has too came through the staging ring, not from there");
-        Fallback::new(what, format!("{target} does not reach the memory of {source}"))
+        let why = match [source, target].into_iter().find(|device| is_hosts(*device)) {
+            Some(device) => format!(
+                "the memory of {device} is the host's, which drivers copy between devices as no device's: it is staged to each instead"
+            ),
+            None => format!("{target} does not reach the memory of {source}"),
+        };
+        Fallback::new(what, why)
     };
     missed.into_iter().map(told).collect()
 }

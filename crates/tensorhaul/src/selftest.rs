@@ -34,20 +34,43 @@ pub struct Verdict {
     pub failures: Vec<String>,
 }
 
+impl Verdict {
+    /// Of a device that is there and cannot be opened, so that nothing else was tried.
+    fn of_closed(id: DeviceId, error: &Error) -> Verdict {
+        Verdict {
+            device: id.to_string(),
+            name: "not opened".to_owned(),
+            passed: false,
+            promises: 0,
+            compared_bytes: 0,
+            copy_gb_per_s: 0.0,
+            failures: vec![format!("the device opens: {}", error.one_line())],
+        }
+    }
+}
+
 /// Tries a device. `folder` is for a checkpoint of a few MB, removed again.
 ///
 /// # Errors
-/// When the device cannot be opened or the checkpoint not be written; what does not hold is in the verdict.
+/// When there is no such device or the checkpoint cannot be written; what does not hold, of a device that is lost too, is in the verdict.
 pub fn run(id: DeviceId, folder: &Path) -> Result<Verdict> {
-    let device = devices::open(id)?;
+    let device = match devices::open(id) {
+        Ok(device) => device,
+        Err(error) if error.is_of_device_there() => return Ok(Verdict::of_closed(id, &error)),
+        Err(error) => return Err(error),
+    };
     let mut promises = conformance::run(&*device);
-    if let Some(peer) = neighbour(id)? {
-        promises.extend(conformance::run_pair(&*device, &*peer));
+    let peer = neighbour(id);
+    if let Ok(Some(peer)) = &peer {
+        promises.extend(conformance::run_pair(&*device, &**peer));
     }
     let mut failures: Vec<String> = promises
         .iter()
         .filter_map(|promise| Some(format!("{}: {}", promise.promise, promise.result.as_ref().err()?)))
         .collect();
+    if let Err(error) = peer {
+        failures.push(format!("the device beside it opens: {}", error.one_line()));
+    }
     let compared_bytes = match compare(id, folder) {
         Ok(bytes) => bytes,
         Err(error) if error.kind() == ErrorKind::NotFound => return Err(error),

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tensorhaul_device::{Allocation, Device, STORAGE_ALIGN_BYTES};
-use tensorhaul_direct::{Direct, DirectFile, Library};
+use tensorhaul_direct::{Direct, DirectFile, DirectMode, Library};
 use tensorhaul_plan::{Brought, DeviceId, InPlace, Place, Plan, Read, Route, plan::Target};
 
 pub(crate) use trial::{Hope, plan};
@@ -144,11 +144,29 @@ impl Storage {
             );
             fallbacks.push(Fallback::new(what, unregistered.error));
         }
-        if let (_, Some(why)) = direct.mode() {
-            fallbacks.push(Fallback::new("direct storage reads on threads instead of in batches", why));
+        if let (mode, Some(why)) = direct.mode() {
+            let what = match mode {
+                DirectMode::Batch { entries } => {
+                    format!("direct storage reads in batches of {entries}, fewer than asked for")
+                }
+                _ => "direct storage reads on threads instead of in batches".to_owned(),
+            };
+            fallbacks.push(Fallback::new(what, why));
         }
         Some(direct)
     }
+}
+
+/// Refuses to require direct storage where no device has memory that it reads into: of the devices, and whether reads land in their memory anyway.
+pub(crate) fn check_has_use(mut devices: impl Iterator<Item = (DeviceId, bool)> + Clone) -> Result<()> {
+    if devices.clone().any(|(_, is_able)| !is_able) {
+        return Ok(());
+    }
+    let Some((device, _)) = devices.find(|(device, _)| *device != DeviceId::Host) else { return Ok(()) };
+    Err(Error::bad_request(format!(
+        "direct storage is required, and reads into devices with memory of their own; the memory of {device} is the host's, where reads \
+         land in place without it"
+    )))
 }
 
 /// The way into a device's memory for every file; what a load is planned with that requires direct storage.

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use tensorhaul_device::gpu::Driver;
+use tensorhaul_device::gpu::{Driver, NoDriver};
 use tensorhaul_plan::DeviceId;
 
 /// A vendor, whether or not this build has its backend.
@@ -12,7 +12,7 @@ pub(crate) struct Vendor {
     /// Who makes them, with an article.
     pub(crate) maker: &'static str,
     /// Loads and initializes its driver, once a process; the error is a sentence with the likely cause.
-    pub(crate) driver: fn() -> Result<Arc<dyn Driver>, String>,
+    pub(crate) driver: fn() -> Result<Arc<dyn Driver>, NoDriver>,
     /// Tells whether this process has done so.
     pub(crate) is_initialized: fn() -> bool,
     /// Where the kernel's part of the driver tells its version.
@@ -63,7 +63,7 @@ impl Vendor {
 }
 
 #[cfg(feature = "cuda")]
-fn cuda() -> Result<Arc<dyn Driver>, String> {
+fn cuda() -> Result<Arc<dyn Driver>, NoDriver> {
     Ok(tensorhaul_cuda::driver()?)
 }
 
@@ -78,12 +78,12 @@ fn is_cuda_initialized() -> bool {
 }
 
 #[cfg(not(feature = "cuda"))]
-fn cuda() -> Result<Arc<dyn Driver>, String> {
-    Err("not in this build: the feature cuda is off".to_owned())
+fn cuda() -> Result<Arc<dyn Driver>, NoDriver> {
+    Err(NoDriver::Missing("not in this build: the feature cuda is off".to_owned()))
 }
 
 #[cfg(feature = "rocm")]
-fn rocm() -> Result<Arc<dyn Driver>, String> {
+fn rocm() -> Result<Arc<dyn Driver>, NoDriver> {
     Ok(tensorhaul_rocm::driver()?)
 }
 
@@ -98,8 +98,8 @@ fn is_rocm_initialized() -> bool {
 }
 
 #[cfg(not(feature = "rocm"))]
-fn rocm() -> Result<Arc<dyn Driver>, String> {
-    Err("not in this build: the feature rocm is off".to_owned())
+fn rocm() -> Result<Arc<dyn Driver>, NoDriver> {
+    Err(NoDriver::Missing("not in this build: the feature rocm is off".to_owned()))
 }
 
 #[cfg(test)]

@@ -69,16 +69,23 @@ fn doctor_tries_direct_storage_into_every_device() {
     // What stands in the way of one device alone is told of that one.
     let text = on_machine("devices=2;fail=cuFileRead:2:5008", &["doctor", path]).ok();
     assert!(text.contains("into cuda:0: cuFile") && text.contains("into cuda:1: cuFile"), "{text}");
-    assert_eq!(text.matches("cuFileRead returned 5008 (not supported on this file)").count(), 1, "{text}");
+    let told = text.matches("cuFileRead returned 5008 (not supported on this file)").count();
+    assert_eq!(told, 2, "of the one device, and once among the advice: {text}");
 }
 
 #[test]
 fn doctor_tells_of_memory_that_is_shared_with_the_host() {
     let folder = folder();
     let path = folder.path().to_str().unwrap();
-    assert!(on_machine("integrated=1", &["doctor", path]).ok().contains("memory shared with the host"));
+    let text = on_machine("integrated=1", &["doctor", path]).ok();
+    assert!(text.contains("memory shared with the host"), "{text}");
+    assert!(
+        text.contains("into cuda:0: loads do not need it: reads land in memory that is shared"),
+        "{text}"
+    );
     let value = on_machine("integrated=1", &["doctor", "--json", path]).json();
     assert_eq!(value["devices"][1]["shares_memory"], true, "{value}");
+    assert_eq!(value["direct_storage"][0]["needed"], false, "{value}");
     let value = on_machine("", &["doctor", "--json", path]).json();
     assert_eq!(value["devices"][1]["shares_memory"], false, "{value}");
 }
@@ -94,6 +101,81 @@ fn a_device_that_does_not_open_is_told_and_the_others_are_tried() {
     assert!(refused["why"].as_str().unwrap().contains("cuDevicePrimaryCtxRetain failed with 46"), "{value}");
     let storage = value["direct_storage"].as_array().unwrap();
     assert_eq!(storage.iter().filter(|fact| fact["kind"] == "cuFile").count(), 1, "{value}");
+}
+
+#[test]
+fn doctor_has_advice_for_what_does_not_work() {
+    let folder = folder();
+    let args = ["doctor", folder.path().to_str().unwrap()];
+    let text = on_machine("fail=cuInit:1:802", &args).ok();
+    assert!(text.contains("cuda: does not work: ") && !text.contains("cuda: not found"), "{text}");
+    assert!(text.contains("the driver for cuda is installed and does not work: "), "{text}");
+    let text = on_machine("devices=2;fail=cuDevicePrimaryCtxRetain:1:46", &args).ok();
+    assert!(
+        text.contains("another process has the device") && text.contains("-> end what else uses it"),
+        "{text}"
+    );
+    let text = on_machine("devices=2;direct=0", &args).ok();
+    assert_eq!(text.matches("direct storage by cuFile does not work (").count(), 1, "{text}");
+    let value = on_machine("devices=2;direct=0", &[&args[..], &["--json"]].concat()).json();
+    let advice = value["advice"].as_array().unwrap();
+    assert!(
+        advice.iter().any(|advice| advice["remedy"].as_str().unwrap().contains("use_pci_p2pdma")),
+        "{value}"
+    );
+}
+
+#[test]
+fn a_device_that_is_lost_fails_the_selftest_with_the_promise_that_it_broke() {
+    let args = ["doctor", "--selftest", "--device", "cuda:0"];
+    // While it is examined, and while it is tried.
+    for (nth, broken) in
+        [(3, "  the device opens: cuda:0: "), (30, "  bytes come back as they went, at every")]
+    {
+        let ran = on_machine(&format!("fail=cuMemcpyHtoDAsync_v2:{nth}:700"), &args);
+        assert_eq!(ran.code, Some(3), "{ran:?}");
+        assert!(ran.stdout.contains("cuda:0: FAILED: ") && ran.stdout.contains(broken), "{ran:?}");
+    }
+    let ran = on_machine("fail=cuDevicePrimaryCtxRetain:1:46;fail=cuDevicePrimaryCtxRetain:2:46", &args[..2]);
+    assert_eq!(ran.code, Some(3), "what does not open is not left out: {ran:?}");
+}
+
+#[test]
+fn auto_tells_of_a_driver_that_fails_when_it_means_the_host() {
+    let load = |machine: &str, args: &[&str]| {
+        let value = on_machine(machine, &[&["load", tiny_llama(), "--json"], args].concat()).json();
+        (value["device"].as_str().unwrap().to_owned(), value["fallbacks"].to_string())
+    };
+    for args in [&[][..], &["--device-map", "auto"]] {
+        let (device, told) = load("fail=cuInit:1:802;fail=hipInit:1:3", args);
+        assert_eq!(device, "host", "{told}");
+        assert!(
+            told.contains("because cuda was passed over") && told.contains("nvidia-fabricmanager"),
+            "{told}"
+        );
+        assert!(told.contains("because rocm was passed over"), "{told}");
+    }
+    let (device, told) = load("fail=cuInit:1:802", &[]);
+    assert!(device == "rocm:0" && !told.contains("passed over"), "{told}");
+    let (device, told) = load("fail=cuInit:1:802;fail=hipInit:1:3", &["--device", "host"]);
+    assert!(device == "host" && !told.contains("passed over"), "{told}");
+}
+
+#[test]
+fn doctor_tells_which_devices_have_kernels() {
+    let folder = folder();
+    let path = folder.path().to_str().unwrap();
+    let text = on_machine("", &["doctor", path]).ok();
+    assert_eq!(text.matches("kernels built in").count(), 2, "{text}");
+    let machine = "fail=cuModuleLoadData:1:218;gfx=gfx906;fail=hiprtcCompileProgram:1:6";
+    let value = on_machine(machine, &["doctor", "--json", path]).json();
+    for (device, known) in [(1, "sm_80 and newer"), (2, "gfx90a")] {
+        let kernels = &value["devices"][device]["kernels"];
+        assert_eq!(kernels["works"], false, "{value}");
+        assert!(kernels["why"].as_str().unwrap().contains(known), "{kernels}");
+    }
+    let text = on_machine("gfx=gfx906", &["doctor", path]).ok();
+    assert!(text.contains("kernels compiled on this machine (this build has none for gfx906"), "{text}");
 }
 
 #[test]

@@ -37,7 +37,7 @@ pub use driver::{
     FunctionHandle, LaunchShape, Meaning, ModuleHandle, Peer, PeerCopy, Rows, StreamHandle,
 };
 pub use found::Found;
-pub use loaded::Loaded;
+pub use loaded::{Loaded, NoDriver};
 use memory::Memory;
 use shared::Shared;
 use tensorhaul_plan::DeviceId;

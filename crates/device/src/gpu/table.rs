@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 
+use super::NoDriver;
+
 /// Why a driver library cannot be used. Names what was tried, so that the user can see what is missing.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -23,6 +25,16 @@ pub enum TableError {
         /// The function.
         symbol: &'static str,
     },
+}
+
+impl TableError {
+    /// Makes it the reason why a vendor has no driver; `cause` is likely where no library was found.
+    pub fn no_driver(&self, cause: &str) -> NoDriver {
+        match self {
+            TableError::NoLibrary { .. } => NoDriver::Missing(format!("{self}; {cause}")),
+            TableError::MissingSymbol { .. } => NoDriver::Fails(self.to_string()),
+        }
+    }
 }
 
 impl fmt::Display for TableError {

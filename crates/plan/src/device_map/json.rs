@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use serde::de::{DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
+use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::ser::SerializeMap;
 use serde::{Serialize, Serializer};
 
@@ -146,8 +146,11 @@ impl<'de> Visitor<'de> for Value<'_> {
         while let Some(devices) = seq.next_element_seed(Value { is_listed: true, ..self })? {
             match devices {
                 Ok(devices) => listed.extend(devices),
-                // The caller stops here, so the rest of the list is not looked at.
-                Err(failure) => return Ok(Err(failure)),
+                Err(failure) => {
+                    // A list that is left half read is an error of its own, which would be told instead.
+                    while seq.next_element::<IgnoredAny>()?.is_some() {}
+                    return Ok(Err(failure));
+                }
             }
         }
         Ok(Ok(listed))
@@ -192,6 +195,12 @@ mod tests {
         assert_eq!(map.devices(), [DeviceId::Rocm(3)]);
         let error = DeviceMap::from_json(br#"{"a": 3}"#, DeviceId::Host).unwrap_err();
         assert_eq!(error.to_string(), "device map entry \"a\": 3 is no vendor's; write cuda:3 or rocm:3");
+        let json = br#"{"model.layers": [0, 1], "": "cpu"}"#;
+        let error = DeviceMap::from_json(json, DeviceId::Host).unwrap_err();
+        assert!(
+            error.to_string().starts_with("device map entry \"model.layers\": 0 is no vendor's"),
+            "{error}"
+        );
     }
 
     #[test]
@@ -205,6 +214,11 @@ mod tests {
             text(r#"{"a": ["cpu", "disk"]}"#),
             "device map entry \"a\": a load leaves nothing on disk; map it to cpu, or do not select it"
         );
+        for json in
+            [r#"{"a": ["tpu", 0, "cpu"], "b": 0}"#, r#"{"a": [0, "tpu", [1]]}"#, r#"{"a": [0, "tpu"]}"#]
+        {
+            assert!(text(json).starts_with("device map entry \"a\": \"tpu\" names no device"), "{json}");
+        }
         assert_eq!(text(r#"{"a": 0, "a": 1}"#), "device map entry \"a\" is there twice");
         assert_eq!(text(r#"{"a": []}"#), "device map entry \"a\" names no device");
         assert_eq!(text(r#"{"a": ["cpu", "host"]}"#), "device map entry \"a\" names host twice");

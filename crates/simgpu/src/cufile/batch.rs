@@ -29,8 +29,11 @@ pub(crate) struct BatchEvent {
 // SAFETY: the cookie is the caller's, and never followed.
 unsafe impl Send for BatchEvent {}
 
-pub(super) unsafe fn set_up(name: &'static str, handle: *mut *mut c_void) -> Status {
+pub(super) unsafe fn set_up(name: &'static str, handle: *mut *mut c_void, count: c_uint) -> Status {
     super::status(name, |machine| {
+        if count > machine.config.direct_batch {
+            return Err(INVALID_VALUE);
+        }
         let number = machine.new_handle();
         machine.storage.batches.insert(number, Vec::new());
         // SAFETY: the caller passes a pointer that may be written.

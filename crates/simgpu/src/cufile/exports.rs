@@ -68,9 +68,9 @@ macro_rules! library {
             unsafe { parameter($vendor, stringify!($parameter), name, value) }
         }
         #[unsafe(no_mangle)]
-        pub(crate) unsafe extern "C" fn $batch_set_up(handle: *mut *mut c_void, _count: c_uint) -> Status {
+        pub(crate) unsafe extern "C" fn $batch_set_up(handle: *mut *mut c_void, count: c_uint) -> Status {
             // SAFETY: the caller's promise.
-            unsafe { batch::set_up(stringify!($batch_set_up), handle) }
+            unsafe { batch::set_up(stringify!($batch_set_up), handle, count) }
         }
         #[unsafe(no_mangle)]
         pub(crate) unsafe extern "C" fn $batch_submit(

@@ -26,6 +26,8 @@ pub(crate) struct Storage {
     opened: [bool; 2],
     /// Whether what cannot be read directly is read through the host.
     compatible: bool,
+    /// Whether cuFile was told to use the kernel's P2PDMA.
+    uses_p2pdma: bool,
     files: HashMap<usize, Arc<File>>,
     /// The handle of each descriptor that is registered.
     descriptors: HashMap<i32, usize>,
@@ -43,6 +45,7 @@ impl Default for Storage {
         Storage {
             opened: [false; 2],
             compatible: true,
+            uses_p2pdma: false,
             files: HashMap::new(),
             descriptors: HashMap::new(),
             buffers: BTreeMap::new(),
@@ -74,6 +77,14 @@ impl Storage {
         if count > 0 {
             violations.push(format!("{name} while {count} reads may be under way"));
         }
+    }
+}
+
+impl Machine {
+    /// Tells whether storage can write into devices of that vendor's library, and the library does what that takes.
+    fn is_direct(&self, vendor: Vendor) -> bool {
+        let needs_p2pdma = vendor == Vendor::Nvidia && self.config.direct_p2pdma;
+        self.config.direct && (!needs_p2pdma || self.storage.uses_p2pdma)
     }
 }
 
@@ -112,6 +123,10 @@ pub(crate) struct Properties {
     sizes: [usize; 2],
     status_flags: c_uint,
     control_flags: c_uint,
+    feature_flags: c_uint,
+    caches: [c_uint; 3],
+    max_batch_io_size: c_uint,
+    max_batch_io_timeout_msecs: c_uint,
 }
 
 fn status(name: &'static str, act: impl FnOnce(&mut Machine) -> Result<(), i32>) -> Status {
@@ -129,7 +144,7 @@ fn open(vendor: Vendor, name: &'static str) -> Status {
             let setting = std::env::var("HIPFILE_ALLOW_COMPAT_MODE");
             machine.storage.compatible = !setting.is_ok_and(|value| value.eq_ignore_ascii_case("false"));
         }
-        if !machine.config.direct && !machine.storage.compatible {
+        if !machine.is_direct(vendor) && !machine.storage.compatible {
             return Err(NOT_INITIALIZED);
         }
         if std::mem::replace(&mut machine.storage.opened[vendor as usize], true) {
@@ -255,7 +270,7 @@ fn check(
         return Err(OUTSIDE_REGISTERED);
     }
     let is_whole = [len as u64, file_offset, start].iter().all(|number| number.is_multiple_of(4096));
-    let is_direct = machine.config.direct && (vendor == Vendor::Nvidia || is_whole);
+    let is_direct = machine.is_direct(vendor) && (vendor == Vendor::Nvidia || is_whole);
     if !is_direct {
         if !machine.storage.compatible {
             return Err(if vendor == Vendor::Nvidia { IO_NOT_SUPPORTED } else { INTERNAL });
@@ -329,7 +344,16 @@ unsafe fn properties(vendor: Vendor, name: &'static str, target: *mut Properties
             return Err(INTERNAL); // Not implemented.
         }
         let control_flags = c_uint::from(machine.storage.compatible) << 1;
-        let properties = Properties { versions: [2, 17], sizes: [0; 2], status_flags: 0, control_flags };
+        let properties = Properties {
+            versions: [2, 17],
+            sizes: [0; 2],
+            status_flags: 0,
+            control_flags,
+            feature_flags: 0,
+            caches: [0; 3],
+            max_batch_io_size: machine.config.direct_batch,
+            max_batch_io_timeout_msecs: 5,
+        };
         // SAFETY: the caller passes room for more than this.
         unsafe { target.write(properties) };
         Ok(())
@@ -350,6 +374,9 @@ fn set_parameter(vendor: Vendor, name: &'static str, parameter: c_int, value: bo
         if parameter == ALLOW_COMPATIBILITY && !machine.config.direct_insists {
             machine.storage.compatible = value;
         }
+        if parameter == USE_PCI_P2PDMA {
+            machine.storage.uses_p2pdma = value;
+        }
         Ok(())
     })
 }
@@ -357,8 +384,13 @@ fn set_parameter(vendor: Vendor, name: &'static str, parameter: c_int, value: bo
 unsafe fn parameter(vendor: Vendor, name: &'static str, parameter: c_int, value: *mut bool) -> Status {
     status(name, |machine| {
         has_parameters(machine, vendor)?;
+        let is_set = match parameter {
+            ALLOW_COMPATIBILITY => machine.storage.compatible,
+            USE_PCI_P2PDMA => machine.storage.uses_p2pdma,
+            _ => false,
+        };
         // SAFETY: the caller passes a pointer that may be written.
-        unsafe { value.write(parameter == ALLOW_COMPATIBILITY && machine.storage.compatible) };
+        unsafe { value.write(is_set) };
         Ok(())
     })
 }
@@ -379,4 +411,5 @@ const INTERNAL: i32 = 5030;
 const NO_CONTEXT: i32 = 5047;
 
 const ALLOW_COMPATIBILITY: c_int = 1;
+const USE_PCI_P2PDMA: c_int = 7;
 const CALL_LEN_MAX: usize = 0x7fff_f000;

@@ -5,6 +5,7 @@
 mod busy;
 mod contexts;
 mod cudarc_slices;
+mod starting;
 #[path = "../suite/mod.rs"]
 mod suite;
 mod vendor;

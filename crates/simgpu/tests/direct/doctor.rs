@@ -37,7 +37,9 @@ fn each_folder_is_tried_and_what_is_in_the_way_is_named() {
         fact.why.as_ref().is_some_and(|why| why.starts_with("cuFileDriverOpen returned 5001")),
         "{fact:?}"
     );
-    assert!(fact.remedy.as_ref().is_some_and(|remedy| remedy.contains("nvidia-fs")), "{fact:?}");
+    for word in ["nvidia-fs", "use_pci_p2pdma", "RMForceStaticBar1=1;RmForceDisableIomapWC=1"] {
+        assert!(fact.remedy.as_ref().is_some_and(|remedy| remedy.contains(word)), "{word}: {fact:?}");
+    }
     sim.assert_clean("no kernel driver");
 
     drop(sim);

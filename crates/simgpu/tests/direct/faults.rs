@@ -102,12 +102,35 @@ fn a_read_that_fails_later_fails_the_load_with_file_and_code() {
 }
 
 #[test]
+fn a_read_that_fails_where_direct_storage_is_preferred_says_what_would_work() {
+    let folder = folder();
+    let model = Model::open(checkpoint(folder.path())).unwrap();
+    evict_all(folder.path());
+    let remedy = "load without direct storage, through the staging ring";
+    for (code, preference, is_told) in [
+        (5, Preference::Preferred, true),
+        (5012, Preference::Preferred, true),
+        (719, Preference::Preferred, false),
+        (5012, Preference::Required, false),
+    ] {
+        evict_all(folder.path());
+        let sim = machine(&format!("fail=cuFileRead:{}:{code}", FILES + 1));
+        let error = model.load(&options_of_long_ones(preference)).unwrap_err();
+        let line = error.one_line();
+        assert_eq!(line.contains(remedy), is_told, "{code}: {line}");
+        assert!(error.tensor().is_some() && error.bytes().is_some(), "{line}");
+        sim.fail("");
+        let loaded = model.load(&options_of_long_ones(Preference::Off)).unwrap();
+        assert_eq!(loaded.report.bytes_direct_storage, 0);
+    }
+}
+
+#[test]
 fn a_batch_that_cannot_be_waited_for_fails_the_load_and_is_over_once_its_reads_are() {
     let folder = folder();
     let model = Model::open(checkpoint(folder.path())).unwrap();
     let batches = options(Preference::Required).direct_mode(DirectMode::Batch { entries: 4 });
     for (fault, why) in [
-        ("cuFileBatchIOSetUp:1:5039", "cuFileBatchIOSetUp returned 5039"),
         ("cuFileBatchIOGetStatus:1:5041", "cuFileBatchIOGetStatus returned 5041"),
         ("cuFileBatchIOGetStatus:2:5041", "cuFileBatchIOGetStatus returned 5041"),
     ] {
@@ -115,6 +138,28 @@ fn a_batch_that_cannot_be_waited_for_fails_the_load_and_is_over_once_its_reads_a
         let line = model.load(&batches).unwrap_err().one_line();
         assert!(line.contains(why) && !line.contains("under way"), "{fault}: {line}");
         sim.assert_clean(fault);
+    }
+}
+
+#[test]
+fn a_batch_that_is_refused_or_too_large_is_told_and_the_load_goes_on() {
+    let folder = folder();
+    let model = Model::open(checkpoint(folder.path())).unwrap();
+    let batches = options(Preference::Required).direct_mode(DirectMode::Batch { entries: 4 });
+    let refused = "direct storage reads on threads instead of in batches: \
+                   cuFileBatchIOSetUp returned 5039 (batch could not be set up)";
+    let bounded =
+        "direct storage reads in batches of 3, fewer than asked for: the library takes 3 reads in a batch";
+    for (config, told, in_batches) in
+        [("fail=cuFileBatchIOSetUp:1:5039", refused, false), ("direct_batch=3", bounded, true)]
+    {
+        let sim = machine(config);
+        let loaded = model.load(&batches).unwrap();
+        assert_same_bytes(&model, &loaded);
+        assert_eq!(reasons(&loaded), [told], "{config}");
+        assert_eq!(sim.report().calls("cuFileBatchRead") > 0, in_batches, "{config}");
+        drop(loaded);
+        sim.assert_clean(config);
     }
 }
 
@@ -257,4 +302,24 @@ fn it_is_never_opened_without_a_device() {
     let line = model.load(&on_host).unwrap_err().one_line();
     assert!(line.contains("direct storage is required, and reads into devices"), "{line}");
     sim.assert_clean("no device");
+}
+
+#[test]
+fn it_is_not_required_of_a_device_whose_memory_is_the_hosts() {
+    let folder = folder();
+    let model = Model::open(checkpoint(folder.path())).unwrap();
+    let sim = machine("integrated=1");
+    let error = model.load(&options(Preference::Required)).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::BadRequest);
+    let line = error.one_line();
+    let why = "direct storage is required, and reads into devices with memory of their own; the memory of cuda:0 is the host's";
+    assert!(line.contains(why), "{line}");
+    assert_eq!(sim.report().calls("cuFileDriverOpen"), 0);
+    // Preferred, it has no use there; with memory of the device's own it has.
+    let loaded = model.load(&options(Preference::Preferred)).unwrap();
+    assert_eq!((loaded.report.bytes_direct_storage, reasons(&loaded).len()), (0, 0));
+    drop(loaded);
+    let own = options(Preference::Required).in_place(Preference::Off);
+    assert!(model.load(&own).unwrap().report.bytes_direct_storage > 0);
+    sim.assert_clean("memory of the host's");
 }

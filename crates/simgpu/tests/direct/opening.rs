@@ -3,11 +3,12 @@
 use std::sync::Arc;
 use std::thread;
 
+use tensorhaul::{Model, Preference};
 use tensorhaul_device::Device;
-use tensorhaul_direct::{Compatibility, Library, Probe};
+use tensorhaul_direct::{Compatibility, Kernel, Library, Probe};
 use tensorhaul_io::OpenFile;
 
-use crate::{folder, machine};
+use crate::{assert_direct_and_clean, assert_same_bytes, checkpoint, folder, machine, options};
 
 #[test]
 fn a_library_that_is_being_closed_is_opened_anew_once_it_is() {
@@ -41,4 +42,19 @@ fn a_library_that_is_being_closed_is_opened_anew_once_it_is() {
         let happened = sim.report();
         assert_eq!((happened.calls(&format!("{vendor}DriverOpen")), happened.calls(&close)), (2, 2));
     }
+}
+
+#[test]
+fn without_nvidia_fs_cufile_is_told_to_use_p2pdma() {
+    if Kernel::examine().nvidia_fs.is_some() {
+        println!("skipped: nvidia-fs is loaded");
+        return;
+    }
+    let folder = folder();
+    let model = Model::open(checkpoint(folder.path())).unwrap();
+    let sim = machine("direct_p2pdma=1");
+    let loaded = model.load(&options(Preference::Required)).unwrap();
+    assert_same_bytes(&model, &loaded);
+    drop(loaded);
+    assert_direct_and_clean(&sim, "P2PDMA");
 }

@@ -11,8 +11,8 @@ use std::time::Duration;
 use tempfile::TempDir;
 use tensorhaul::doctor::Doctor;
 use tensorhaul::{
-    Allocation, Allocator, DeviceId, Dtype, EngineChoice, ErrorKind, Handover, LoadOptions, Loaded, Model,
-    Preference, Request, Select,
+    Allocation, Allocator, DeviceId, DeviceMap, Dtype, EngineChoice, ErrorKind, Handover, LoadOptions,
+    Loaded, Model, Preference, Request, Select,
 };
 use tensorhaul_device::Device;
 use tensorhaul_device::gpu::{Context, Driver, StreamHandle};
@@ -110,6 +110,21 @@ fn what_cannot_land_is_staged_and_the_plan_says_so_before() {
     assert_shared(&model, &loaded);
     drop(loaded);
     sim.assert_clean("after the load");
+}
+
+#[test]
+fn several_that_have_the_hosts_memory_are_told_why_nothing_is_copied_between_them() {
+    let (_folder, model) = model();
+    for (in_place, is_told) in [(Preference::Preferred, true), (Preference::Off, false)] {
+        let sim = Sim::new("integrated=1;devices=2");
+        let map = DeviceMap::everything_on(vec![vendor::id(0), vendor::id(1)]).unwrap();
+        let loaded = model.load(&long().device_map(map).in_place(in_place)).unwrap();
+        let told: Vec<_> = loaded.report.fallbacks.iter().map(|told| told.why.clone()).collect();
+        let is_so = told.iter().all(|why| why.starts_with("the memory of ") && why.contains("is the host's"));
+        assert!(is_so && told.is_empty() != is_told, "{told:?}");
+        drop(loaded);
+        sim.assert_clean("several");
+    }
 }
 
 #[test]

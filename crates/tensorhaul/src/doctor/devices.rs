@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::thread;
 
 use serde::Serialize;
-use tensorhaul_device::Device;
-use tensorhaul_device::gpu::topology;
+use tensorhaul_device::gpu::{NoDriver, topology};
+use tensorhaul_device::{Device, OperationKind};
 use tensorhaul_plan::DeviceId;
 
 use super::Advice;
@@ -24,8 +24,12 @@ use crate::vendors::{VENDORS, Vendor};
 pub struct DriverFact {
     /// What its devices are called.
     pub name: &'static str,
-    /// Whether it is there and answers.
+    /// Whether its library is there.
     pub found: bool,
+    /// Whether it answers.
+    pub works: bool,
+    /// Whether it does not start, for another reason than that it sees no device.
+    pub fails: bool,
     /// The file of its library.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub library: Option<String>,
@@ -35,7 +39,7 @@ pub struct DriverFact {
     /// The version of the kernel's part of it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kernel_module: Option<String>,
-    /// Why there is none, with the likely cause.
+    /// Why it does not work, with the likely cause.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub why: Option<String>,
 }
@@ -71,9 +75,44 @@ pub struct DeviceFact {
     /// Speed of copies from and to pinned memory, measured for some milliseconds.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub copies: Option<CopySpeed>,
+    /// Whether kernels run on it, for dequantizing and casts; found out by loading one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kernels: Option<KernelFact>,
     /// The driver's library and version.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub driver: Option<String>,
+}
+
+/// Whether kernels run on a device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct KernelFact {
+    /// Whether they do. Without them tensors load as they are stored.
+    pub works: bool,
+    /// Why this build's own do not fit and what compiles them instead, on this machine; or why there are none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub why: Option<String>,
+}
+
+impl KernelFact {
+    /// Loads one, which compiles it where this build has none for the device.
+    fn of(device: &dyn Device) -> KernelFact {
+        match device.prepare(OperationKind::Cast) {
+            Ok(_) => {
+                let is_compiled = |(what, _): &(String, String)| what.contains("compiled on this machine");
+                let told = device.fallbacks().into_iter().find(is_compiled);
+                KernelFact { works: true, why: told.map(|(_, why)| why) }
+            }
+            Err(error) => {
+                let driver = Vendor::of(device.id()).and_then(|vendor| (vendor.driver)().ok());
+                let known = driver.map_or_else(String::new, |driver| driver.architectures());
+                let why = error.to_string();
+                let names_them = why.contains(&known);
+                let why = if names_them { why } else { format!("{why}; this build has them for {known}") };
+                KernelFact { works: false, why: Some(why) }
+            }
+        }
+    }
 }
 
 impl DeviceFact {
@@ -136,7 +175,7 @@ fn devices_of(vendor: &Vendor) -> Vec<DeviceFact> {
     let fails = |why: String| vec![DeviceFact { why: Some(why), ..DeviceFact::new(vendor.name) }];
     let driver = match (vendor.driver)() {
         Ok(driver) => driver,
-        Err(why) => return fails(why),
+        Err(why) => return fails(why.to_string()),
     };
     let count = match driver.device_count() {
         Ok(0) => return fails("the driver sees no device".to_owned()),
@@ -185,6 +224,7 @@ pub(super) fn open(facts: &mut [DeviceFact]) -> Vec<Arc<dyn Device>> {
     {
         Ok((speed, device)) => {
             fact.copies = Some(speed);
+            fact.kernels = Some(KernelFact::of(&*device));
             Some(device)
         }
         Err(error) => {
@@ -198,6 +238,15 @@ pub(super) fn open(facts: &mut [DeviceFact]) -> Vec<Arc<dyn Device>> {
 fn speed(device: &dyn Device) -> Result<CopySpeed> {
     let free_bytes = device.memory()?.free_bytes;
     Link::new(device, COPY_LEN_BYTES.min(free_bytes.max(1) as usize))?.speed()
+}
+
+/// A device that its driver sees and that does not open is worth a look; one that is not there is the driver's affair.
+pub(super) fn advise_repair(device: &DeviceFact) -> Option<Advice> {
+    let why = device.why.as_ref().filter(|_| device.name.contains(':'))?;
+    Some(Advice {
+        what: format!("{} does not work: {why}", device.name),
+        remedy: "end what else uses it, or reset it (nvidia-smi --gpu-reset, amd-smi reset); until then name another with --device".to_owned(),
+    })
 }
 
 /// A slot or riser with fewer lanes than the device has is the commonest reason for slow copies.
@@ -225,14 +274,31 @@ impl DriverFact {
             Ok(driver) => {
                 let (name, version) = (driver.library(), driver.version());
                 let library = mapped_file(&name).unwrap_or(name);
-                DriverFact { found: true, library: Some(library), version: Some(version), ..fact }
+                DriverFact {
+                    found: true,
+                    works: true,
+                    library: Some(library),
+                    version: Some(version),
+                    ..fact
+                }
             }
-            Err(why) => DriverFact { why: Some(why), ..fact },
+            Err(why) => {
+                let found = !matches!(why, NoDriver::Missing(_));
+                let fails = matches!(why, NoDriver::Fails(_));
+                DriverFact { found, fails, why: Some(why.to_string()), ..fact }
+            }
         }
     }
 
-    /// A machine without GPUs lacks nothing.
+    /// A machine without GPUs and drivers lacks nothing.
     pub(super) fn advise(&self) -> Option<Advice> {
+        if let Some(why) = self.why.as_ref().filter(|_| self.fails) {
+            return Some(Advice {
+                what: format!("the driver for {} is installed and does not work: {why}", self.name),
+                remedy: "do what its answer says; until then loads go to other devices, or to the host"
+                    .to_owned(),
+            });
+        }
         let vendor = VENDORS.iter().find(|vendor| vendor.name == self.name)?;
         self.why.as_ref().filter(|_| has_device_of(vendor))?;
         let maker = vendor.maker;
@@ -257,7 +323,7 @@ fn mapped_file(name: &str) -> Option<String> {
 }
 
 /// Tells whether a device of a vendor is on the PCI bus that is there to be used.
-fn has_device_of(vendor: &Vendor) -> bool {
+pub(crate) fn has_device_of(vendor: &Vendor) -> bool {
     let devices = fs::read_dir("/sys/bus/pci/devices").into_iter().flatten().flatten();
     devices.map(|entry| entry.path()).any(|device| {
         let read = |name: &str| fs::read_to_string(device.join(name)).unwrap_or_default();

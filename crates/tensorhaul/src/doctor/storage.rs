@@ -7,8 +7,8 @@ use serde::Serialize;
 use tensorhaul_device::Device;
 use tensorhaul_direct::{Compatibility, Kernel, Library, Probe, Refusal, Vendor};
 
-use super::Feature;
 use super::folders::{Folder, sample};
+use super::{Advice, Feature};
 
 /// Direct storage into one device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -16,6 +16,8 @@ use super::folders::{Folder, sample};
 pub struct DirectStorageFact {
     /// The device.
     pub device: String,
+    /// Whether loads have a use for it: where the device's memory is the host's, reads land in it anyway, and the library is not opened.
+    pub needed: bool,
     /// Whether the library opened, out of compatibility mode.
     pub works: bool,
     /// Whose library it is: `cuFile` or `hipFile`.
@@ -61,6 +63,7 @@ pub(super) fn examine(devices: &[Arc<dyn Device>], folders: &[Folder]) -> Vec<Di
 fn examine_one(device: &Arc<dyn Device>, vendor: Vendor, folders: &[Folder]) -> DirectStorageFact {
     let mut fact = DirectStorageFact {
         device: device.id().to_string(),
+        needed: !device.capabilities().in_place,
         works: false,
         kind: vendor.library(),
         library: None,
@@ -70,6 +73,9 @@ fn examine_one(device: &Arc<dyn Device>, vendor: Vendor, folders: &[Folder]) -> 
         remedy: None,
         folders: Vec::new(),
     };
+    if !fact.needed {
+        return fact;
+    }
     match Library::open(device, Compatibility::Refused) {
         Ok(library) => {
             (fact.works, fact.library, fact.version) = (true, Some(library.path()), library.version());
@@ -78,6 +84,31 @@ fn examine_one(device: &Arc<dyn Device>, vendor: Vendor, folders: &[Folder]) -> 
         Err(refusal) => (fact.why, fact.remedy) = (Some(refusal.to_string()), refusal.remedy()),
     }
     fact
+}
+
+/// What stands in the way of direct storage, once for all devices and folders that share it.
+pub(super) fn advise(facts: &[DirectStorageFact]) -> Vec<Advice> {
+    let mut advice: Vec<Advice> = Vec::new();
+    for fact in facts {
+        let whole = fact.remedy.iter().map(|remedy| (fact.kind.to_owned(), &fact.why, remedy));
+        let folders = fact.folders.iter().filter_map(|folder| {
+            Some((
+                format!("{} from {}", fact.kind, folder.path),
+                &folder.verdict.why,
+                folder.remedy.as_ref()?,
+            ))
+        });
+        for (what, why, remedy) in whole.chain(folders) {
+            let why = why.as_deref().unwrap_or_default();
+            let what =
+                format!("direct storage by {what} does not work ({why}): reads make a stop in host memory");
+            let told = Advice { what, remedy: remedy.clone() };
+            if !advice.contains(&told) {
+                advice.push(told);
+            }
+        }
+    }
+    advice
 }
 
 fn try_folder(device: &Arc<dyn Device>, library: &Arc<Library>, folder: &Folder) -> DirectFolder {
