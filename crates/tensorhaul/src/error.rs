@@ -154,7 +154,7 @@ impl Error {
     }
 
     /// Tells whether a device that is there failed, and not that there is none.
-    #[cfg(any(feature = "cuda", feature = "rocm"))]
+    #[cfg(feature = "conformance")]
     pub(crate) fn is_of_device_there(&self) -> bool {
         self.device_error().is_some_and(|error| !matches!(error, DeviceError::Unavailable { .. }))
     }
