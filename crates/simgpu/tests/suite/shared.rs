@@ -164,8 +164,8 @@ fn a_rank_that_fails_or_stays_away_while_the_others_are_connected_ends_them() {
             (true, Duration::from_secs(20), "rank 1 of the node failed or ended"),
             (
                 false,
-                Duration::from_millis(300),
-                "connecting the ranks: not all ranks of the node came within 0.3 s",
+                Duration::from_secs(2), // The other must have met this one by then.
+                "connecting the ranks: not all ranks of the node came within 2 s",
             ),
         ] {
             let context = format!("{version}, {told}");
@@ -190,7 +190,7 @@ fn a_rank_that_fails_or_stays_away_while_the_others_are_connected_ends_them() {
             });
             // The older one's call goes on waiting on a thread that is left behind with its device.
             sim.fail("");
-            let is_over = (0..2000).any(|_| {
+            let is_over = (0..20_000).any(|_| {
                 thread::sleep(Duration::from_millis(1));
                 tensorhaul::release_devices();
                 sim.report().live["live.contexts"] == 0
