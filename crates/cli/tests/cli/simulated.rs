@@ -128,11 +128,12 @@ fn doctor_has_advice_for_what_does_not_work() {
 #[test]
 fn a_device_that_is_lost_fails_the_selftest_with_the_promise_that_it_broke() {
     let args = ["doctor", "--selftest", "--device", "cuda:0"];
-    // While it is examined, and while it is tried.
-    for (nth, broken) in
-        [(3, "  the device opens: cuda:0: "), (30, "  bytes come back as they went, at every")]
-    {
-        let ran = on_machine(&format!("fail=cuMemcpyHtoDAsync_v2:{nth}:700"), &args);
+    // While it is examined, and while it is tried: nothing before that copies by rows.
+    for (call, broken) in [
+        ("cuMemcpyHtoDAsync_v2", "  the device opens: cuda:0: "),
+        ("cuMemcpy2DAsync_v2", "  strided copies gather and scatter: cuda:0: "),
+    ] {
+        let ran = on_machine(&format!("fail={call}:1:700"), &args);
         assert_eq!(ran.code, Some(3), "{ran:?}");
         assert!(ran.stdout.contains("cuda:0: FAILED: ") && ran.stdout.contains(broken), "{ran:?}");
     }
