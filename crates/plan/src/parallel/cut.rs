@@ -145,6 +145,8 @@ impl Partition<'_> {
         let is_swapped = rule.is_transposed && matches!(entry.origin, Origin::Stored(_));
         let (from_end, needs) = match &rule.how {
             How::Replicated => (None, 0),
+            // One number a column of the weight, however these are counted.
+            How::Row(_) if matches!(entry.origin, Origin::Factor(_)) => (Some(1), 1),
             How::Vocab { .. } | How::Column(_) if matches!(entry.origin, Origin::Factor(_)) => (None, 0),
             How::Vocab { .. } => (Some(ndim), 1),
             How::Row(_) if entry.is_bias => (None, 0),

@@ -52,10 +52,15 @@ fn ranks_have_the_factors_of_their_columns_where_those_are_not_folded() {
     let folder = Folder::on_disk();
     case.write(folder.path());
     let model = Model::open(folder.path()).unwrap();
-    let rules = format!(r#"{{"rules":{{"{row}":"row","{column}":"column"}}}}"#);
-    let rules = Rules::parse(&rules).unwrap();
-    for (rank, size) in [(0, 1), (0, 2), (1, 2)] {
-        let parallel = Parallel::rank(Ranks::alone().tp(rank, size)).rules(rules.clone());
+    let rules = |by: &str| {
+        let rules = format!(
+            r#"{{"numbers":{{"num_attention_heads":6}},"rules":{{"{row}":{{"rule":"row"{by}}},"{column}":"column"}}}}"#
+        );
+        Rules::parse(&rules).unwrap()
+    };
+    let by_heads = rules(r#","by":"heads""#);
+    for (rules, rank, size) in [(rules(""), 0, 1), (rules(""), 0, 2), (rules(""), 1, 2), (by_heads, 1, 2)] {
+        let parallel = Parallel::rank(Ranks::alone().tp(rank, size)).rules(rules);
         let options = LoadOptions::default().parallel(parallel);
         let tensors =
             model.load(&options.clone().dequantize(Dequantization::to(Dtype::F32))).unwrap().tensors;
