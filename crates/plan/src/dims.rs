@@ -5,7 +5,7 @@ use smallvec::{SmallVec, smallvec};
 /// A shape or an index: one number a dimension, outermost first. Up to three are kept in place: planning handles some of these for
 /// every tensor, and an allocation for each would take as long as the rest.
 ///
-/// Made [from](From) an array, a slice or a `Vec`; used as a slice.
+/// Made [from](From) a slice or a `Vec`; used as a slice.
 pub type Dims = SmallVec<[u64; 3]>;
 
 /// Returns the elements between neighbours of each dimension, where the last is contiguous.
